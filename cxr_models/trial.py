@@ -1,0 +1,184 @@
+"""The vocabulary every part shares: what a trial is told, what it reports, how it ends."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+TRAIN, VAL, TEST = SPLITS = ("train", "val", "test")
+
+# Chosen by name in a search space; `TrialConfig` accepts nothing else.
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "batch_norm": ("frozen", "affine", "train"),
+    "pooling": ("average", "max", "flatten"),
+    "output": ("softmax", "sigmoid"),
+    "optimizer": ("adam", "adamw", "rmsprop", "sgd"),
+    "class_weights": ("none", "balanced"),
+}
+
+
+class Outcome(StrEnum):
+    """How a trial ended."""
+
+    COMPLETED = "completed"  # ran its epochs, or stopped by its own patience
+    STOPPED_EARLY = "stopped_early"  # ended by the scheduler; keeps its metrics and may rank
+    FAILED = "failed"  # carries the error, never ranks
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """One point of a search space. Every field is an axis.
+
+    Attributes:
+        backbone: a name in `backbones.BACKBONES`.
+        weights: `imagenet`, `bundled`, `none` or the path of a `.weights.h5` file.
+        image_side: height and width of the square network input, in pixels.
+        freeze: a freeze strategy, see `freezing.py`; phases are joined by `>`.
+        batch_norm: what batch norms in the trainable part do; in the frozen part they are in inference mode always.
+        pooling: how the backbone's last feature map becomes a vector.
+        hidden_units: units of the head's hidden relu layers, first to last.
+        dropout: rate in front of the output layer (and after each hidden layer), in [0, 1).
+        output: `softmax` over the classes, or one `sigmoid` unit for two classes.
+        optimizer: Keras name of the optimizer; `sgd` has momentum 0.9.
+        learning_rate: of the first phase; later phases scale it, see `freezing.Phase`.
+        weight_decay: decoupled (AdamW's) for every optimizer, 0 for none.
+        batch_size: images per step.
+        epochs: the most epochs over all phases.
+        patience: epochs without a lower validation loss before the trial ends by itself; 0 never.
+        class_weights: `balanced` weighs each class inversely to its share of the training images.
+        seed: of initial weights, image order and dropout.
+    """
+
+    backbone: str
+    weights: str = "none"
+    image_side: int = 96
+    freeze: str = "all"
+    batch_norm: str = "frozen"
+    pooling: str = "average"
+    hidden_units: tuple[int, ...] = ()
+    dropout: float = 0.0
+    output: str = "softmax"
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    batch_size: int = 32
+    epochs: int = 10
+    patience: int = 0
+    class_weights: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, but got {getattr(self, name)!r}")
+        for name, low in (("image_side", 1), ("batch_size", 1), ("epochs", 1), ("patience", 0), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, but got {getattr(self, name)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), but got {self.dropout}")
+        if not (self.learning_rate > 0.0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"learning_rate must be above 0 and finite, but got {self.learning_rate}")
+        if not (self.weight_decay >= 0.0 and math.isfinite(self.weight_decay)):
+            raise ValueError(f"weight_decay must be at least 0 and finite, but got {self.weight_decay}")
+        if any(units < 1 for units in self.hidden_units):
+            raise ValueError(f"hidden_units must each be at least 1, but got {list(self.hidden_units)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "hidden_units": list(self.hidden_units)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**{**values, "hidden_units": tuple(values.get("hidden_units", ()))})
+
+    @property
+    def digest(self) -> str:
+        """Eight hex digits that name this configuration and no other."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:8]
+
+
+AXES: tuple[str, ...] = tuple(field.name for field in fields(TrialConfig))
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """What one epoch of one trial measured.
+
+    Attributes:
+        epoch: 1 for the first, counted over all phases.
+        phase: index of the phase the epoch belongs to.
+        train: metric -> value over the batches as they were trained on (dropout active).
+        val: metric -> value over the validation images at the end of the epoch. The names are `metrics.METRICS`
+            and `recall/<class>`.
+    """
+
+    trial_id: str
+    epoch: int
+    phase: int
+    learning_rate: float
+    train: Mapping[str, float]
+    val: Mapping[str, float]
+    seconds: float
+    images_per_second: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial ended, and its validation metrics at its best epoch.
+
+    Attributes:
+        best_epoch: epoch with the best objective value, 0 if no epoch finished.
+        val: metrics of that epoch, empty if no epoch finished.
+        device: what the trial ran on, as its process saw it: `CPU` or `GPU <ids>`.
+        error: for a failed trial, one line with the cause; the traceback is in `traceback`.
+    """
+
+    trial_id: str
+    config: TrialConfig
+    outcome: Outcome
+    epochs: int = 0
+    best_epoch: int = 0
+    val: Mapping[str, float] = field(default_factory=dict)
+    trainable_parameters: int = 0
+    frozen_parameters: int = 0
+    train_seconds: float = 0.0
+    device: str = ""
+    error: str = ""
+    traceback: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.outcome is Outcome.FAILED) != bool(self.error):
+            raise ValueError(
+                f"{self.trial_id}: outcome {self.outcome} with error={self.error!r}; "
+                "exactly the failed trials carry an error"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "config": self.config.to_json(), "outcome": str(self.outcome)}
+
+
+@dataclass(frozen=True)
+class TrialData:
+    """What a trial may read. The test images are not in it: a trial cannot see them.
+
+    Attributes:
+        classes: class names, sorted; a label is an index into them.
+        labels: (images,) label of every image of the data set, -1 for images of the test set.
+        train, val: indices into the pixel array and `labels`.
+        pixels: image side -> `.npy` file, uint8 (images, side, side, channels), channels 1 or 3.
+    """
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int32]
+    train: NDArray[np.int64]
+    val: NDArray[np.int64]
+    pixels: Mapping[int, Path]
