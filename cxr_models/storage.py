@@ -10,11 +10,11 @@ from pathlib import Path
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a scratch path that takes the place of `path` only if the block succeeds.
 
-    The scratch file lies in the same folder and keeps the suffix, because libraries choose the format by it.
+    The scratch file lies in the same folder and keeps its ending, because libraries choose the format by it.
     A reader therefore sees the old file or the new one, never a part.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    scratch = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield scratch
         with scratch.open("rb") as written:

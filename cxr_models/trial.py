@@ -14,6 +14,15 @@ from numpy.typing import NDArray
 
 TRAIN, VAL, TEST = SPLITS = ("train", "val", "test")
 
+# Metric -> which way is better. Every epoch reports each of them for the training and the validation images.
+METRICS: Mapping[str, str] = {
+    "loss": "min",
+    "accuracy": "max",
+    "macro_f1": "max",
+    "balanced_accuracy": "max",
+    "auroc": "max",
+}
+
 # Chosen by name in a search space; `TrialConfig` accepts nothing else.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "batch_norm": ("frozen", "affine", "train"),
@@ -44,7 +53,7 @@ class TrialConfig:
         batch_norm: what batch norms in the trainable part do; in the frozen part they are in inference mode always.
         pooling: how the backbone's last feature map becomes a vector.
         hidden_units: units of the head's hidden relu layers, first to last.
-        dropout: rate in front of the output layer (and after each hidden layer), in [0, 1).
+        dropout: rate after each hidden layer, or after the pooling where there is none, in [0, 1).
         output: `softmax` over the classes, or one `sigmoid` unit for two classes.
         optimizer: Keras name of the optimizer; `sgd` has momentum 0.9.
         learning_rate: of the first phase; later phases scale it, see `freezing.Phase`.
@@ -107,6 +116,29 @@ AXES: tuple[str, ...] = tuple(field.name for field in fields(TrialConfig))
 
 
 @dataclass(frozen=True)
+class Objective:
+    """The validation metric a sweep optimises, and which way.
+
+    Attributes:
+        metric: a name in `METRICS`.
+        mode: `max` or `min`.
+    """
+
+    metric: str
+    mode: str
+
+    def better(self, value: float, than: float) -> bool:
+        """Whether `value` beats `than`; NaN beats nothing and everything beats NaN."""
+        if math.isnan(value) or math.isnan(than):
+            return not math.isnan(value)
+        return value > than if self.mode == "max" else value < than
+
+    @property
+    def worst(self) -> float:
+        return -math.inf if self.mode == "max" else math.inf
+
+
+@dataclass(frozen=True)
 class EpochMetrics:
     """What one epoch of one trial measured.
 
@@ -114,8 +146,11 @@ class EpochMetrics:
         epoch: 1 for the first, counted over all phases.
         phase: index of the phase the epoch belongs to.
         train: metric -> value over the batches as they were trained on (dropout active).
-        val: metric -> value over the validation images at the end of the epoch. The names are `metrics.METRICS`
+        val: metric -> value over the validation images at the end of the epoch. The names are those of `METRICS`
             and `recall/<class>`.
+        seconds: of training and validation in this epoch, without compilation or checkpoints.
+        images_per_second: training images per second of the epoch's training.
+        device: what the trial's process sees: `CPU` or `GPU <ids>`.
     """
 
     trial_id: str
@@ -126,6 +161,7 @@ class EpochMetrics:
     val: Mapping[str, float]
     seconds: float
     images_per_second: float
+    device: str = "CPU"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,7 +174,8 @@ class TrialResult:
     Attributes:
         best_epoch: epoch with the best objective value, 0 if no epoch finished.
         val: metrics of that epoch, empty if no epoch finished.
-        device: what the trial ran on, as its process saw it: `CPU` or `GPU <ids>`.
+        trainable_parameters, frozen_parameters: of the last phase; batch norms' moving statistics are frozen always.
+        train_seconds: from the start of the trial to its last epoch, building and compiling included.
         error: for a failed trial, one line with the cause; the traceback is in `traceback`.
     """
 
@@ -174,11 +211,15 @@ class TrialData:
         classes: class names, sorted; a label is an index into them.
         labels: (images,) label of every image of the data set, -1 for images of the test set.
         train, val: indices into the pixel array and `labels`.
-        pixels: image side -> `.npy` file, uint8 (images, side, side, channels), channels 1 or 3.
+        channels: 1 where every image of the data set is grey, else 3.
+        pixels: image side -> `.npy` file, uint8 (images, side, side, channels).
+        weights: (backbone, weights) as a `TrialConfig` names them -> file; what starts from scratch is absent.
     """
 
     classes: tuple[str, ...]
     labels: NDArray[np.int32]
     train: NDArray[np.int64]
     val: NDArray[np.int64]
+    channels: int
     pixels: Mapping[int, Path]
+    weights: Mapping[tuple[str, str], Path] = field(default_factory=dict)

@@ -1,0 +1,188 @@
+"""A backbone's layers as data: what the plan needs to know about a network without building it.
+
+A table is made once by a child process (Keras takes seconds to import) and stored; those of the shipped search
+spaces lie in the package.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cxr_models.backbones import BACKBONES, Backbone, build_backbone
+from cxr_models.storage import written_whole
+
+if TYPE_CHECKING:
+    import keras
+
+PACKAGED = Path(__file__).parent / "layer_tables"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a backbone.
+
+    Attributes:
+        kind: Keras class name.
+        shapes: shape of each weight, in Keras' order.
+        trainable: for each weight, whether training may move it (a batch norm's moving statistics: never).
+        inputs: names of the layers it reads.
+        output: shape of its output without the batch axis.
+    """
+
+    name: str
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    trainable: tuple[bool, ...]
+    inputs: tuple[str, ...]
+    output: tuple[int, ...]
+
+    @property
+    def is_batch_norm(self) -> bool:
+        return self.kind == "BatchNormalization"
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(shape) for shape in self.shapes)
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(prod(shape) for shape, moves in zip(self.shapes, self.trainable, strict=True) if moves)
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """The layers of one backbone at one image side, in the order `keras.applications` lists them."""
+
+    backbone: str
+    image_side: int
+    layers: tuple[Layer, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """Shape of the last feature map, (height, width, channels)."""
+        return self.layers[-1].output
+
+    def to_json(self) -> str:
+        rows = ",\n".join(
+            json.dumps([layer.name, layer.kind, layer.shapes, layer.trainable, layer.inputs, layer.output])
+            for layer in self.layers
+        )
+        head = f'{{"format": {_FORMAT}, "backbone": "{self.backbone}", "image_side": {self.image_side}'
+        return f'{head}, "layers": [\n{rows}\n]}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> LayerTable:
+        values = json.loads(text)
+        if values.get("format") != _FORMAT:
+            raise ValueError(f"expected a layer table of format {_FORMAT}, got format {values.get('format')!r}")
+        layers = tuple(
+            Layer(name, kind, tuple(map(tuple, shapes)), tuple(trainable), tuple(inputs), tuple(output))
+            for name, kind, shapes, trainable, inputs, output in values["layers"]
+        )
+        return cls(values["backbone"], values["image_side"], layers)
+
+
+def read_table(backbone: Backbone, model: keras.Model) -> LayerTable:
+    """Read the layers off a built backbone."""
+
+    def row(layer: keras.Layer) -> Layer:
+        trainable = {id(weight) for weight in layer.trainable_weights}
+        return Layer(
+            name=layer.name,
+            kind=type(layer).__name__,
+            shapes=tuple(tuple(weight.shape) for weight in layer.weights),
+            trainable=tuple(id(weight) in trainable for weight in layer.weights),
+            inputs=tuple(parent.operation.name for parent in layer._inbound_nodes[0].parent_nodes),
+            output=tuple(layer.output.shape[1:]),
+        )
+
+    return LayerTable(backbone.name, model.input_shape[1], tuple(map(row, model.layers)))
+
+
+def layer_table(backbone: Backbone, side: int, cache_dir: Path) -> LayerTable:
+    """The stored table: from the package, else from `cache_dir`, else made now by a child process.
+
+    Raises:
+        ValueError: the backbone cannot be built at this side.
+    """
+    if side < backbone.smallest_side:
+        raise ValueError(f"{backbone.name} needs an image side of at least {backbone.smallest_side}, but got {side}")
+    name = f"{backbone.name}-{side}.json"
+    cached = cache_dir / "layer_tables" / name
+    for stored in (PACKAGED / name, cached):
+        if stored.is_file():
+            return LayerTable.from_json(stored.read_text())
+    with written_whole(cached) as scratch:
+        make_tables([(backbone.name, side, scratch)])
+    return LayerTable.from_json(cached.read_text())
+
+
+def make_tables(tables: Iterable[tuple[str, int, Path]]) -> None:
+    """Have one child process write the table of each (backbone name, side, file)."""
+    arguments = [str(part) for table in tables for part in table]
+    child = subprocess.run([sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise ValueError(f"Keras could not build {' '.join(arguments)}:\n{child.stderr[-2000:]}")
+
+
+def weight_problems(table: LayerTable, path: Path) -> str:
+    """Why the weights in `path` do not fit the backbone, or an empty string.
+
+    Reads Keras' `.weights.h5` layout, in which a layer is named by its class and a running number, and Keras' older
+    `.h5` files of ImageNet weights, in which it is named as in the model.
+    """
+    import h5py
+
+    if not path.is_file():
+        return f"no such file: {path}"
+    try:
+        with h5py.File(path) as file:
+            found = _stored_shapes(file)
+    except OSError as error:
+        return f"{path} is not an HDF5 file of Keras weights ({error})"
+    expected = [sorted(layer.shapes) for layer in table.layers if layer.shapes]
+    if sorted(expected) == sorted(found):
+        return ""
+    size = sum(prod(shape) for shapes in found for shape in shapes)
+    return (
+        f"{path} does not fit {table.backbone}: it holds {len(found)} layers with {size:,} parameters, "
+        f"expected {len(expected)} layers with {table.parameters:,}"
+    )
+
+
+def _stored_shapes(file: object) -> list[list[tuple[int, ...]]]:
+    """The weight shapes of each layer that has weights, sorted within the layer."""
+    import h5py
+
+    layers: dict[str, list[tuple[int, ...]]] = {}
+
+    def visit(name: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset):
+            parts = name.split("/")
+            key = parts[parts.index("layers") + 1] if "layers" in parts else parts[0]
+            layers.setdefault(key, []).append(tuple(item.shape))
+
+    file.visititems(visit)  # type: ignore[attr-defined]
+    return [sorted(shapes) for shapes in layers.values()]
+
+
+def _main(arguments: list[str]) -> None:
+    for name, side, path in zip(arguments[0::3], arguments[1::3], arguments[2::3], strict=True):
+        backbone = BACKBONES[name]
+        Path(path).write_text(read_table(backbone, build_backbone(backbone, int(side))).to_json())
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -1,0 +1,135 @@
+"""Labels and scores -> metrics. Every figure of an evaluation comes from one set of predictions.
+
+Scores are log-probabilities: a loss computed from probabilities saturates where the network is most wrong.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.integer[Any]]
+FloatArray = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % interval; NaN bounds where it cannot be computed."""
+
+    value: float
+    low: float
+    high: float
+
+
+def confusion_matrix(labels: IntArray, scores: FloatArray, weights: FloatArray | None = None) -> FloatArray:
+    """Images by true class (rows) and predicted class (columns), (classes, classes).
+
+    Args:
+        labels: (images,) true class.
+        scores: (images, classes) log-probabilities; the first of equal ones is the prediction.
+        weights: (images,) how often each image counts, once by default.
+    """
+    classes = scores.shape[1]
+    cells = labels.astype(np.int64) * classes + scores.argmax(axis=1)
+    return np.bincount(cells, weights, minlength=classes * classes).reshape(classes, classes)
+
+
+def evaluate(
+    labels: IntArray, scores: FloatArray, classes: Sequence[str], weights: FloatArray | None = None
+) -> dict[str, float]:
+    """The metrics of `trial.METRICS` and `recall/<class>`.
+
+    Macro figures are means over the classes present in the labels; a class never predicted has f1 and recall 0. The
+    area under the ROC curve is one class against the rest, averaged over the classes.
+
+    Args:
+        labels: (images,) true class as an index into `classes`.
+        scores: (images, classes) log-probabilities.
+        classes: names of the classes.
+        weights: (images,) how often each image counts, once by default.
+    """
+    counts = np.ones(len(labels)) if weights is None else weights
+    matrix = confusion_matrix(labels, scores, counts)
+    hits, actual, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        recall = hits / actual
+        f1 = np.where(actual > 0, 2 * hits / (actual + predicted), np.nan)
+    return {
+        "loss": float(-(counts * scores[np.arange(len(labels)), labels]).sum() / counts.sum()),
+        "accuracy": float(hits.sum() / matrix.sum()),
+        "macro_f1": float(np.nanmean(f1)),
+        "balanced_accuracy": float(np.nanmean(recall)),
+        "auroc": _macro_auroc(labels, scores, counts),
+        **{f"recall/{name}": float(value) for name, value in zip(classes, recall, strict=True)},
+    }
+
+
+def _macro_auroc(labels: IntArray, scores: FloatArray, counts: FloatArray) -> float:
+    """Mean one-against-rest area under the ROC curve; NaN if scores are not finite or one class only is present."""
+    from sklearn.metrics import roc_auc_score
+
+    if not np.isfinite(scores).all():
+        return float("nan")
+    used = counts > 0
+    labels, scores, counts = labels[used], scores[used], counts[used]
+    present = [k for k in range(scores.shape[1]) if 0 < (labels == k).sum() < len(labels)]
+    areas = [roc_auc_score(labels == k, scores[:, k], sample_weight=counts) for k in present]
+    return float(np.mean(areas)) if areas else float("nan")
+
+
+def patient_intervals(
+    labels: IntArray,
+    scores: FloatArray,
+    classes: Sequence[str],
+    patients: Sequence[str],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Metrics with percentile bootstrap intervals that resample patients, not images (Efron and Tibshirani, 1993).
+
+    Images of one patient resemble each other; drawing images as if they were independent gives intervals that are
+    too narrow.
+
+    Args:
+        labels, scores, classes: as in `evaluate`.
+        patients: (images,) patient of each image.
+        resamples: bootstrap samples.
+        seed: of the resampling.
+    """
+    _, owner = np.unique(np.asarray(patients), return_inverse=True)
+    number = int(owner.max()) + 1
+    generator = np.random.default_rng(seed)
+    draws: dict[str, list[float]] = {}
+    for _ in range(resamples):
+        drawn = np.bincount(generator.integers(number, size=number), minlength=number)
+        for name, value in evaluate(labels, scores, classes, drawn[owner].astype(float)).items():
+            draws.setdefault(name, []).append(value)
+    return {
+        name: Interval(value, *_percentiles(draws[name])) for name, value in evaluate(labels, scores, classes).items()
+    }
+
+
+def _percentiles(values: Sequence[float]) -> tuple[float, float]:
+    finite = [value for value in values if np.isfinite(value)]
+    if not finite:
+        return float("nan"), float("nan")
+    low, high = np.percentile(finite, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def classification_report(labels: IntArray, scores: FloatArray, classes: Sequence[str]) -> Mapping[str, Any]:
+    """Precision, recall, f1 and support per class, with macro and weighted averages (scikit-learn's dictionary)."""
+    from sklearn.metrics import classification_report as report
+
+    found: Mapping[str, Any] = report(
+        labels,
+        scores.argmax(axis=1),
+        labels=list(range(len(classes))),
+        target_names=list(classes),
+        output_dict=True,
+        zero_division=0.0,
+    )
+    return found
