@@ -1,0 +1,207 @@
+"""The run folder: where everything lies, and the record of every epoch and trial.
+
+The record is the truth of a sweep. It is written as things happen, so what the terminal showed as done is on disk;
+Ray's and MLflow's own files are never read back.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cxr_models.storage import written_whole
+from cxr_models.trial import AXES, METRICS, EpochMetrics, Objective, Outcome, TrialResult
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one sweep's results."""
+
+    path: Path
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def trials(self) -> Path:
+        return self.path / "trials.csv"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def spec(self) -> Path:
+        return self.path / "spec.yaml"
+
+    @property
+    def split(self) -> Path:
+        return self.path / "split.csv"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "predictions.parquet"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "best" / "model.keras"
+
+    @property
+    def best_config(self) -> Path:
+        return self.path / "best" / "config.json"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state"
+
+    @property
+    def study(self) -> Path:
+        """Optuna's journal; optuna-dashboard reads it while the sweep runs."""
+        return self.state / "study.journal"
+
+    @property
+    def epoch_record(self) -> Path:
+        """One line an epoch: `EpochMetrics` as JSON."""
+        return self.state / "epochs.jsonl"
+
+    @property
+    def trial_record(self) -> Path:
+        """One line an ended trial: `TrialResult` as JSON, and `number`, its place in the order of suggestions."""
+        return self.state / "trials.jsonl"
+
+    @property
+    def tracking_database(self) -> Path:
+        return self.path / "mlflow.db"
+
+    @property
+    def tracking_artifacts(self) -> Path:
+        return self.path / "mlartifacts"
+
+    def trial(self, trial_id: str) -> Path:
+        """Where a trial keeps its best weights and validation scores."""
+        return self.state / "trials" / trial_id
+
+    def log(self, name: str) -> Path:
+        """Output of a worker's libraries."""
+        return self.state / "logs" / f"{name}.log"
+
+    @classmethod
+    def create(cls, out: Path, name: str, *, exactly: bool) -> "RunFolder":
+        """Make the folder of a new sweep.
+
+        Args:
+            out: where run folders lie.
+            name: of the folder.
+            exactly: refuse a name that is taken; otherwise the next free `<name>-2`, `<name>-3`, ... is used.
+
+        Raises:
+            ValueError: the name is taken, or `out` cannot hold a folder.
+        """
+        number = 1
+        while True:
+            path = out / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                # Two sweeps may race for one name; whoever makes the folder has it.
+                if path.is_dir() and not exactly:
+                    number += 1
+                    continue
+                what = "is a folder with an earlier sweep" if path.is_dir() else "is a file"
+                raise ValueError(f"{path} {what}; choose another --name or --out") from None
+            except OSError as error:
+                raise ValueError(f"cannot make the run folder {path}: {error.strerror}; choose another --out") from None
+            folder = cls(path.resolve())
+            folder.state.mkdir()
+            return folder
+
+
+class Record:
+    """Writes the record of a sweep, and keeps the weights of each strategy's best trial."""
+
+    def __init__(self, folder: RunFolder, objective: Objective) -> None:
+        self._folder = folder
+        self._objective = objective
+        self._results: dict[int, TrialResult] = {}
+
+    @property
+    def results(self) -> tuple[TrialResult, ...]:
+        """Every ended trial, in the order of suggestion."""
+        return tuple(self._results[number] for number in sorted(self._results))
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        _append(self._folder.epoch_record, metrics.to_json())
+
+    def ended(self, number: int, result: TrialResult) -> None:
+        self._results[number] = result
+        _append(self._folder.trial_record, {"number": number, **result.to_json()})
+        write_trials_csv(self._folder.trials, self.results)
+        self._drop_beaten_weights()
+
+    def _drop_beaten_weights(self) -> None:
+        kept = {result.trial_id for result in best_by_strategy(self.results, self._objective)}
+        for result in self.results:
+            if result.trial_id not in kept:
+                for weights in self._folder.trial(result.trial_id).glob("*.weights.h5"):
+                    weights.unlink()
+
+
+def ranked(results: tuple[TrialResult, ...], objective: Objective) -> tuple[TrialResult, ...]:
+    """The trials that may rank, best validation objective first; failed ones and those without an epoch are left out."""
+    able = [result for result in results if result.outcome is not Outcome.FAILED and result.best_epoch]
+    sign = -1.0 if objective.mode == "max" else 1.0
+    return tuple(sorted(able, key=lambda result: sign * result.val[objective.metric]))
+
+
+def strategy_of(result: TrialResult) -> tuple[str, str]:
+    """(backbone, freeze): what the sweep compares."""
+    return result.config.backbone, result.config.freeze
+
+
+def best_by_strategy(results: tuple[TrialResult, ...], objective: Objective) -> tuple[TrialResult, ...]:
+    """The best trial of each (backbone, freeze), best first."""
+    best: dict[tuple[str, str], TrialResult] = {}
+    for result in ranked(results, objective):
+        best.setdefault(strategy_of(result), result)
+    return tuple(best.values())
+
+
+def write_trials_csv(path: Path, results: tuple[TrialResult, ...]) -> None:
+    recalls = sorted({name for result in results for name in result.val if name not in METRICS})
+    metrics = (*METRICS, *recalls)
+    with written_whole(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["trial_id", "outcome", "error", *AXES, "epochs", "best_epoch", *(f"val_{name}" for name in metrics)]
+            + ["trainable_parameters", "frozen_parameters", "train_seconds"]
+        )
+        for result in results:
+            config = result.config.to_json()
+            writer.writerow(
+                [result.trial_id, result.outcome, result.error, *(config[axis] for axis in AXES)]
+                + [result.epochs, result.best_epoch, *(result.val.get(name, "") for name in metrics)]
+                + [result.trainable_parameters, result.frozen_parameters, round(result.train_seconds, 2)]
+            )
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with written_whole(path) as scratch:
+        scratch.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a record; a last line cut short by a crash is left out."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _append(path: Path, values: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values, ensure_ascii=False) + "\n")

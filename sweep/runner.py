@@ -1,0 +1,157 @@
+"""The same plan inline or on Ray: who trains what next, and what becomes of each epoch."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from sweep.halving import Halving
+from sweep.search import Search, Suggestion
+from sweep.worker import TrialEnd, TrialJob, Work, failure, load_program
+
+
+class Listener(Protocol):
+    """Hears what happens in a sweep. Called from one thread; must return at once and not raise."""
+
+    def started(self, suggestion: Suggestion) -> None: ...
+    def epoch(self, metrics: EpochMetrics) -> None: ...
+    def ended(self, number: int, result: TrialResult) -> None: ...
+
+
+@dataclass
+class _Running:
+    suggestion: Suggestion
+    started: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+    epochs: list[EpochMetrics] = field(default_factory=list)
+    abandoned: bool = False
+
+
+class Conductor:
+    """Hands out trials and decides after each epoch; both runners only carry its words.
+
+    Not thread-safe, except `interrupt`.
+
+    Args:
+        work: what all trials have in common.
+        search: suggests them.
+        halving: ends weak ones early, if given.
+        parameters: a configuration's (trainable, frozen) parameters.
+        listeners: hear of everything.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        search: Search,
+        halving: Halving | None,
+        parameters: Callable[[TrialConfig], tuple[int, int]],
+        listeners: Sequence[Listener],
+    ) -> None:
+        self.work = work
+        self._parameters = parameters
+        self._search = search
+        self._halving = halving
+        self._listeners = listeners
+        self._running: dict[str, _Running] = {}
+        self.interrupted = False
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def interrupt(self) -> None:
+        """Give out no more trials and end each running one after its epoch, unfinished and without a result."""
+        self.interrupted = True
+
+    def next_job(self) -> TrialJob | None:
+        """The next trial, or None when all have been given out."""
+        suggestion = None if self.interrupted else self._search.suggest()
+        if suggestion is None:
+            return None
+        self._running[suggestion.trial_id] = _Running(suggestion)
+        for listener in self._listeners:
+            listener.started(suggestion)
+        return TrialJob(suggestion.trial_id, suggestion.config, self.work)
+
+    def epoch(self, metrics: EpochMetrics) -> bool:
+        """Take note of an epoch; whether the trial goes on."""
+        running = self._running.get(metrics.trial_id)
+        if running is None:
+            return False  # its end was decided before
+        running.epochs.append(metrics)
+        running.seconds = time.monotonic() - running.started
+        value = metrics.val[self.work.objective.metric]
+        for listener in self._listeners:
+            listener.epoch(metrics)
+        self._search.report(running.suggestion.number, metrics.epoch, value)
+        if self.interrupted and metrics.epoch < running.suggestion.config.epochs:
+            running.abandoned = True
+            return False
+        if self._halving is None or self._halving.keep(metrics.trial_id, metrics.epoch, value):
+            return True
+        self._finish(running, Outcome.STOPPED_EARLY, TrialEnd())
+        return False
+
+    def ended(self, trial_id: str, end: TrialEnd) -> None:
+        """A trial came to its own end, well or badly."""
+        running = self._running.get(trial_id)
+        if running is None or running.abandoned:
+            return
+        if not end.error and not running.epochs:
+            end = TrialEnd("the trial ended without an epoch")
+        self._finish(running, Outcome.FAILED if end.error else Outcome.COMPLETED, end)
+
+    def _finish(self, running: _Running, outcome: Outcome, end: TrialEnd) -> None:
+        suggestion = running.suggestion
+        del self._running[suggestion.trial_id]
+        result = self._result(running, outcome, end)
+        value = result.val.get(self.work.objective.metric)
+        self._search.finish(suggestion.number, outcome, value)
+        for listener in self._listeners:
+            listener.ended(suggestion.number, result)
+
+    def _result(self, running: _Running, outcome: Outcome, end: TrialEnd) -> TrialResult:
+        config = running.suggestion.config
+        best = best_epoch(running.epochs, self.work.objective)
+        trainable, frozen = self._parameters(config)
+        return TrialResult(
+            trial_id=running.suggestion.trial_id,
+            config=config,
+            outcome=outcome,
+            epochs=len(running.epochs),
+            best_epoch=best.epoch if best else 0,
+            val=best.val if best else {},
+            trainable_parameters=trainable,
+            frozen_parameters=frozen,
+            train_seconds=running.seconds,
+            error=end.error,
+            traceback=end.traceback,
+        )
+
+
+def best_epoch(epochs: Sequence[EpochMetrics], objective: Objective) -> EpochMetrics | None:
+    """The first epoch with the best objective, as training keeps its weights; None if there is none."""
+    best, best_value = None, objective.worst
+    for metrics in epochs:
+        value = metrics.val[objective.metric]
+        if objective.better(value, best_value):
+            best, best_value = metrics, value
+    return best
+
+
+def run_inline(conductor: Conductor) -> None:
+    """Run every trial in this process, one after the other: breakpoints work, and nothing else is needed."""
+    while (job := conductor.next_job()) is not None:
+        end = TrialEnd()
+        try:
+            epochs = load_program(job.work.program)(job)
+            metrics = next(epochs)
+            while True:
+                metrics = epochs.send(conductor.epoch(metrics))
+        except StopIteration:
+            pass
+        except Exception as error:
+            end = failure(error)
+        conductor.ended(job.trial_id, end)

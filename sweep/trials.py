@@ -1,0 +1,270 @@
+"""The Ray side: one local or remote Ray, warm workers that run many trials in turn, and our decisions in Ray's words.
+
+The only home of Ray. Ray Tune places trials on CPUs and GPUs; which trial comes next, whether it goes on and what is
+recorded is the conductor's business. Nothing in this file may raise into Ray's loop: an exception there ends the
+whole sweep.
+"""
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+# Read by Ray when it is imported: nothing of its own on the terminal or beside the trials, no dashboard sockets.
+os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+import ray
+from ray import tune
+from ray.tune import ProgressReporter
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+
+from cxr_models.trial import EpochMetrics, TrialConfig
+from sweep.runner import Conductor
+from sweep.worker import TrialEnd, TrialJob, TrialProcess, Work
+
+INTERRUPT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What each trial takes, and how many run at once."""
+
+    cpus_per_trial: float
+    gpus_per_trial: float
+    concurrency: int
+
+
+@contextmanager
+def ray_cluster(address: str, *, cores: int, gpus: int) -> Iterator[None]:
+    """Connect to `address`, or start Ray on this machine if it is empty, for the length of the block.
+
+    A local Ray listens on loopback only, with a token of its own.
+
+    Raises:
+        ConnectionError: nothing answers at the address.
+    """
+    if address:
+        _connect(address)
+    else:
+        _start_local(cores, gpus)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    check_address(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        raise ConnectionError(f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}") from error
+
+
+def check_address(address: str, timeout_s: float = 5.0) -> None:
+    """Fail at once where Ray itself would try for a minute.
+
+    Raises:
+        ConnectionError: the host and port in the address accept no connection.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        if address in ("auto", "local"):
+            return
+        raise ConnectionError(f"expected a Ray address (auto, HOST:PORT or ray://HOST:PORT), but got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, "
+            "or leave --address out to use this machine"
+        ) from error
+
+
+def _start_local(cores: int, gpus: int) -> None:
+    # Without a token in the environment Ray writes one into the home folder, which need not be writable.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Keeps every socket on loopback, together with the node address below.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Ray's memory monitor ends the whole sweep where it means one worker; the child's memory is bounded instead.
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    ray.init(
+        num_cpus=cores,
+        num_gpus=gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=True,
+        object_store_memory=200 * 1024**2,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder: Path) -> None:
+    """Run every trial on the connected Ray.
+
+    Args:
+        conductor: decides; its methods are called from one thread of this process.
+        placement: what each trial takes.
+        total: the most trials.
+        folder: for Ray's own state and the workers' logs.
+
+    Raises:
+        KeyboardInterrupt: handed on after running trials were ended; finished ones are recorded.
+        RuntimeError: Ray itself failed.
+    """
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    tuner = tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(_RayTrial, work=conductor.work, logs=folder / "logs"),
+            {"cpu": placement.cpus_per_trial, "gpu": placement.gpus_per_trial},
+        ),
+        tune_config=tune.TuneConfig(
+            num_samples=total,
+            search_alg=_ConductorSearcher(_Reference(conductor)),
+            scheduler=_ConductorScheduler(_Reference(conductor)),
+            max_concurrent_trials=placement.concurrency,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=str(folder),
+            verbose=0,
+            progress_reporter=_Silent(),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
+    failures: list[str] = []
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except Exception:
+            failures.append(traceback.format_exc())
+
+    # Off the main thread Ray leaves the signal handlers alone, so Ctrl-C arrives here.
+    thread = threading.Thread(target=fit, name="ray-tune", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    except KeyboardInterrupt:
+        conductor.interrupt()
+        thread.join(INTERRUPT_TIMEOUT_S)
+        raise
+    if failures:
+        raise RuntimeError(f"Ray Tune stopped the sweep:\n{failures[0]}")
+
+
+class _RayTrial(tune.Trainable):
+    """A warm worker: Ray hands it one trial after another, a child process trains them."""
+
+    def setup(self, config: dict[str, Any], work: Work, logs: Path) -> None:
+        if not ray.get_gpu_ids():
+            # Ray leaves a CPU trial the sight of every GPU, and TensorFlow would take them.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        self._process = TrialProcess(logs / f"worker-{os.getpid()}.log")
+        self._work = work
+        self._start(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._start(new_config)
+        return True
+
+    def _start(self, config: dict[str, Any]) -> None:
+        trial = TrialConfig.from_json(config["config"])
+        self._process.start(TrialJob(config["trial_id"], trial, self._work))
+
+    def step(self) -> dict[str, Any]:
+        event = self._process.next()
+        return {"event": event, "done": isinstance(event, TrialEnd)}
+
+    def cleanup(self) -> None:
+        self._process.close()
+
+
+class _Reference:
+    """Finds the conductor in this process again. Ray pickles what it is given, a conductor cannot be."""
+
+    _conductors: ClassVar[WeakValueDictionary[int, Conductor]] = WeakValueDictionary()
+
+    def __init__(self, conductor: Conductor) -> None:
+        self._key = id(conductor)
+        self._conductors[self._key] = conductor
+
+    @property
+    def conductor(self) -> Conductor:
+        return self._conductors[self._key]
+
+
+class _ConductorSearcher(Searcher):
+    """Hands Ray the conductor's next trial."""
+
+    def __init__(self, reference: _Reference) -> None:
+        super().__init__()
+        self._reference = reference
+
+    def suggest(self, trial_id: str) -> Any:
+        job = self._reference.conductor.next_job()
+        if job is None:
+            return Searcher.FINISHED
+        return {"trial_id": job.trial_id, "config": job.config.to_json()}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        pass  # the scheduler hears of it, with the trial's configuration
+
+    def save(self, checkpoint_path: str) -> None:
+        pass  # the study keeps its own journal
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+
+class _ConductorScheduler(FIFOScheduler):
+    """Tells the conductor of every epoch and end."""
+
+    def __init__(self, reference: _Reference) -> None:
+        super().__init__()
+        self._reference = reference
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        event = result.get("event")
+        if isinstance(event, EpochMetrics) and not self._reference.conductor.epoch(event):
+            return FIFOScheduler.STOP
+        return FIFOScheduler.CONTINUE
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        event = result.get("event")
+        if isinstance(event, TrialEnd):
+            self._reference.conductor.ended(trial.config["trial_id"], event)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        text = trial.get_ray_actor_error() if hasattr(trial, "get_ray_actor_error") else None
+        cause = str(text or trial.get_error() or "the worker was lost").strip().splitlines()[-1]
+        self._reference.conductor.ended(trial.config["trial_id"], TrialEnd(f"the Ray worker failed: {cause}"))
+
+
+class _Silent(ProgressReporter):
+    """Our own progress is shown instead."""
+
+    def should_report(self, trials: Any, done: bool = False) -> bool:
+        return False
+
+    def report(self, trials: Any, done: bool, *sys_info: Any) -> None:
+        pass
