@@ -42,6 +42,8 @@ class Backbone:
         input_range: what its first layer must be given.
         stage_starts: the first layer of each stage; the layers in front of the second are the first stage. One stage
             per resolution of the main path.
+        layers: how many there are, the input layer included.
+        convolutions: how many lie on the main path; `convs:K` counts these.
         imagenet_file: name Keras gives the file of ImageNet weights, `{side}` being the side they were trained at;
             empty where there are none.
         smallest_side: the smallest image side the architecture accepts, in pixels.
@@ -56,6 +58,8 @@ class Backbone:
     application: str
     input_range: InputRange
     stage_starts: tuple[str, ...]
+    layers: int
+    convolutions: int
     imagenet_file: str = ""
     smallest_side: int = 32
     alpha: float | None = None
@@ -86,6 +90,8 @@ def _mobilenet_v2(alpha: float) -> Backbone:
         application="MobileNetV2",
         input_range=InputRange.SYMMETRIC,
         stage_starts=("input_layer", "block_1_expand", "block_3_expand", "block_6_expand", "block_13_expand"),
+        layers=154,
+        convolutions=52,
         imagenet_file=f"mobilenet_v2_weights_tf_dim_ordering_tf_kernels_{alpha}_{{side}}_no_top.h5",
         alpha=alpha,
         bundled_file="mobilenet_v2_0.35_phantom_notop.weights.h5" if alpha == 0.35 else "",
@@ -105,6 +111,8 @@ _ROWS = (
             "block4a_expand_conv",
             "block6a_expand_conv",
         ),
+        layers=237,
+        convolutions=49,
         imagenet_file="efficientnetb0_notop.h5",
         side_convolutions=r"_se_(reduce|expand)$",
         imagenet_deviations=True,
@@ -120,6 +128,8 @@ _ROWS = (
             "conv4_block1_1_conv",
             "conv5_block1_1_conv",
         ),
+        layers=175,
+        convolutions=49,
         imagenet_file="resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5",
         side_convolutions=r"_0_conv$",
     ),
@@ -134,6 +144,8 @@ _ROWS = (
             "conv4_block1_0_bn",
             "conv5_block1_0_bn",
         ),
+        layers=427,
+        convolutions=120,
         imagenet_file="densenet121_weights_tf_dim_ordering_tf_kernels_notop.h5",
     ),
     Backbone(
@@ -141,6 +153,8 @@ _ROWS = (
         application="",
         input_range=InputRange.UNIT,
         stage_starts=("input_layer", "conv_2", "conv_3", "conv_4"),
+        layers=9,
+        convolutions=4,
         smallest_side=70,
     ),
 )

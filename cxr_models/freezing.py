@@ -118,31 +118,41 @@ def _parse_rule(part: str, text: str) -> tuple[str, float]:
     raise ValueError(f"expected a freeze strategy ({FORMS}), but got {text!r}")
 
 
-def frozen_layers(phase: Phase, backbone: Backbone, table: LayerTable) -> int:
-    """How many leading layers of the backbone are frozen in this phase.
+def strategy_problem(strategy: FreezeStrategy, backbone: Backbone) -> str:
+    """Why the strategy asks for more than the backbone has, or an empty string."""
+    available = {
+        "first": ("layers", backbone.layers),
+        "last": ("layers", backbone.layers),
+        "convs": ("convolutions", backbone.convolutions),
+        "stages": ("stages", len(backbone.stage_starts)),
+    }
+    for phase in strategy.phases:
+        what, most = available.get(phase.rule, ("", 0))
+        if what and phase.amount > most:
+            return (
+                f"{phase.text!r} does not fit {backbone.name}, which has {most} {what}; use at most {phase.rule}:{most}"
+            )
+    return ""
 
-    Raises:
-        ValueError: the phase asks for more layers, convolutions or stages than the backbone has.
-    """
-    layers = table.layers
+
+def frozen_layers(phase: Phase, backbone: Backbone, table: LayerTable) -> int:
+    """How many leading layers of the backbone are frozen in a phase that fits it."""
+    layers, amount = len(table.layers), int(phase.amount)
     match phase.rule:
         case "all":
-            return len(layers)
+            return layers
         case "none":
             return 0
         case "fraction":
-            return floor(phase.amount * len(layers))
-        case "first" | "last":
-            _check_amount(phase, backbone, "layers", len(layers))
-            return int(phase.amount) if phase.rule == "first" else len(layers) - int(phase.amount)
+            return floor(phase.amount * layers)
+        case "first":
+            return amount
+        case "last":
+            return layers - amount
         case "convs":
-            starts = main_convolutions(backbone, table)
-            _check_amount(phase, backbone, "convolutions", len(starts))
-            return starts[-int(phase.amount)]
+            return main_convolutions(backbone, table)[-amount]
         case "stages":
-            _check_amount(phase, backbone, "stages", len(backbone.stage_starts))
-            names = [layer.name for layer in layers]
-            return names.index(backbone.stage_starts[-int(phase.amount)])
+            return [layer.name for layer in table.layers].index(backbone.stage_starts[-amount])
     raise ValueError(f"expected a rule of {FORMS}, but got {phase.rule!r}")
 
 
@@ -154,14 +164,6 @@ def main_convolutions(backbone: Backbone, table: LayerTable) -> list[int]:
         for index, layer in enumerate(table.layers)
         if layer.kind in CONVOLUTIONS and not (aside and aside.search(layer.name))
     ]
-
-
-def _check_amount(phase: Phase, backbone: Backbone, what: str, available: int) -> None:
-    if phase.amount > available:
-        raise ValueError(
-            f"freeze {phase.text!r} does not fit {backbone.name}, which has {available} {what}; "
-            f"use at most {phase.rule}:{available}"
-        )
 
 
 def decide(phase: Phase, backbone: Backbone, table: LayerTable, batch_norm: str) -> dict[str, Treatment]:

@@ -38,7 +38,7 @@ def run_trial(
     """
     folder.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(config.seed)
-    weights = data.weights.get((config.backbone, config.weights))
+    weights = data.weights.get((config.backbone, config.weights, config.image_side))
     network = build_network(config, classes=len(data.classes), channels=data.channels, weights=weights)
     loop = _EpochLoop(trial_id, config, data, network)
     strategy = parse_strategy(config.freeze)

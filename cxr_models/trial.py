@@ -116,6 +116,20 @@ AXES: tuple[str, ...] = tuple(field.name for field in fields(TrialConfig))
 
 
 @dataclass(frozen=True)
+class Suggestion:
+    """A trial to run.
+
+    Attributes:
+        number: 0 for the first of a sweep.
+        trial_id: the configuration's digest, with `-2`, `-3`, ... where it is suggested again.
+    """
+
+    number: int
+    trial_id: str
+    config: TrialConfig
+
+
+@dataclass(frozen=True)
 class Objective:
     """The validation metric a sweep optimises, and which way.
 
@@ -213,7 +227,7 @@ class TrialData:
         train, val: indices into the pixel array and `labels`.
         channels: 1 where every image of the data set is grey, else 3.
         pixels: image side -> `.npy` file, uint8 (images, side, side, channels).
-        weights: (backbone, weights) as a `TrialConfig` names them -> file; what starts from scratch is absent.
+        weights: (backbone, weights, image_side) of a `TrialConfig` -> file; what starts from scratch is absent.
     """
 
     classes: tuple[str, ...]
@@ -222,4 +236,4 @@ class TrialData:
     val: NDArray[np.int64]
     channels: int
     pixels: Mapping[int, Path]
-    weights: Mapping[tuple[str, str], Path] = field(default_factory=dict)
+    weights: Mapping[tuple[str, str, int], Path] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_models.storage import written_whole
-from cxr_models.trial import AXES, METRICS, EpochMetrics, Objective, Outcome, TrialResult
+from cxr_models.trial import AXES, METRICS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class RunFolder:
     def study(self) -> Path:
         """Optuna's journal; optuna-dashboard reads it while the sweep runs."""
         return self.state / "study.journal"
+
+    @property
+    def suggestion_record(self) -> Path:
+        """One line a trial that was begun: number, trial_id and configuration."""
+        return self.state / "suggestions.jsonl"
 
     @property
     def epoch_record(self) -> Path:
@@ -131,6 +136,10 @@ class Record:
     def results(self) -> tuple[TrialResult, ...]:
         """Every ended trial, in the order of suggestion."""
         return tuple(self._results[number] for number in sorted(self._results))
+
+    def started(self, suggestion: Suggestion) -> None:
+        entry = {"number": suggestion.number, "trial_id": suggestion.trial_id, "config": suggestion.config.to_json()}
+        _append(self._folder.suggestion_record, entry)
 
     def epoch(self, metrics: EpochMetrics) -> None:
         _append(self._folder.epoch_record, metrics.to_json())

@@ -5,10 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from cxr_models.trial import EpochMetrics, Objective, Outcome, Suggestion, TrialConfig, TrialResult
 from sweep.halving import Halving
-from sweep.search import Search, Suggestion
+from sweep.search import Search
 from sweep.worker import TrialEnd, TrialJob, Work, failure, load_program
+
+
+class RayError(RuntimeError):
+    """Ray ended the sweep before its last trial."""
 
 
 class Listener(Protocol):
@@ -56,10 +60,7 @@ class Conductor:
         self._listeners = listeners
         self._running: dict[str, _Running] = {}
         self.interrupted = False
-
-    @property
-    def running(self) -> int:
-        return len(self._running)
+        self.epochs_run = 0
 
     def interrupt(self) -> None:
         """Give out no more trials and end each running one after its epoch, unfinished and without a result."""
@@ -81,12 +82,15 @@ class Conductor:
         if running is None:
             return False  # its end was decided before
         running.epochs.append(metrics)
+        self.epochs_run += 1
         running.seconds = time.monotonic() - running.started
         value = metrics.val[self.work.objective.metric]
         for listener in self._listeners:
             listener.epoch(metrics)
         self._search.report(running.suggestion.number, metrics.epoch, value)
-        if self.interrupted and metrics.epoch < running.suggestion.config.epochs:
+        if metrics.epoch == running.suggestion.config.epochs:
+            return True  # its own last; there is nothing left to decide
+        if self.interrupted:
             running.abandoned = True
             return False
         if self._halving is None or self._halving.keep(metrics.trial_id, metrics.epoch, value):

@@ -33,7 +33,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from cxr_models.trial import EpochMetrics, TrialConfig
-from sweep.runner import Conductor
+from sweep.runner import Conductor, RayError
 from sweep.worker import TrialEnd, TrialJob, TrialProcess, Work
 
 INTERRUPT_TIMEOUT_S = 10.0
@@ -125,7 +125,7 @@ def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder
 
     Raises:
         KeyboardInterrupt: handed on after running trials were ended; finished ones are recorded.
-        RuntimeError: Ray itself failed.
+        RayError: Ray itself failed; finished trials are recorded.
     """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner = tune.Tuner(
@@ -168,7 +168,7 @@ def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder
         thread.join(INTERRUPT_TIMEOUT_S)
         raise
     if failures:
-        raise RuntimeError(f"Ray Tune stopped the sweep:\n{failures[0]}")
+        raise RayError(failures[0])
 
 
 class _RayTrial(tune.Trainable):
@@ -179,7 +179,7 @@ class _RayTrial(tune.Trainable):
             # Ray leaves a CPU trial the sight of every GPU, and TensorFlow would take them.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        self._process = TrialProcess(logs / f"worker-{os.getpid()}.log")
+        self._process = TrialProcess(logs / f"worker-{os.getpid()}.log", work.preload)
         self._work = work
         self._start(config)
 

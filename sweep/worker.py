@@ -37,6 +37,7 @@ class Work:
         folder: each trial keeps its weights and validation scores in a folder of its own below it.
         threads: of TensorFlow's operations.
         program: `module:function`, the generator that trains.
+        preload: modules it needs that are slow to import; a worker's fork server imports them once.
     """
 
     data: TrialData
@@ -44,6 +45,7 @@ class Work:
     folder: Path
     threads: int
     program: str = "sweep.worker:train"
+    preload: tuple[str, ...] = ("cxr_models.training", "sklearn.metrics")
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,10 @@ class TrialProcess:
 
     Args:
         log: file for what the child's libraries print.
-        preload: modules the fork server imports once.
+        preload: see `Work`.
     """
 
-    def __init__(self, log: Path, preload: tuple[str, ...] = ("cxr_models.training", "sklearn.metrics")) -> None:
+    def __init__(self, log: Path, preload: tuple[str, ...]) -> None:
         self._log = log
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["sweep.worker", *preload])
@@ -177,7 +179,7 @@ def serve(connection: Connection, log: Path) -> None:
     """The child: train what arrives until the other side closes."""
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means for running trials
-    _redirect_output(log)
+    redirect_output(log)
     while True:
         try:
             job = connection.recv()
@@ -205,7 +207,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _redirect_output(log: Path) -> None:
+def redirect_output(log: Path) -> None:
     """TensorFlow's C++ side writes to the descriptors themselves, so those are replaced."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:

@@ -1,0 +1,110 @@
+"""One image file: whether it can be read, what it is, and its picture in 8 bits."""
+
+import hashlib
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+# What may lie behind those names. Pillow's other readers are never tried: that of EPS starts another program.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
+MAX_PIXELS = 100_000_000
+GREY_BIT_DEPTHS = (8, 10, 12, 14, 16)  # as X-ray detectors write them, mostly into 16-bit files
+
+
+class ImageFacts(NamedTuple):
+    """What reading the whole file once tells.
+
+    Attributes:
+        sha256: of the file's bytes.
+        width, height: in pixels, of the upright picture.
+        mode: Pillow's, of the file.
+        grey: whether the colour channels are equal in every pixel.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    mode: str
+    grey: bool
+
+
+def examine(path: Path) -> ImageFacts | str:
+    """Read and decode the whole file.
+
+    Returns:
+        The facts, or in a few words why there is no picture in the file.
+    """
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            if file.tell() == 0:
+                return "the file is empty (0 bytes)"
+            file.seek(0)
+            mode, picture = _decoded(file)
+    except UnidentifiedImageError:
+        return f"no picture of the formats {', '.join(FORMATS)}"
+    except OSError as error:
+        return error.strerror or str(error)
+    except (
+        Exception
+    ) as error:  # broken files make Pillow's readers raise nearly anything: SyntaxError, struct.error ...
+        return f"{type(error).__name__}: {error}"
+    return ImageFacts(sha256, *picture.size, mode, _is_grey(picture))
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Read one picture as people see it: upright, in mode L or RGB, 8 bits a channel.
+
+    EXIF orientation is applied. Alpha is dropped, not blended. Grey values of 16 or 32 bits are scaled linearly from
+    the smallest of 8, 10, 12, 14 and 16 bits that holds the largest value of the image.
+
+    Raises:
+        OSError: the file is missing, truncated or no picture.
+        ValueError: more than `MAX_PIXELS`, float pixels, or grey values outside 16 bits.
+    """
+    with path.open("rb") as file:
+        return _decoded(file)[1]
+
+
+def _decoded(file: BinaryIO) -> tuple[str, Image.Image]:
+    with Image.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} megapixels")
+        return image.mode, _in_eight_bits(ImageOps.exif_transpose(image))
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    match image.mode:
+        case "L" | "RGB":
+            return image
+        case "1" | "LA" | "La":
+            return image.convert("L")
+        case "P" | "PA":
+            return image.convert("RGBA").convert("RGB")  # straight to RGB, Pillow warns about transparent palettes
+        case "F":
+            raise ValueError("float pixels (mode F) have no known range; expected 8 or 16 bits a channel")
+        case mode if mode.startswith("I"):
+            return _scaled_to_eight_bits(image)
+        case _:
+            return image.convert("RGB")
+
+
+def _scaled_to_eight_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    bits = next((bits for bits in GREY_BIT_DEPTHS if high < 2**bits), None)
+    if low < 0 or bits is None:
+        raise ValueError(f"grey values from {low} to {high}; expected 0 to 65535")
+    table = np.rint(np.arange(2**bits) * (255 / (2**bits - 1))).astype(np.uint8)
+    return Image.fromarray(table[values])
+
+
+def _is_grey(picture: Image.Image) -> bool:
+    if picture.mode == "L":
+        return True
+    red, green, blue = np.moveaxis(np.asarray(picture), -1, 0)
+    return bool((red == green).all() and (green == blue).all())

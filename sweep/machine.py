@@ -1,0 +1,104 @@
+"""What this machine has, and how trials share it."""
+
+import math
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from sweep.spec import ResourceSpec
+
+# What a trial's process needs at least: TensorFlow itself, a small network and its data.
+MEMORY_PER_TRIAL_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The resources trials may use: those of this machine, or of a Ray cluster."""
+
+    cores: int
+    gpus: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """What one trial gets, and how many run at once.
+
+    Attributes:
+        threads: of TensorFlow's operations in a trial; metrics are bit-equal only for the same number.
+        notes: what was asked for and is not there.
+    """
+
+    cpus_per_trial: float
+    gpus_per_trial: float
+    concurrency: int
+    threads: int
+    notes: tuple[str, ...] = ()
+
+
+def this_machine() -> Machine:
+    """Cores this process may use, GPUs it may see, memory."""
+    return Machine(_cores(), _gpus(), psutil.virtual_memory().total)
+
+
+def allot(wanted: ResourceSpec, machine: Machine, trials: int) -> Allotment:
+    """Share the machine among trials; what is not given is chosen so that the machine is full.
+
+    Raises:
+        ValueError: a trial asks for more than the whole machine has.
+    """
+    notes = []
+    gpus = wanted.gpus_per_trial if wanted.gpus_per_trial is not None else float(machine.gpus > 0)
+    if gpus and not machine.gpus:
+        notes.append(f"resources.gpus_per_trial is {gpus:g}, but there is no GPU: trials run on CPUs")
+        gpus = 0.0
+    if gpus > machine.gpus:
+        raise ValueError(f"a trial asks for {gpus:g} GPUs, but there are {machine.gpus}; lower gpus_per_trial")
+    if (wanted.cpus_per_trial or 0) > machine.cores:
+        raise ValueError(
+            f"a trial asks for {wanted.cpus_per_trial:g} CPUs, but there are {machine.cores}; lower cpus_per_trial"
+        )
+    concurrency = wanted.concurrency or _most_at_once(wanted, machine, gpus, trials)
+    cpus = wanted.cpus_per_trial or max(1.0, machine.cores // concurrency)
+    fitting = _fitting(machine, cpus, gpus)
+    if concurrency > fitting:
+        notes.append(f"{concurrency} trials at once were asked for, {fitting} fit on this machine")
+    return Allotment(cpus, gpus, min(concurrency, fitting), max(1, math.floor(cpus)), tuple(notes))
+
+
+def _most_at_once(wanted: ResourceSpec, machine: Machine, gpus: float, trials: int) -> int:
+    by_memory = max(1, int(machine.memory_bytes // MEMORY_PER_TRIAL_BYTES))
+    return max(1, min(trials, by_memory, _fitting(machine, wanted.cpus_per_trial or 1.0, gpus)))
+
+
+def _fitting(machine: Machine, cpus: float, gpus: float) -> int:
+    """How many trials fit. A share of a GPU lies on one device; two devices' remainders do not add up."""
+    by_cpu = int(machine.cores // cpus)
+    if not gpus:
+        return by_cpu
+    by_gpu = machine.gpus * int(1 // gpus) if gpus <= 1 else int(machine.gpus // gpus)
+    return min(by_cpu, by_gpu)
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        # A container's share of the cores, cgroup version 2: "<quota> <period>" or "max <period>".
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def _gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)  # noqa: S607
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())

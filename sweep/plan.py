@@ -1,0 +1,331 @@
+"""What a sweep will do, decided before anything starts: data and split, strategies and their parameters, resources.
+
+Everything here is checked against the data and the machine, and imports neither Keras, Ray nor MLflow.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cxr_models import network
+from cxr_models.backbones import BACKBONES
+from cxr_models.dataset import Manifest, Progress, assign_splits, read_manifest
+from cxr_models.freezing import parse_strategy
+from cxr_models.layer_table import LayerTable, layer_table
+from cxr_models.phantom import PATIENT_PATTERN, phantom_dataset
+from cxr_models.storage import written_whole
+from cxr_models.trial import SPLITS, TEST, TRAIN, VAL, TrialConfig, TrialData
+from sweep.halving import rungs
+from sweep.machine import Allotment, Machine, allot
+from sweep.spec import SpecError, SweepSpec
+from sweep.weights import WeightsFile, find_weights
+
+PHANTOM = "phantom"
+
+# The axes that shape a network; a value of each decides its parameters.
+SHAPING = ("backbone", "freeze", "batch_norm", "image_side", "pooling", "hidden_units", "output", "weights")
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A backbone with a freeze strategy, and its parameters over all the space's heads and image sides.
+
+    Attributes:
+        trainable, frozen: (fewest, most) for each phase.
+    """
+
+    backbone: str
+    freeze: str
+    batch_norm: str
+    trainable: tuple[tuple[int, int], ...]
+    frozen: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a sweep needs to know before its first trial.
+
+    Attributes:
+        splits: part of every record of the manifest.
+        trials: how many there will be.
+        rungs: epochs after which halving judges; empty without halving.
+        sides: image sides the trials use, in pixels.
+        weights: files of pretrained weights, by (backbone, weights, image_side) of a configuration.
+    """
+
+    spec: SweepSpec
+    manifest: Manifest
+    splits: tuple[str, ...]
+    strategies: tuple[Strategy, ...]
+    trials: int
+    max_epochs: int
+    rungs: tuple[int, ...]
+    sides: tuple[int, ...]
+    weights: dict[tuple[str, str, int], WeightsFile]
+    machine: Machine
+    allotment: Allotment
+    tables: dict[tuple[str, int], LayerTable]
+    notes: tuple[str, ...]
+
+    def parameters(self, config: TrialConfig) -> tuple[int, int]:
+        """A configuration's (trainable, frozen) parameters in its last phase."""
+        table = self.tables[config.backbone, config.image_side]
+        phase = parse_strategy(config.freeze).phases[-1]
+        return network.count_parameters(config, phase, table, len(self.manifest.classes))
+
+    def indices(self, part: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Positions of a part's images in the manifest."""
+        return np.flatnonzero(np.array(self.splits) == part).astype(np.int64)
+
+    def trial_data(self, pixels: dict[int, Path]) -> TrialData:
+        """What trials may read; the labels of the test images are not among it."""
+        labels = self.manifest.labels.copy()
+        labels[self.indices(TEST)] = -1
+        return TrialData(
+            classes=self.manifest.classes,
+            labels=labels,
+            train=self.indices(TRAIN),
+            val=self.indices(VAL),
+            channels=1 if self.manifest.grey else 3,
+            pixels=pixels,
+            weights={key: file.path for key, file in self.weights.items()},
+        )
+
+    def class_counts(self) -> dict[str, Counter[str]]:
+        """Part -> class -> images."""
+        counts: dict[str, Counter[str]] = {part: Counter() for part in SPLITS}
+        for record, part in zip(self.manifest.records, self.splits, strict=True):
+            counts[part][record.label] += 1
+        return counts
+
+    def patients(self, part: str) -> int:
+        owners = zip(self.manifest.records, self.splits, strict=True)
+        return len({record.patient for record, own_part in owners if own_part == part})
+
+
+def make_plan(
+    spec: SweepSpec,
+    machine: Machine,
+    *,
+    source: str,
+    cache_dir: Path,
+    weights_dir: Path | None = None,
+    progress: Callable[[str], Progress] | None = None,
+) -> Plan:
+    """Read the data, split it, and check the space against data, weights and machine.
+
+    Args:
+        spec: the sweep.
+        machine: what trials share.
+        source: the file of the spec, for messages.
+        cache_dir: for what need not be made twice.
+        weights_dir: where files of ImageNet weights may lie, beside Keras' own folder.
+        progress: given a description, where to report it.
+
+    Raises:
+        SpecError: the space does not fit the data, the weights or the machine; all problems at once.
+        DataError: the data cannot be used.
+    """
+    manifest = read_data(spec, cache_dir, progress)
+    splits = stored_splits(manifest, spec.data.seed, cache_dir)
+    problems: list[str] = []
+    networks, tables = _networks(spec, cache_dir, problems)
+    weights = find_weights(networks, tables, weights_dir, problems)
+    strategies = _strategies(networks, tables, len(manifest.classes), problems)
+    trials = _trials(spec)
+    try:
+        allotment = allot(spec.resources, machine, trials)
+    except ValueError as error:
+        problems.append(f"resources: {error}")
+    if problems:
+        raise SpecError(source, list(dict.fromkeys(problems)))
+    max_epochs = max(int(epochs) for epochs in _values(spec, "epochs"))
+    halving = spec.search.halving
+    marks = rungs(halving.grace_epochs, halving.reduction_factor, max_epochs) if halving else ()
+    return Plan(
+        spec=spec,
+        manifest=manifest,
+        splits=splits,
+        strategies=strategies,
+        trials=trials,
+        max_epochs=max_epochs,
+        rungs=marks,
+        sides=tuple(sorted({config.image_side for config in networks})),
+        weights=weights,
+        machine=machine,
+        allotment=allotment,
+        tables=tables,
+        notes=(*allotment.notes, *_notes(spec, manifest, max_epochs, marks)),
+    )
+
+
+def read_data(spec: SweepSpec, cache_dir: Path, progress: Callable[[str], Progress] | None) -> Manifest:
+    if spec.data.source == PHANTOM:
+        drawing = progress("drawing phantoms") if progress else None
+        source = phantom_dataset(cache_dir, seed=0, progress=drawing)
+        pattern = spec.data.patient or PATIENT_PATTERN
+    else:
+        source, pattern = Path(spec.data.source).expanduser(), spec.data.patient or ""
+    reading = progress("reading images") if progress else None
+    return read_manifest(source, patient=pattern, cache_dir=cache_dir, progress=reading)
+
+
+def stored_splits(manifest: Manifest, seed: int, cache_dir: Path) -> tuple[str, ...]:
+    """The split of a manifest, made once: scikit-learn alone takes longer to import than the rest of a plan."""
+    stored = cache_dir / "splits" / f"{manifest.digest[:16]}-{seed}.json"
+    try:
+        splits = tuple(json.loads(stored.read_text()))
+    except (OSError, ValueError):
+        splits = ()
+    if len(splits) != len(manifest.records):
+        splits = assign_splits(manifest, seed=seed)
+        with written_whole(stored) as scratch:
+            scratch.write_text(json.dumps(splits))
+    return splits
+
+
+def _trials(spec: SweepSpec) -> int:
+    if spec.search.algorithm != "grid":
+        return spec.search.trials
+    from sweep.search import Search
+
+    return Search(spec).total
+
+
+def _values(spec: SweepSpec, axis: str) -> Iterator[int | float]:
+    """Every number an axis can take, or the ends of its ranges."""
+    if axis not in spec.space.axes:
+        yield getattr(TrialConfig(backbone=""), axis)
+        return
+    for domain in spec.space.axes[axis].domains:
+        yield from (domain.low, domain.high) if hasattr(domain, "low") else domain  # type: ignore[misc]
+
+
+def _networks(
+    spec: SweepSpec, cache_dir: Path, problems: list[str]
+) -> tuple[list[TrialConfig], dict[tuple[str, int], LayerTable]]:
+    """Every network the space can build, and the layer tables they need."""
+    axes = [axis for axis in SHAPING if axis in spec.space.axes]
+    configs, tables = [], {}
+    for values in sorted(spec.space.combinations(*axes), key=str):
+        config = TrialConfig.from_json(dict(zip(axes, values, strict=True)))
+        key = config.backbone, config.image_side
+        if key not in tables:
+            try:
+                tables[key] = layer_table(BACKBONES[config.backbone], config.image_side, cache_dir)
+            except ValueError as error:
+                problems.append(f"space.image_side: {error}")
+                continue
+        configs.append(config)
+    return configs, tables
+
+
+def _strategies(
+    configs: Sequence[TrialConfig], tables: dict[tuple[str, int], LayerTable], classes: int, problems: list[str]
+) -> tuple[Strategy, ...]:
+    counts: dict[tuple[str, str, str], list[list[tuple[int, int]]]] = {}
+    for config in configs:
+        try:
+            network.output_units(config, classes)
+        except ValueError as error:
+            problems.append(f"space.output: {error}")
+            continue
+        table = tables[config.backbone, config.image_side]
+        phases = parse_strategy(config.freeze).phases
+        counted = [network.count_parameters(config, phase, table, classes) for phase in phases]
+        counts.setdefault((config.backbone, config.freeze, config.batch_norm), []).append(counted)
+    strategies = []
+    for (backbone, freeze, batch_norm), networks in counts.items():
+        by_phase = [([t for t, _ in phase], [f for _, f in phase]) for phase in zip(*networks, strict=True)]
+        trainable = tuple((min(found), max(found)) for found, _ in by_phase)
+        frozen = tuple((min(found), max(found)) for _, found in by_phase)
+        strategies.append(Strategy(backbone, freeze, batch_norm, trainable, frozen))
+    return tuple(sorted(strategies, key=lambda row: (row.backbone, row.trainable[-1], row.freeze)))
+
+
+def _notes(spec: SweepSpec, manifest: Manifest, max_epochs: int, marks: tuple[int, ...]) -> Iterator[str]:
+    if spec.data.source == PHANTOM:
+        yield "phantom data: synthetic drawings to try the sweep on, a demonstration and not medicine"
+    if manifest.unreadable:
+        yield f"{len(manifest.unreadable)} unreadable images are left out:"
+        yield from (f"  {bad.path}: {bad.reason}" for bad in manifest.unreadable[:20])
+        if len(manifest.unreadable) > 20:
+            yield f"  and {len(manifest.unreadable) - 20} more"
+    if manifest.patients == len(manifest.records) and spec.data.patient:
+        yield f"data.patient {spec.data.patient!r} gives every image a patient of its own; does it match the names?"
+    if manifest.patients == len(manifest.records) and not spec.data.patient:
+        yield "no patient is known: each image counts as its own (data.patient tells how file names name patients)"
+    if spec.search.halving and not marks:
+        yield f"halving has no rung: grace_epochs {spec.search.halving.grace_epochs}, most epochs {max_epochs}"
+
+
+def render_plan(plan: Plan) -> RenderableType:
+    """The plan as a person reads it."""
+    spec, allotment = plan.spec, plan.allotment
+    halving = ", ".join(map(str, plan.rungs)) if plan.rungs else "none"
+    device = f"{allotment.gpus_per_trial:g} GPU" if allotment.gpus_per_trial else "no GPU"
+    facts = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("data", f"{spec.data.source} ({plan.manifest.layout}), {len(plan.manifest.records)} images"),
+        ("patients", f"{plan.manifest.patients}, none on two sides of the split"),
+        ("objective", f"validation {spec.objective.metric}, {spec.objective.mode}imum"),
+        ("search", f"{spec.search.algorithm}, {plan.trials} trials, at most {plan.max_epochs} epochs each"),
+        ("rungs", f"after epochs {halving}" if plan.rungs else "none: every trial runs to its end"),
+        (
+            "resources",
+            f"{allotment.concurrency} trials at once, each {allotment.cpus_per_trial:g} CPU, {device}, "
+            f"{allotment.threads} threads",
+        ),
+    ):
+        facts.add_row(Text(name, style="bold"), Text(value))
+    notes = [Text(f"note: {note}", style="yellow") for note in plan.notes]
+    return Group(facts, _split_table(plan), _axis_table(plan), _strategy_table(plan), *notes)
+
+
+def _split_table(plan: Plan) -> Table:
+    table = Table(title="Images by part", title_justify="left")
+    table.add_column("part")
+    for name in (*plan.manifest.classes, "all", "patients"):
+        table.add_column(name, justify="right")
+    for part, counts in plan.class_counts().items():
+        own = [f"{counts[name]:,}" for name in plan.manifest.classes]
+        table.add_row(part, *own, f"{counts.total():,}", f"{plan.patients(part):,}")
+    return table
+
+
+def _axis_table(plan: Plan) -> Table:
+    table = Table(title="Search space", title_justify="left")
+    for name in ("axis", "values", "where"):
+        table.add_column(name)
+    for axis in plan.spec.space.axes.values():
+        for case in axis.cases:
+            table.add_row(axis.name, Text(str(case.domain)), Text(case.text))
+        table.add_row(axis.name, Text(str(axis.domain)), "otherwise" if axis.cases else "")
+    return table
+
+
+def _strategy_table(plan: Plan) -> Table:
+    table = Table(title="Strategies", title_justify="left")
+    for name in ("backbone", "freeze", "batch norm"):
+        table.add_column(name)
+    for name in ("trainable parameters", "frozen parameters"):
+        table.add_column(name, justify="right")
+    for row in plan.strategies:
+        table.add_row(row.backbone, row.freeze, row.batch_norm, _counts(row.trainable), _counts(row.frozen))
+    return table
+
+
+def _counts(phases: tuple[tuple[int, int], ...]) -> str:
+    spans = [f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in phases]
+    return ", then ".join(spans)
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    console.print(render_plan(plan))

@@ -1,0 +1,183 @@
+"""What a person sees while a sweep runs: a live table on a terminal, plain lines anywhere else."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from cxr_models.dataset import Progress
+from cxr_models.trial import EpochMetrics, Objective, Outcome, Suggestion, TrialResult
+
+SHOWN_TRIALS = 12
+
+
+class StepProgress:
+    """Progress bars of the work before the trials."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __call__(self, description: str) -> Progress:
+        """A function to tell (done, total); it shows nothing for work that is over at once."""
+        shown = _Bar(self._console, description) if self._console.is_terminal else _Lines(self._console, description)
+        return shown.update
+
+
+class _Bar:
+    def __init__(self, console: Console, description: str) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = RichProgress(*columns, console=console, transient=True)
+        self._task = self._progress.add_task(description)
+
+    def update(self, done: int, total: int) -> None:
+        if done == 1 or not self._progress.live.is_started:
+            self._progress.start()
+        self._progress.update(self._task, completed=done, total=total)
+        if done == total:
+            self._progress.stop()
+
+
+class _Lines:
+    """A line every few seconds."""
+
+    INTERVAL_S = 5.0
+
+    def __init__(self, console: Console, description: str) -> None:
+        self._console = console
+        self._description = description
+        self._started = self._shown = time.monotonic()
+
+    def update(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._shown < self.INTERVAL_S:
+            return
+        self._shown = now
+        left = (now - self._started) * (total - done) / max(1, done)
+        self._console.print(f"{self._description}: {done} of {total}, about {duration(left)} left")
+
+
+class SweepProgress:
+    """Listens to a sweep and shows trials by state, epochs, the best so far and the time left."""
+
+    def __init__(self, console: Console, objective: Objective, *, trials: int, max_epochs: int) -> None:
+        self._console = console
+        self._objective = objective
+        self._trials = trials
+        self._max_epochs = max_epochs
+        self._begun = time.monotonic()
+        self._running: dict[str, tuple[Suggestion, EpochMetrics | None]] = {}
+        self._results: list[TrialResult] = []
+        self._epochs = 0
+        self._live: Live | None = None
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Keep the table on the terminal for the length of the block."""
+        self._begun = time.monotonic()
+        if not self._console.is_terminal:
+            yield
+            return
+        with Live(self._table(), console=self._console, refresh_per_second=2, get_renderable=self._table) as live:
+            self._live = live
+            yield
+        self._live = None
+
+    def started(self, suggestion: Suggestion) -> None:
+        self._running[suggestion.trial_id] = suggestion, None
+        self._say(f"trial {suggestion.number + 1} of {self._trials} starts: {describe(suggestion)}")
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        self._epochs += 1
+        if metrics.trial_id in self._running:
+            suggestion, _ = self._running[metrics.trial_id]
+            self._running[metrics.trial_id] = suggestion, metrics
+            name = self._objective.metric
+            self._say(
+                f"trial {suggestion.number + 1} epoch {metrics.epoch}: train loss {metrics.train['loss']:.3f}, "
+                f"val loss {metrics.val['loss']:.3f}, val {name} {metrics.val[name]:.3f}, {metrics.seconds:.1f} s"
+            )
+
+    def ended(self, number: int, result: TrialResult) -> None:
+        self._running.pop(result.trial_id, None)
+        self._results.append(result)
+        value = result.val.get(self._objective.metric)
+        found = result.error or (f"val {self._objective.metric} {value:.3f}" if value is not None else "no epoch")
+        self._say(f"trial {number + 1} {result.outcome.replace('_', ' ')} after {result.epochs} epochs: {found}")
+        self._say(self._status().plain)
+
+    def _say(self, line: str) -> None:
+        if self._live is None:
+            self._console.print(line, highlight=False, markup=False)
+
+    def _status(self) -> Text:
+        states = Counter(result.outcome for result in self._results)
+        parts = [f"{len(self._results)} of {self._trials} trials ended ({self._epochs} epochs)"]
+        parts += [f"{states[outcome]} {outcome.replace('_', ' ')}" for outcome in Outcome if states[outcome]]
+        if best := self._best():
+            parts.append(f"best val {self._objective.metric} {best.val[self._objective.metric]:.3f}")
+        if left := self._seconds_left():
+            parts.append(f"about {duration(left)} left")
+        return Text(", ".join(parts))
+
+    def _best(self) -> TrialResult | None:
+        best, value = None, self._objective.worst
+        for result in self._results:
+            found = result.val.get(self._objective.metric)
+            if result.outcome is not Outcome.FAILED and found is not None and self._objective.better(found, value):
+                best, value = result, found
+        return best
+
+    def _seconds_left(self) -> float:
+        """Ended trials tell how long one takes; the running ones count by their epochs."""
+        halves = sum(metrics.epoch / self._max_epochs for _, metrics in self._running.values() if metrics)
+        done = len(self._results) + halves
+        if not self._results:
+            return 0.0
+        return (time.monotonic() - self._begun) * (self._trials - done) / done
+
+    def _table(self) -> RenderableType:
+        table = Table(title="Running", title_justify="left")
+        for name in ("trial", "configuration", "epoch", "train loss", "val loss", f"val {self._objective.metric}"):
+            table.add_column(name)
+        for suggestion, metrics in list(self._running.values())[:SHOWN_TRIALS]:
+            row = [str(suggestion.number + 1), describe(suggestion)]
+            if metrics:
+                row += [f"{metrics.epoch}/{suggestion.config.epochs}", f"{metrics.train['loss']:.3f}"]
+                row += [f"{metrics.val['loss']:.3f}", f"{metrics.val[self._objective.metric]:.3f}"]
+            table.add_row(*map(Text, row))
+        best = self._best()
+        lines = [Text(f"best so far: {describe_result(best, self._objective)}")] if best else []
+        return Group(table, *lines, self._status())
+
+
+def describe(suggestion: Suggestion) -> str:
+    config = suggestion.config
+    return (
+        f"{config.backbone} {config.freeze}, lr {config.learning_rate:.1e}, "
+        f"dropout {config.dropout:g}, batch {config.batch_size}"
+    )
+
+
+def describe_result(result: TrialResult, objective: Objective) -> str:
+    config = result.config
+    return (
+        f"{config.backbone} {config.freeze}, lr {config.learning_rate:.1e}, "
+        f"val {objective.metric} {result.val[objective.metric]:.3f} at epoch {result.best_epoch}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min 5 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,200 @@
+"""`python -m sweep.run SPACE.yaml`: arguments, what is printed, exit status.
+
+Exit status: 0 done; 1 the sweep could not finish; 2 the file, an argument or the data is wrong; 130 interrupted.
+"""
+
+import argparse
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from platformdirs import user_cache_path
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cxr_models.dataset import DataError
+from cxr_models.trial import METRICS, Objective, TrialResult
+from sweep.machine import Machine, this_machine
+from sweep.plan import Plan, make_plan, render_plan
+from sweep.progress import StepProgress, duration
+from sweep.record import RunFolder, ranked
+from sweep.spec import SpecError, read_spec
+
+DONE, UNFINISHED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+SHOWN_RANKS = 10
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m sweep.run",
+        description="Run the sweep a YAML file describes: every trial is tracked in MLflow, the best model saved.",
+    )
+    found.add_argument("space", type=Path, metavar="SPACE.yaml", help="search space, see search_spaces/")
+    found.add_argument("--data", metavar="DIR|CSV|phantom", help="images, in place of data.source")
+    found.add_argument("--weights", metavar="imagenet|bundled|none|PATH", help="of every pretrained backbone")
+    found.add_argument("--trials", type=int, metavar="N", help="how many trials, in place of search.trials")
+    found.add_argument("--max-epochs", type=int, metavar="N", help="most epochs of a trial, in place of space.epochs")
+    found.add_argument("--seed", type=int, metavar="N", help="of search, split and training")
+    found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set a value of the YAML file")
+    found.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where run folders lie (runs)")
+    found.add_argument("--name", metavar="NAME", help="of the run folder; refused if it exists")
+    found.add_argument("--cache-dir", type=Path, metavar="DIR", help="for decoded images and other work to keep")
+    found.add_argument("--weights-dir", type=Path, metavar="DIR", help="where files of ImageNet weights lie")
+    found.add_argument("--tracking-uri", metavar="URI", help="MLflow server (a SQLite store in the run folder)")
+    found.add_argument("--cpus-per-trial", type=float, metavar="X", help="CPUs a trial gets")
+    found.add_argument("--gpus-per-trial", type=float, metavar="X", help="GPUs a trial gets, such as 0.5")
+    found.add_argument("--concurrency", type=int, metavar="N", help="trials at once")
+    found.add_argument("--plan", action="store_true", help="show what would run, and stop")
+    found.add_argument("--inline", action="store_true", help="run in this process, without Ray: for debugging")
+    found.add_argument("--address", default="", metavar="ADDR", help="of a running Ray cluster, or auto")
+    return found
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """The arguments that stand for values of the file, as `--set` would give them; those of `--set` come last."""
+    named = {
+        "data.source": arguments.data,
+        "space.weights": arguments.weights,
+        "search.trials": arguments.trials,
+        "space.epochs": arguments.max_epochs,
+        "search.seed": arguments.seed,
+        "tracking.uri": arguments.tracking_uri,
+        "resources.cpus_per_trial": arguments.cpus_per_trial,
+        "resources.gpus_per_trial": arguments.gpus_per_trial,
+        "resources.concurrency": 1 if arguments.inline else arguments.concurrency,
+    }
+    return [f"{key}={value}" for key, value in named.items() if value is not None] + arguments.set
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _run(arguments, console)
+    except (SpecError, DataError, ConnectionError) as error:
+        errors.print(Text(str(error)))
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        errors.print("interrupted before the first trial; nothing was kept")
+        return INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    spec = read_spec(arguments.space, overrides(arguments))
+    cache_dir = arguments.cache_dir or user_cache_path("cxr-sweep")
+    machine = _machine(arguments.address)
+    plan = make_plan(
+        spec,
+        machine,
+        source=str(arguments.space),
+        cache_dir=cache_dir,
+        weights_dir=arguments.weights_dir,
+        progress=StepProgress(console),
+    )
+    console.print(render_plan(plan))
+    if arguments.plan:
+        return DONE
+    try:
+        folder = RunFolder.create(arguments.out, arguments.name or spec.name, exactly=bool(arguments.name))
+    except ValueError as error:
+        raise SpecError("the command", [str(error)]) from None
+    console.print(f"run folder: {folder.path}")
+    from sweep.session import run_sweep  # brings pandas, scikit-learn and matplotlib, which a plan can do without
+
+    try:
+        ended = run_sweep(
+            plan,
+            folder,
+            cache_dir=cache_dir,
+            inline=arguments.inline,
+            address=arguments.address,
+            console=console,
+        )
+    except ConnectionError:
+        shutil.rmtree(folder.path)  # nothing ran; the name stays free
+        raise
+    print_results(plan, ended.results, ended.summary, console)
+    if ended.tracking_problem:
+        console.print(Text(f"note: {ended.tracking_problem}", style="yellow"))
+    console.print(f"\nreport: {folder.report}\nsee every trial: {ended.ui_command}", soft_wrap=True)
+    if ended.interrupted:
+        console.print(f"interrupted: {len(ended.results)} finished trials are kept in {folder.path}", soft_wrap=True)
+        return INTERRUPTED
+    if ended.failure:
+        console.print(Text(f"Ray ended the sweep; {len(ended.results)} finished trials are kept:\n{ended.failure}"))
+        return UNFINISHED
+    return DONE if "best" in ended.summary else UNFINISHED
+
+
+def _machine(address: str) -> Machine:
+    if not address:
+        return this_machine()
+    from sweep.trials import cluster_machine
+
+    return cluster_machine(address)
+
+
+def print_results(plan: Plan, results: Sequence[TrialResult], summary: dict[str, object], console: Console) -> None:
+    """The ranking, the strategies, the best configuration and its test metrics."""
+    objective = plan.spec.objective
+    order = ranked(tuple(results), objective)
+    for result in results:
+        if result.error:
+            console.print(Text(f"trial {result.trial_id} failed: {result.error}", style="red"))
+    if not order:
+        console.print("no trial finished an epoch; see the errors above", style="red")
+        return
+    console.print(_ranking(order, objective))
+    console.print(_strategy_table(summary, objective))
+    best = order[0].config.to_json()
+    console.print(Text("best configuration: " + ", ".join(f"{axis} {value}" for axis, value in best.items())))
+    test = summary.get("test")
+    if isinstance(test, dict):
+        console.print(f"test set, opened once: {test['images']} images of {test['patients']} patients")
+        for name in METRICS:
+            found = test[name]
+            console.print(f"  {name} {found['value']:.3f} (95 % interval {found['low']:.3f} to {found['high']:.3f})")
+
+
+def _ranking(order: Sequence[TrialResult], objective: Objective) -> Table:
+    title = f"Best {min(SHOWN_RANKS, len(order))} of {len(order)} trials by validation {objective.metric}"
+    table = Table(title=title, title_justify="left")
+    for name in ("trial", "backbone", "freeze", "learning rate", "dropout", "batch", "epochs", "outcome"):
+        table.add_column(name)
+    table.add_column(objective.metric, justify="right")
+    for result in order[:SHOWN_RANKS]:
+        config = result.config
+        row = [result.trial_id, config.backbone, config.freeze, f"{config.learning_rate:.2e}", f"{config.dropout:g}"]
+        row += [str(config.batch_size), str(result.epochs), result.outcome.replace("_", " ")]
+        table.add_row(*map(Text, row), f"{result.val[objective.metric]:.3f}")
+    return table
+
+
+def _strategy_table(summary: dict[str, object], objective: Objective) -> Table:
+    table = Table(title="Strategies", title_justify="left")
+    for name in ("backbone", "freeze"):
+        table.add_column(name)
+    for name in ("trials", f"best {objective.metric}", f"median {objective.metric}", "trainable", "frozen", "time"):
+        table.add_column(name, justify="right")
+    rows = summary["strategies"]
+    for row in rows if isinstance(rows, list) else []:
+        counts = f"{row['trainable_parameters']:,}", f"{row['frozen_parameters']:,}"
+        values = f"{row['best_val']:.3f}", f"{row['median_val']:.3f}"
+        table.add_row(
+            row["backbone"], row["freeze"], str(row["trials"]), *values, *counts, duration(row["train_seconds"])
+        )
+    return table
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM is what schedulers send; it ends a sweep as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+"""A sweep as one YAML file says it: read with every problem at once, written back as resolved."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from cxr_models.backbones import BACKBONES
+from cxr_models.freezing import parse_strategy, strategy_problem
+from cxr_models.trial import AXES, METRICS, Objective
+from sweep.axes import point_schema, read_point, read_space, space_schema
+from sweep.document import Document, SpecError, Where, parse_value, read_document, shown, unknown, write_yaml
+from sweep.space import Range, Space, Value
+
+__all__ = [
+    "DataSpec",
+    "HalvingSpec",
+    "ResourceSpec",
+    "SearchSpec",
+    "SpecError",
+    "SweepSpec",
+    "TrackingSpec",
+    "json_schema",
+    "read_spec",
+]
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+SHORT_FORMS = {"data": "source", "objective": "metric"}
+TEXT_KEYS = ("data.patient", "data.source", "tracking.uri", "space.weights")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataSpec(_Section):
+    """Where the images are.
+
+    Attributes:
+        source: a folder, a CSV file, or `phantom`.
+        patient: how a file name tells the patient: a built-in name or a regular expression.
+        seed: of the split; the search's if the file gives none.
+    """
+
+    source: str = Field(min_length=1)
+    patient: str | None = None
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("patient")
+    @classmethod
+    def _is_expression(cls, patient: str | None) -> str | None:
+        try:
+            re.compile(patient or "")
+        except re.error as error:
+            raise ValueError(f"expected a regular expression or a built-in name ({error}), got {patient!r}") from error
+        return patient
+
+
+class HalvingSpec(_Section):
+    """Asynchronous successive halving, see `halving.py`."""
+
+    grace_epochs: int = Field(ge=1)
+    reduction_factor: int = Field(default=3, ge=2)
+
+
+class SearchSpec(_Section):
+    """How the space is searched.
+
+    Attributes:
+        trials: how many at most; a grid may have fewer points.
+        seed: of the suggestions.
+        halving: None to run every trial to its end.
+        fixed: points to run first, in this order; axes a point does not name are suggested.
+    """
+
+    algorithm: Literal["tpe", "random", "grid"] = "tpe"
+    trials: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    halving: HalvingSpec | None = None
+    fixed: Annotated[tuple[Mapping[str, Value], ...], Field(strict=False)] = ()
+
+
+class ResourceSpec(_Section):
+    """What one trial gets, and how many run at once; None is chosen from the machine."""
+
+    cpus_per_trial: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    gpus_per_trial: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    concurrency: int | None = Field(default=None, ge=1)
+
+    @field_validator("gpus_per_trial")
+    @classmethod
+    def _is_share_or_whole(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and not gpus.is_integer():
+            raise ValueError(f"expected a share of one GPU or a whole number of them, got {gpus}")
+        return gpus
+
+
+class TrackingSpec(_Section):
+    """The MLflow server and experiment; None for the run folder and the sweep's name."""
+
+    uri: str | None = None
+    experiment: str | None = None
+
+
+class ObjectiveSection(_Section):
+    """The section behind `Objective`; without a mode, the metric's own way is taken."""
+
+    metric: str = Field(json_schema_extra={"enum": list(METRICS)})
+    mode: Literal["min", "max"] | None = None
+
+    @field_validator("metric")
+    @classmethod
+    def _is_metric(cls, metric: str) -> str:
+        if metric not in METRICS:
+            raise ValueError(unknown(metric, METRICS))
+        return metric
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """A whole sweep, checked."""
+
+    name: str
+    data: DataSpec
+    objective: Objective
+    search: SearchSpec
+    space: Space
+    resources: ResourceSpec
+    tracking: TrackingSpec
+
+    def to_yaml(self) -> str:
+        """The resolved file, with every default written out; `read_spec` reads it back equal."""
+        search = self.search.model_dump()
+        fixed = [
+            {axis: list(value) if isinstance(value, tuple) else value for axis, value in point.items()}
+            for point in self.search.fixed
+        ]
+        return write_yaml(
+            {
+                "name": self.name,
+                "data": self.data.model_dump(exclude_none=True),
+                "objective": asdict(self.objective),
+                "search": {**search, "halving": search["halving"] or "none", "fixed": fixed},
+                "space": {axis.name: axis.to_yaml() for axis in self.space.axes.values()},
+                "resources": self.resources.model_dump(exclude_none=True),
+                "tracking": self.tracking.model_dump(exclude_none=True),
+            }
+        )
+
+
+KEYS = ("name", "data", "objective", "search", "space", "resources", "tracking")
+
+
+def read_spec(path: Path, overrides: Sequence[str] = ()) -> SweepSpec:
+    """Read a sweep.
+
+    Args:
+        path: the YAML file.
+        overrides: `KEY=VALUE`; the key is a path into the file such as `search.trials`, or the bare name of an axis.
+            Conditions and fixed points of the file that an overridden axis no longer meets are left out.
+
+    Raises:
+        SpecError: with all problems of the file and the overrides.
+    """
+    document = read_document(path)
+    _expand_short_forms(document)
+    for override in overrides:
+        _override(document, override)
+        _expand_short_forms(document)
+    document.check_keys((), document.values, KEYS)
+    spec = _resolve(document)
+    document.check()
+    if spec is None:  # `_resolve` notes a problem whenever it has no answer, and then `check` has raised
+        raise SpecError(document.source, ["could not be read"])
+    return spec
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the file, for editors: keys, types and names. `read_spec` checks more than a schema can."""
+    halving = {"anyOf": [HalvingSpec.model_json_schema(), {"enum": ["none", None]}]}
+    search = SearchSpec.model_json_schema()
+    del search["$defs"]
+    search["properties"] |= {"halving": halving, "fixed": {"type": "array", "items": point_schema()}}
+    text = {"type": "string"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Search space",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["name", "data", "objective", "search", "space"],
+        "properties": {
+            "name": {"type": "string", "pattern": NAME_PATTERN},
+            "data": {"anyOf": [text, DataSpec.model_json_schema()]},
+            "objective": {"anyOf": [text, ObjectiveSection.model_json_schema()]},
+            "search": search,
+            "space": space_schema(),
+            "resources": ResourceSpec.model_json_schema(),
+            "tracking": TrackingSpec.model_json_schema(),
+        },
+    }
+
+
+def _expand_short_forms(document: Document) -> None:
+    for section, key in SHORT_FORMS.items():
+        if section in document.values and not isinstance(document.values[section], dict | None):
+            document.move((section,), key)
+
+
+def _override(document: Document, override: str) -> None:
+    origin = f"--set {override}"
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        document.add((), "expected KEY=VALUE, such as search.trials=8 or freeze=all", origin)
+        return
+    where: Where = tuple(key.split("."))
+    if where[0] in AXES:
+        where = ("space", *where)
+    if where[0] not in KEYS:
+        document.add((), f"{unknown(key, (*KEYS, *AXES))}", origin)
+        return
+    document.set(where, text if ".".join(map(str, where)) in TEXT_KEYS else parse_value(text), origin)
+
+
+def _resolve(document: Document) -> SweepSpec | None:
+    name = _name(document)
+    search = _search(document)
+    seed = search.seed if search else 0
+    data = _section(DataSpec, document, "data", {"seed": seed})
+    objective = _section(ObjectiveSection, document, "objective")
+    resources = _section(ResourceSpec, document, "resources")
+    tracking = _section(TrackingSpec, document, "tracking")
+    space = read_space(document, seed)
+    fixed = _fixed(document, space)
+    if search and search.algorithm == "grid":
+        _check_grid(document, space)
+    _check_networks(document, space)
+    if not (name and search and data and objective and resources and tracking):
+        return None
+    return SweepSpec(
+        name,
+        data,
+        Objective(objective.metric, objective.mode or METRICS[objective.metric]),
+        search.model_copy(update={"fixed": fixed}),
+        space,
+        resources,
+        tracking,
+    )
+
+
+def _name(document: Document) -> str | None:
+    name = document.values.get("name")
+    if isinstance(name, str) and re.match(NAME_PATTERN, name):
+        return name
+    expected = "letters, digits, '-', '_' and '.', beginning with a letter or digit"
+    document.add(("name",), "missing" if name is None else f"expected {expected}, got {shown(name)}")
+    return None
+
+
+def _search(document: Document) -> SearchSpec | None:
+    section = document.section("search")
+    if section is None:
+        return None
+    halving: HalvingSpec | None = None
+    if section.get("halving") not in (None, "none"):
+        halving = _validated(HalvingSpec, document, ("search", "halving"), section["halving"])
+    own = {key: value for key, value in section.items() if key not in ("halving", "fixed")}
+    search = _validated(SearchSpec, document, ("search",), own)
+    return search and search.model_copy(update={"halving": halving})
+
+
+def _fixed(document: Document, space: Space) -> tuple[dict[str, Value], ...]:
+    search = document.values.get("search")
+    points = search.get("fixed", []) if isinstance(search, dict) else []
+    where = ("search", "fixed")
+    if not isinstance(points, list):
+        document.add(where, f"expected a list of points such as - {{freeze: all}}, got {shown(points)}")
+        return ()
+    read = (read_point(point, space, (*where, index), document) for index, point in enumerate(points))
+    return tuple(point for point in read if point is not None)
+
+
+def _check_grid(document: Document, space: Space) -> None:
+    for axis in space.axes.values():
+        if any(isinstance(domain, Range) and domain.step is None for domain in axis.domains):
+            document.add(("space", axis.name), "a grid cannot list a range without `step`; give one, or the values")
+
+
+def _check_networks(document: Document, space: Space) -> None:
+    """What a backbone cannot do at all, whatever the data: too small an image, more frozen layers than it has."""
+    axes = ("backbone", "freeze", "image_side", "epochs")
+    if any(axis not in space.axes for axis in axes):
+        return  # a problem of the axis itself is noted already
+    try:
+        combinations = sorted(space.combinations(*axes), key=str)
+    except ValueError as error:
+        document.add(("space",), f"backbone, freeze, image_side and epochs must be lists or have a step: {error}")
+        return
+    for name, freeze, side, epochs in combinations:
+        backbone, strategy = BACKBONES[str(name)], parse_strategy(str(freeze))
+        if problem := strategy_problem(strategy, backbone):
+            document.add(("space", "freeze"), problem)
+        if isinstance(side, int) and side < backbone.smallest_side:
+            smallest = backbone.smallest_side
+            document.add(("space", "image_side"), f"{name} needs at least {smallest} pixels, got {side}")
+        if isinstance(epochs, int) and epochs < len(strategy.phases):
+            phases = len(strategy.phases)
+            document.add(("space", "epochs"), f"freeze {freeze!r} has {phases} phases, but {epochs} epochs")
+
+
+_S = TypeVar("_S", bound=_Section)
+
+
+def _section(model: type[_S], document: Document, name: str, defaults: Mapping[str, Any] | None = None) -> _S | None:
+    section = document.section(name, required=any(field.is_required() for field in model.model_fields.values()))
+    return None if section is None else _validated(model, document, (name,), {**(defaults or {}), **section})
+
+
+def _validated(model: type[_S], document: Document, where: Where, values: Any) -> _S | None:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            if detail["type"] == "extra_forbidden":
+                document.check_keys(where, [str(detail["loc"][-1])], tuple(model.model_fields))
+            else:
+                document.add((*where, *detail["loc"]), _message(detail))
+        return None
+
+
+_EXPECTED = {
+    "string_type": "text",
+    "string_too_short": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt}",
+    "model_type": "a section with keys",
+}
+
+
+def _message(detail: Any) -> str:
+    """Pydantic's finding in the words of the other messages."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "missing":
+        return "missing"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        return unknown(detail["input"], re.findall(r"'([^']*)'", context["expected"]))
+    expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else detail["msg"]
+    return f"expected {expected}, got {shown(detail['input'])}"

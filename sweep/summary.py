@@ -1,0 +1,116 @@
+"""`summary.json`: a sweep in one file, for programs; the report is for people."""
+
+import os
+import platform
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from cxr_models.trial import Outcome, TrialResult
+from sweep.plan import Plan
+from sweep.record import best_by_strategy, ranked, strategy_of
+
+PACKAGES = ("cxr-sweep", "ray", "tensorflow", "keras", "optuna", "mlflow", "scikit-learn", "numpy")
+
+
+def summarise(
+    plan: Plan,
+    results: Sequence[TrialResult],
+    *,
+    seconds: Mapping[str, float],
+    epochs_run: int,
+    interrupted: bool,
+    test: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The summary of a finished or interrupted sweep.
+
+    Args:
+        plan: what was to run.
+        results: every ended trial.
+        seconds: what took how long; `total` and `train` among them.
+        epochs_run: by all trials, unfinished ones included.
+        interrupted: the sweep was ended before its last trial.
+        test: of the best trial; None where the test set stayed sealed.
+    """
+    objective = plan.spec.objective
+    outcomes = Counter(result.outcome for result in results)
+    order = ranked(tuple(results), objective)
+    summary: dict[str, Any] = {
+        "name": plan.spec.name,
+        "seed": plan.spec.search.seed,
+        "objective": {"metric": objective.metric, "mode": objective.mode},
+        "data": _data(plan),
+        "trials": {
+            "planned": plan.trials,
+            "total": len(results),
+            **{str(outcome): outcomes[outcome] for outcome in Outcome},
+        },
+        "strategies": _strategies(plan, results),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "epochs": {"run": epochs_run, "full": sum(result.config.epochs for result in results)},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count(),
+            "cpus_per_trial": plan.allotment.cpus_per_trial,
+            "gpus_per_trial": plan.allotment.gpus_per_trial,
+            "concurrency": plan.allotment.concurrency,
+            "threads_per_trial": plan.allotment.threads,
+        },
+        "interrupted": interrupted,
+        "notes": list(plan.notes),
+    }
+    if order:
+        best = order[0]
+        summary["best"] = {
+            "trial_id": best.trial_id,
+            "config": best.config.to_json(),
+            "val": dict(best.val),
+            "epoch": best.best_epoch,
+        }
+    if test is not None:
+        summary["test"] = dict(test)
+    return summary
+
+
+def _data(plan: Plan) -> dict[str, Any]:
+    manifest = plan.manifest
+    return {
+        "source": plan.spec.data.source,
+        "layout": manifest.layout,
+        "images": len(manifest.records),
+        "patients": manifest.patients,
+        "classes": list(manifest.classes),
+        "digest": manifest.digest,
+        "unreadable": len(manifest.unreadable),
+        "ignored": manifest.ignored,
+        "splits": {
+            part: {"images": counts.total(), "patients": plan.patients(part), "classes": dict(counts)}
+            for part, counts in plan.class_counts().items()
+        },
+    }
+
+
+def _strategies(plan: Plan, results: Sequence[TrialResult]) -> list[dict[str, Any]]:
+    metric = plan.spec.objective.metric
+    rows = []
+    for best in best_by_strategy(tuple(results), plan.spec.objective):
+        backbone, freeze = strategy_of(best)
+        own = [result for result in results if strategy_of(result) == (backbone, freeze)]
+        values = [result.val[metric] for result in own if result.val and result.outcome is not Outcome.FAILED]
+        rows.append(
+            {
+                "backbone": backbone,
+                "freeze": freeze,
+                "trials": len(own),
+                "best_val": best.val[metric],
+                "median_val": statistics.median(values),
+                "trial_id": best.trial_id,
+                "trainable_parameters": best.trainable_parameters,
+                "frozen_parameters": best.frozen_parameters,
+                "train_seconds": round(sum(result.train_seconds for result in own), 2),
+            }
+        )
+    return rows

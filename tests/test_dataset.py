@@ -1,0 +1,472 @@
+"""A data set is found in every layout, read once, and cut without shared patients."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxr_models import dataset
+from cxr_models.dataset import (
+    DataError,
+    ImageRecord,
+    Manifest,
+    assign_splits,
+    patients_on_two_sides,
+    read_manifest,
+    write_split_csv,
+)
+from cxr_models.images import MAX_PIXELS
+from cxr_models.trial import SPLITS, TEST, TRAIN, VAL
+
+
+def save_images(root: Path, *paths: str) -> None:
+    """A different small grey image at each path."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        shade = sum(os.fsencode(path)) % 256
+        Image.fromarray(np.arange(shade, shade + 48).reshape(6, 8).astype(np.uint8)).save(root / path)
+
+
+def paths_and_labels(manifest: Manifest) -> list[tuple[str, str]]:
+    return [(record.path, record.label) for record in manifest.records]
+
+
+def manifest_of(rows: Iterable[tuple[str, str, str]]) -> Manifest:
+    """A manifest of (patient, label, given split) without files."""
+    records = tuple(
+        ImageRecord(f"{i:05}.png", label, patient, "", split, "", f"{i:064x}", 8, 8, "L", True)
+        for i, (patient, label, split) in enumerate(rows)
+    )
+    return Manifest(Path(), "CSV", records, (), 0)
+
+
+# Layouts
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    save_images(tmp_path, "b/1.png", "a/2.JPG", "a/1.jpeg", "a/3.bmp", "b/4.TIFF")
+    manifest = read_manifest(tmp_path)
+    assert manifest.layout == "class folders"
+    assert manifest.root == tmp_path.resolve()
+    assert paths_and_labels(manifest) == [
+        ("a/1.jpeg", "a"),
+        ("a/2.JPG", "a"),
+        ("a/3.bmp", "a"),
+        ("b/1.png", "b"),
+        ("b/4.TIFF", "b"),
+    ]
+    assert manifest.classes == ("a", "b")
+    assert manifest.labels.tolist() == [0, 0, 0, 1, 1]
+    assert manifest.labels.dtype == np.int32
+    assert {(r.width, r.height, r.mode, r.grey, r.mask, r.split) for r in manifest.records} == {
+        (8, 6, "L", True, "", "")
+    }
+
+
+def test_masks_belong_to_the_image_of_the_same_name_and_are_no_images(tmp_path: Path) -> None:
+    save_images(tmp_path, "a/images/1.png", "a/images/2.png", "a/masks/1.png", "a/masks/9.png", "b/images/1.png")
+    save_images(tmp_path, "masks/1.png", "masks/images/1.png")
+    manifest = read_manifest(tmp_path)
+    assert manifest.layout == "class folders with images/"
+    assert [(r.path, r.mask) for r in manifest.records] == [
+        ("a/images/1.png", "a/masks/1.png"),
+        ("a/images/2.png", ""),
+        ("b/images/1.png", ""),
+    ]
+    assert manifest.classes == ("a", "b")
+
+
+def test_split_folders_hold_either_kind_of_class_folder(tmp_path: Path) -> None:
+    save_images(tmp_path, "train/a/1.png", "train/b/images/1.png", "train/b/masks/1.png", "Validation/a/2.png")
+    save_images(tmp_path, "test/b/3.png", "chest_xray/train/a/1.png")
+    manifest = read_manifest(tmp_path)
+    assert manifest.layout == "train|val|test folders"
+    assert [(r.path, r.label, r.split, r.mask) for r in manifest.records] == [
+        ("Validation/a/2.png", "a", VAL, ""),
+        ("test/b/3.png", "b", TEST, ""),
+        ("train/a/1.png", "a", TRAIN, ""),
+        ("train/b/images/1.png", "b", TRAIN, "train/b/masks/1.png"),
+    ]
+    assert manifest.ignored == 1
+
+
+def test_hidden_and_other_files_are_ignored_and_counted(tmp_path: Path) -> None:
+    save_images(tmp_path, "a/1.png", "b/1.png")
+    save_images(tmp_path, "a/._1.png", ".cache/c/1.png", "__MACOSX/d/1.png", "e/f/g/1.png", "top.png")
+    (tmp_path / "a" / "Thumbs.db").write_text("x")
+    manifest = read_manifest(tmp_path)
+    assert paths_and_labels(manifest) == [("a/1.png", "a"), ("b/1.png", "b")]
+    assert manifest.ignored == 6
+
+
+def test_a_link_back_up_ends(tmp_path: Path) -> None:
+    save_images(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert len(read_manifest(tmp_path).records) == 2
+
+
+def test_class_names_may_look_like_numbers(tmp_path: Path) -> None:
+    save_images(tmp_path, "0/1.png", "1/1.png", "10/1.png")
+    assert read_manifest(tmp_path).classes == ("0", "1", "10")
+
+
+def test_csv(tmp_path: Path) -> None:
+    home = tmp_path / "study"
+    save_images(tmp_path, "study/x/1.png", "study/2.png", "study/m/1.png", "elsewhere/3.png")
+    (home / "list.csv").write_text(
+        "\ufeffLabel,path,comment,patient,source,split,mask\n"
+        "a,x/1.png,hm,P1,Hospital,valid,m/1.png\n"
+        "b,./2.png,,,,,m/none.png\n"
+        "b,../elsewhere/3.png\n"
+        "a,gone.png\n",
+        encoding="utf-8",
+    )
+    manifest = read_manifest(home / "list.csv", patient=r"(\d)")
+    outside = (tmp_path / "elsewhere/3.png").resolve().as_posix()
+    assert manifest.layout == "CSV"
+    assert [(r.path, r.label, r.patient, r.source, r.split, r.mask) for r in manifest.records] == [
+        (outside, "b", "3", "", "", ""),
+        ("2.png", "b", "2", "", "", ""),
+        ("x/1.png", "a", "P1", "Hospital", VAL, "m/1.png"),
+    ]
+    assert [(file.path, file.reason) for file in manifest.unreadable] == [
+        ("gone.png", "No such file or directory"),
+        ("m/none.png", "the mask is missing"),
+    ]
+
+
+# Patients
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "patient"),
+    [
+        ("nih", "00001582_021.png", "00001582"),
+        ("nih", "covid-3.png", None),
+        ("kermany", "person10_bacteria_43.jpeg", "person10_bacteria"),
+        ("kermany", "person10_virus_35.jpeg", "person10_virus"),
+        ("kermany", "IM-0429-0001-0001.jpeg", "IM-0429"),
+        ("kermany", "NORMAL2-IM-0246-0001-0002.jpeg", "NORMAL2-IM-0246"),
+        ("kermany", "NORMAL2-IM-0246-0001.jpeg", "NORMAL2-IM-0246"),
+        ("kermany", "x-IM-0246-0001.jpeg", None),
+        ("phantom", "P012_1.png", "P012"),
+        (r"(?P<site>\w+?)-(?P<n>\d+)", "berlin-17-2.png", "berlin_17"),
+        (r"\d+", "123-4.png", "123"),
+        (r"[a-z]*", "123-4.png", None),
+        (r"(\d+)|x", "x.png", None),
+        ("", "123-4.png", None),
+    ],
+)
+def test_patient_of_a_file_name(tmp_path: Path, pattern: str, name: str, patient: str | None) -> None:
+    save_images(tmp_path, f"a/{name}", f"b/other.{name}")
+    record = read_manifest(tmp_path, patient=pattern).records[0]
+    assert record.patient == (f"a/{name}" if patient is None else patient)
+
+
+def test_a_patient_may_have_images_in_two_classes(tmp_path: Path) -> None:
+    save_images(tmp_path, "a/00000001_000.png", "b/00000001_001.png", "b/covid.png", "a/covid.png")
+    manifest = read_manifest(tmp_path, patient="nih")
+    assert manifest.patients == 3
+    assert len({record.patient for record in manifest.records if "0001_" in record.path}) == 1
+
+
+# Files that cannot be read
+
+
+def test_unreadable_files_are_named_with_a_reason_and_left_out(tmp_path: Path) -> None:
+    save_images(tmp_path, "a/good.png", "b/good.png", "a/cut.png", "b/float.tif")
+    whole = (tmp_path / "a/cut.png").read_bytes()
+    (tmp_path / "a/cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "a/empty.png").touch()
+    (tmp_path / "a/text.jpg").write_text("not an image")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "b/float.tif")
+    Image.new("1", (MAX_PIXELS // 10_000 + 1, 10_000)).save(tmp_path / "b/bomb.png")
+    manifest = read_manifest(tmp_path)
+    assert [record.path for record in manifest.records] == ["a/good.png", "b/good.png"]
+    reasons = {file.path: file.reason for file in manifest.unreadable}
+    assert list(reasons) == ["a/cut.png", "a/empty.png", "a/text.jpg", "b/bomb.png", "b/float.tif"]
+    assert reasons["a/cut.png"]
+    assert "empty" in reasons["a/empty.png"]
+    assert "no picture" in reasons["a/text.jpg"]
+    assert "10001 x 10000 pixels, more than 100 megapixels" in reasons["b/bomb.png"]
+    assert "mode F" in reasons["b/float.tif"]
+
+
+# The cache
+
+
+def test_a_second_call_reads_nothing_and_a_change_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    save_images(data, "a/1_x.png", "a/1_y.png", "b/2.png", "b/3.png")
+    read: list[str] = []
+    examine = dataset.examine
+    monkeypatch.setattr(dataset, "examine", lambda path: (read.append(path.name), examine(path))[1])
+
+    first = read_manifest(data, cache_dir=cache)
+    assert sorted(read) == ["1_x.png", "1_y.png", "2.png", "3.png"]
+    read.clear()
+    assert read_manifest(data, cache_dir=cache) == first
+    assert read_manifest(data, cache_dir=cache, patient=r"(\d)").patients == 3
+    assert read == []
+
+    save_images(data, "a/new.png")
+    (data / "b/3.png").unlink()
+    Image.new("RGB", (9, 9), "red").save(data / "b/2.png")
+    changed = read_manifest(data, cache_dir=cache)
+    assert sorted(read) == ["2.png", "new.png"]
+    assert [record.path for record in changed.records] == ["a/1_x.png", "a/1_y.png", "a/new.png", "b/2.png"]
+    assert not changed.grey
+    assert changed.digest != first.digest
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff", b'{"a/1.png": 3}', b'{"a/1.png": [1, 2, "x"]}'])
+def test_a_damaged_cache_is_made_anew(tmp_path: Path, damage: bytes) -> None:
+    save_images(tmp_path / "data", "a/1.png", "b/2.png")
+    first = read_manifest(tmp_path / "data", cache_dir=tmp_path)
+    (cache,) = (tmp_path / "manifests").iterdir()
+    good = cache.read_bytes()
+    cache.write_bytes(damage)
+    assert read_manifest(tmp_path / "data", cache_dir=tmp_path) == first
+    assert cache.read_bytes() == good
+
+
+def test_a_mended_file_is_read_although_its_stamp_is_the_same(tmp_path: Path) -> None:
+    save_images(tmp_path / "data", "a/1.png", "b/2.png", "b/3.png")
+    mended = tmp_path / "data/b/3.png"
+    good, stamp = mended.read_bytes(), mended.stat()
+    mended.write_bytes(b"\0" * len(good))
+    os.utime(mended, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert len(read_manifest(tmp_path / "data", cache_dir=tmp_path).unreadable) == 1
+    mended.write_bytes(good)
+    os.utime(mended, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert read_manifest(tmp_path / "data", cache_dir=tmp_path).unreadable == ()
+
+
+def test_progress_counts_the_files_read(tmp_path: Path) -> None:
+    save_images(tmp_path, "a/1.png", "a/2.png", "b/1.png")
+    calls: list[tuple[int, int]] = []
+    read_manifest(tmp_path, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_digest_depends_on_what_the_data_say_and_not_on_where_they_lie(tmp_path: Path) -> None:
+    for root in ("one", "two"):
+        save_images(tmp_path / root, "a/1_x.png", "b/1_y.png")
+    one, two = read_manifest(tmp_path / "one"), read_manifest(tmp_path / "two")
+    assert one.digest == two.digest
+    assert one.digest != read_manifest(tmp_path / "one", patient=r"(\d)").digest
+    (tmp_path / "two/b").rename(tmp_path / "two/c")
+    assert one.digest != read_manifest(tmp_path / "two").digest
+
+
+# Mistakes
+
+
+def test_mistakes_in_a_folder_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a folder of X-rays or a CSV file\n  found: nothing at '/.*nowhere'"):
+        read_manifest(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="found: no images, 0 other files"):
+        read_manifest(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match="found: no images, 1 other files"):
+        read_manifest(tmp_path)
+    save_images(tmp_path, "images/1.png", "masks/1.png", "0.png")
+    with pytest.raises(DataError, match=r"3 images but no class folders; the first image is '0\.png'"):
+        read_manifest(tmp_path)
+    save_images(tmp_path, "flu/1.png")
+    with pytest.raises(DataError, match=r"at least two classes .*\n.*only one class, 'flu', with 1 images"):
+        read_manifest(tmp_path)
+    (tmp_path / "healthy").mkdir()
+    (tmp_path / "healthy" / "1.png").touch()
+    with pytest.raises(DataError, match=r"1 unreadable files:\n    'healthy/1\.png': the file is empty"):
+        read_manifest(tmp_path)
+    (tmp_path / "flu" / "1.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"2 files, none of them readable:\n    'flu/1\.png': no picture"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,class\n1.png,a\n", r"header path,label.*\n.*beginning with 'file,class'"),
+        ("", "header path,label"),
+        ("path,label\n", "no lines below the header"),
+        ("path,label,split\n1.png,a,train\n2.png,b,dev\n", "line 3: split 'dev'; it must be train, val, test"),
+        ("path,label\n1.png,a\n2.png\n", "line 3: path '2.png' with label ''"),
+        ("path,label\n1.png,a\n./1.png,b\n", "line 3: '1.png' again"),
+        ("path,label\n" + "1.png,\n" * 8, "line 6: .*\n    and 3 more"),
+    ],
+)
+def test_mistakes_in_a_csv_name_the_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_manifest(tmp_path / "list.csv")
+
+
+def test_a_file_that_is_no_csv_is_refused(tmp_path: Path) -> None:
+    save_images(tmp_path, "1.png")
+    with pytest.raises(DataError, match=r"a folder, or a \.csv file"):
+        read_manifest(tmp_path / "1.png")
+
+
+def test_a_bad_pattern_says_where(tmp_path: Path) -> None:
+    save_images(tmp_path, "a/1.png", "b/1.png")
+    with pytest.raises(DataError, match=r"one of nih, kermany, phantom or .*\n.*unterminated subpattern at position 3"):
+        read_manifest(tmp_path, patient=r"^\d(x")
+
+
+# Splits
+
+
+def study(seed: int) -> Manifest:
+    """90 patients with 1 to 5 images, some in two classes of three, the third one rare."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for patient in range(90):
+        label = "a" if patient < 50 else "b" if patient < 80 else "c"
+        rows += [(f"P{patient}", label, "")] * int(rng.integers(1, 6))
+        rows += [(f"P{patient}", "b", "")] * int(patient % 10 == 0)
+    return manifest_of(rows)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_splits_share_no_patient_and_meet_the_shares_in_every_class(seed: int) -> None:
+    manifest = study(seed)
+    splits = assign_splits(manifest, seed=seed)
+    assert patients_on_two_sides(manifest, splits) == ()
+    for label in manifest.classes:
+        parts = Counter(part for part, record in zip(splits, manifest.records, strict=True) if record.label == label)
+        images = sum(parts.values())
+        one_patient = 5 / images
+        assert parts[TRAIN] / images == pytest.approx(0.70, abs=0.03 + one_patient)
+        assert parts[VAL] / images == pytest.approx(0.15, abs=0.03 + one_patient)
+        assert parts[TEST] / images == pytest.approx(0.15, abs=0.03 + one_patient)
+
+
+def test_shares_are_the_users() -> None:
+    manifest = manifest_of((f"P{i}", "ab"[i % 2], "") for i in range(2000))
+    parts = Counter(assign_splits(manifest, seed=0, shares=(0.5, 0.2, 0.3)))
+    assert [parts[part] / 2000 for part in SPLITS] == pytest.approx([0.5, 0.2, 0.3], abs=0.01)
+
+
+def test_splits_depend_on_the_seed_alone() -> None:
+    manifest = study(0)
+    first = assign_splits(manifest, seed=3)
+    assert assign_splits(study(0), seed=3) == first
+    assert assign_splits(manifest, seed=4) != first
+
+
+@pytest.mark.parametrize("patients", range(3, 9))
+def test_every_part_has_every_class_however_rare(patients: int) -> None:
+    rows = [(f"P{i}", "common", "") for i in range(60)] + [(f"P{i}", "rare", "") for i in range(patients)]
+    manifest = manifest_of(rows)
+    for seed in range(5):
+        splits = assign_splits(manifest, seed=seed)
+        both = {(record.label, part) for record, part in zip(manifest.records, splits, strict=True)}
+        assert len(both) == 6
+        assert patients_on_two_sides(manifest, splits) == ()
+
+
+def test_a_given_test_is_not_touched_and_val_is_cut_from_train() -> None:
+    rows = [(f"P{i}", "ab"[i % 2], TEST if i < 100 else TRAIN if i < 600 else "") for i in range(1100)]
+    manifest = manifest_of(rows)
+    splits = assign_splits(manifest, seed=0)
+    assert [part == TEST for part in splits] == [record.split == TEST for record in manifest.records]
+    assert splits.count(VAL) / 1000 == pytest.approx(0.15 / 0.85, abs=0.01)
+
+
+def test_a_given_val_is_kept_and_test_is_cut_from_train() -> None:
+    manifest = manifest_of((f"P{i}", "ab"[i % 2], VAL if i < 10 else TRAIN) for i in range(1010))
+    splits = assign_splits(manifest, seed=0)
+    assert [part == VAL for part in splits] == [record.split == VAL for record in manifest.records]
+    assert splits.count(TEST) / 1000 == pytest.approx(0.15 / 0.85, abs=0.01)
+
+
+def test_a_whole_given_split_is_kept_and_its_torn_patients_are_named() -> None:
+    rows = [(f"P{i % 5}", "ab"[i % 2], SPLITS[i // 10]) for i in range(30)]
+    rows += [("Q1", "a", TRAIN), ("Q1", "b", TRAIN)]
+    manifest = manifest_of(rows)
+    splits = assign_splits(manifest, seed=0)
+    assert splits == tuple(record.split for record in manifest.records)
+    assert patients_on_two_sides(manifest, splits) == ("P0", "P1", "P2", "P3", "P4")
+
+
+def test_too_few_patients_are_refused() -> None:
+    rows = [(f"P{i}", "a", "") for i in range(9)]
+    two = manifest_of([*rows, ("Q", "X", ""), ("Q", "X", ""), ("R", "X", "")])
+    with pytest.raises(
+        DataError, match="class 'X' has 2 patients; at least 3 are needed, one for each of train, val and test"
+    ):
+        assign_splits(two, seed=0)
+    one = manifest_of([*rows, ("Q", "X", ""), ("S", "X", TEST), ("S", "a", TEST)])
+    with pytest.raises(
+        DataError, match="class 'X' has 1 patients; at least 2 are needed, one for each of train and val"
+    ):
+        assign_splits(one, seed=0)
+
+
+def test_parts_that_no_deal_can_fill_are_refused() -> None:
+    lines = ("012", "034", "056", "135", "146", "236", "245")  # of the Fano plane: some line is always of two colours
+    rows = [(f"P{point}", f"class {line}", "") for line in lines for point in line]
+    with pytest.raises(DataError, match="none of the deals tried"):
+        assign_splits(manifest_of(rows), seed=0)
+
+
+def test_a_given_part_without_a_class_is_refused() -> None:
+    rows = [(f"P{i}", "ab"[i % 2], TRAIN) for i in range(20)] + [("Q", "a", TEST)]
+    with pytest.raises(DataError, match="the given test split has none of class 'b'"):
+        assign_splits(manifest_of(rows), seed=0)
+
+
+def test_shares_must_add_up() -> None:
+    with pytest.raises(ValueError, match="shares must be above 0 with sum 1"):
+        assign_splits(study(0), seed=0, shares=(0.8, 0.2, 0.0))
+
+
+def test_odd_file_names_survive_the_split_file(tmp_path: Path) -> None:
+    names = ["plain", "comma, space", 'quo"te', "new\nline", "re\rturn", " lead", "über", os.fsdecode(b"latin-\xfc")]
+    save_images(tmp_path, *(f"{label}/{name}.png" for label in ("a,b", "c") for name in names))
+    cache = tmp_path / ".cache"
+    manifest = read_manifest(tmp_path)
+    assert read_manifest(tmp_path, cache_dir=cache) == manifest
+    assert read_manifest(tmp_path, cache_dir=cache).records == manifest.records
+    splits = assign_splits(manifest, seed=0)
+    write_split_csv(tmp_path / "split.csv", manifest, splits)
+    with (tmp_path / "split.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["path", "label", "patient", "split"]
+    assert [(r[0], r[1], r[2], r[3]) for r in rows[1:]] == [
+        (record.path, record.label, record.patient, part) for record, part in zip(manifest.records, splits, strict=True)
+    ]
+    again = read_manifest(tmp_path / "split.csv")
+    assert assign_splits(again, seed=99) == splits
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, cxr_models.pixels; print(*{'sklearn', 'scipy', 'pandas', 'keras', 'tensorflow'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.real
+@pytest.mark.skipif("CXR_REAL_DATA" not in os.environ, reason="CXR_REAL_DATA is not set")
+def test_real_x_rays() -> None:
+    manifest = read_manifest(Path(os.environ["CXR_REAL_DATA"]) / "data" / "cxr3", patient="nih")
+    assert (len(manifest.records), manifest.patients, manifest.unreadable) == (1124, 806, ())
+    assert manifest.classes == ("Covid-19", "No_findings", "Pneumonia")
+    classes_of: dict[str, set[str]] = {}
+    for record in manifest.records:
+        classes_of.setdefault(record.patient, set()).add(record.label)
+    assert Counter(map(len, classes_of.values())) == {1: 785, 2: 21}
+    splits = assign_splits(manifest, seed=0)
+    assert patients_on_two_sides(manifest, splits) == ()
+    assert Counter(splits)[TRAIN] / 1124 == pytest.approx(0.70, abs=0.02)
