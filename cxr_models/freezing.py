@@ -108,7 +108,7 @@ def _parse_rule(part: str, text: str) -> tuple[str, float]:
     if part in ("all", "none"):
         return part, 0.0
     if counted := re.fullmatch(r"(first|last|convs|stages):(\d+)", part):
-        rule, amount = counted[1], int(counted[2])
+        rule, amount = counted[1], float(counted[2])
         if amount >= 1 or rule in ("first", "last"):
             return rule, amount
     if share := re.fullmatch(r"fraction:(0?\.\d+|[01](?:\.\d*)?)", part):
@@ -178,11 +178,7 @@ def decide(phase: Phase, backbone: Backbone, table: LayerTable, batch_norm: str)
     boundary = frozen_layers(phase, backbone, table)
     in_training = {"frozen": Treatment.FROZEN, "affine": Treatment.AFFINE, "train": Treatment.TRAINS}[batch_norm]
     return {
-        layer.name: Treatment.FROZEN
-        if index < boundary
-        else in_training
-        if layer.is_batch_norm
-        else Treatment.TRAINS
+        layer.name: Treatment.FROZEN if index < boundary else in_training if layer.is_batch_norm else Treatment.TRAINS
         for index, layer in enumerate(table.layers)
     }
 

@@ -33,7 +33,8 @@ def confusion_matrix(labels: IntArray, scores: FloatArray, weights: FloatArray |
     """
     classes = scores.shape[1]
     cells = labels.astype(np.int64) * classes + scores.argmax(axis=1)
-    return np.bincount(cells, weights, minlength=classes * classes).reshape(classes, classes)
+    counts = np.ones(len(labels)) if weights is None else weights
+    return np.bincount(cells, counts, minlength=classes * classes).astype(float).reshape(classes, classes)
 
 
 def evaluate(
@@ -94,7 +95,9 @@ def patient_intervals(
     too narrow.
 
     Args:
-        labels, scores, classes: as in `evaluate`.
+        labels: (images,) true class as an index into `classes`.
+        scores: (images, classes) log-probabilities.
+        classes: names of the classes.
         patients: (images,) patient of each image.
         resamples: bootstrap samples.
         seed: of the resampling.

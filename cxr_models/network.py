@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from cxr_models.trial import TrialConfig
 if TYPE_CHECKING:
     import keras
 
+
 def output_units(config: TrialConfig, classes: int) -> int:
     """Units of the output layer.
 
@@ -41,7 +43,7 @@ def head_parameters(config: TrialConfig, table: LayerTable, classes: int) -> int
     """Parameters of the head on top of the backbone's last feature map; all of them train."""
     features = prod(table.output) if config.pooling == "flatten" else table.output[-1]
     widths = (features, *config.hidden_units, output_units(config, classes))
-    return sum((inputs + 1) * outputs for inputs, outputs in zip(widths, widths[1:], strict=False))
+    return sum((inputs + 1) * outputs for inputs, outputs in pairwise(widths))
 
 
 def count_parameters(config: TrialConfig, phase: Phase, table: LayerTable, classes: int) -> tuple[int, int]:

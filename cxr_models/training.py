@@ -15,10 +15,7 @@ from cxr_models.freezing import parse_strategy
 from cxr_models.metrics import evaluate
 from cxr_models.network import Network, build_network, export_model
 from cxr_models.storage import written_whole
-from cxr_models.trial import EpochMetrics, Objective, TrialConfig, TrialData
-
-BEST_WEIGHTS = "best.weights.h5"
-VALIDATION_SCORES = "validation.npz"
+from cxr_models.trial import BEST_WEIGHTS, VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialData
 
 
 class DivergedError(RuntimeError):
@@ -30,8 +27,8 @@ def run_trial(
 ) -> Generator[EpochMetrics, bool, None]:
     """Train one configuration, yielding what each epoch measured.
 
-    The caller answers each epoch with whether to go on: `send(True)` or `send(False)`. Whenever the objective improves, the weights
-    and the validation scores are written to `folder`.
+    The caller answers each epoch with whether to go on: `send(True)` or `send(False)`. Whenever the objective
+    improves, the weights and the validation scores are written to `folder`.
 
     Raises:
         DivergedError: a loss is not finite.
@@ -147,9 +144,7 @@ def _keep_best(network: Network, folder: Path, data: TrialData, scores: NDArray[
         np.savez(file, index=data.val, labels=data.labels[data.val], scores=scores)
 
 
-def restore_best(
-    config: TrialConfig, folder: Path, *, classes: int, channels: int, model_path: Path
-) -> keras.Model:
+def restore_best(config: TrialConfig, folder: Path, *, classes: int, channels: int, model_path: Path) -> keras.Model:
     """Rebuild a trial's network with its best weights and save it whole, preprocessing inside, to `model_path`."""
     network = build_network(config, classes=classes, channels=channels)
     network.model.load_weights(folder / BEST_WEIGHTS)

@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 
 TRAIN, VAL, TEST = SPLITS = ("train", "val", "test")
 
+# What a trial leaves in its folder: the weights of its best epoch, and its validation scores there (arrays `index`,
+# `labels` and `scores`, which are log-probabilities).
+BEST_WEIGHTS = "best.weights.h5"
+VALIDATION_SCORES = "validation.npz"
+
 # Metric -> which way is better. Every epoch reports each of them for the training and the validation images.
 METRICS: Mapping[str, str] = {
     "loss": "min",

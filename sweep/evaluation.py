@@ -22,7 +22,6 @@ from sweep.plan import Plan
 from sweep.record import RunFolder, write_json
 from sweep.worker import redirect_output
 
-
 # Below this a probability is a rounding result; the logarithm of 0 would make the whole loss infinite.
 SMALLEST_PROBABILITY = 1e-12
 

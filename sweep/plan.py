@@ -24,6 +24,7 @@ from cxr_models.storage import written_whole
 from cxr_models.trial import SPLITS, TEST, TRAIN, VAL, TrialConfig, TrialData
 from sweep.halving import rungs
 from sweep.machine import Allotment, Machine, allot
+from sweep.space import Range
 from sweep.spec import SpecError, SweepSpec
 from sweep.weights import WeightsFile, find_weights
 
@@ -199,13 +200,13 @@ def _trials(spec: SweepSpec) -> int:
     return Search(spec).total
 
 
-def _values(spec: SweepSpec, axis: str) -> Iterator[int | float]:
+def _values(spec: SweepSpec, axis: str) -> Iterator[float]:
     """Every number an axis can take, or the ends of its ranges."""
     if axis not in spec.space.axes:
         yield getattr(TrialConfig(backbone=""), axis)
         return
     for domain in spec.space.axes[axis].domains:
-        yield from (domain.low, domain.high) if hasattr(domain, "low") else domain  # type: ignore[misc]
+        yield from (domain.low, domain.high) if isinstance(domain, Range) else map(float, domain)  # type: ignore[arg-type]
 
 
 def _networks(

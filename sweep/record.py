@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_models.storage import written_whole
-from cxr_models.trial import AXES, METRICS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
+from cxr_models.trial import AXES, METRICS, VALIDATION_SCORES, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ class RunFolder:
     def trial_record(self) -> Path:
         """One line an ended trial: `TrialResult` as JSON, and `number`, its place in the order of suggestions."""
         return self.state / "trials.jsonl"
+
+    def validation_scores(self, trial_id: str) -> Path:
+        """A trial's validation scores at its best epoch."""
+        return self.trial(trial_id) / VALIDATION_SCORES
 
     @property
     def tracking_database(self) -> Path:
@@ -159,7 +163,7 @@ class Record:
 
 
 def ranked(results: tuple[TrialResult, ...], objective: Objective) -> tuple[TrialResult, ...]:
-    """The trials that may rank, best validation objective first; failed ones and those without an epoch are left out."""
+    """The trials that may rank, best validation objective first: none that failed, none without an epoch."""
     able = [result for result in results if result.outcome is not Outcome.FAILED and result.best_epoch]
     sign = -1.0 if objective.mode == "max" else 1.0
     return tuple(sorted(able, key=lambda result: sign * result.val[objective.metric]))
@@ -183,17 +187,14 @@ def write_trials_csv(path: Path, results: tuple[TrialResult, ...]) -> None:
     metrics = (*METRICS, *recalls)
     with written_whole(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ["trial_id", "outcome", "error", *AXES, "epochs", "best_epoch", *(f"val_{name}" for name in metrics)]
-            + ["trainable_parameters", "frozen_parameters", "train_seconds"]
-        )
+        header = ["trial_id", "outcome", "error", *AXES, "epochs", "best_epoch", *(f"val_{name}" for name in metrics)]
+        writer.writerow([*header, "trainable_parameters", "frozen_parameters", "train_seconds"])
         for result in results:
             config = result.config.to_json()
-            writer.writerow(
-                [result.trial_id, result.outcome, result.error, *(config[axis] for axis in AXES)]
-                + [result.epochs, result.best_epoch, *(result.val.get(name, "") for name in metrics)]
-                + [result.trainable_parameters, result.frozen_parameters, round(result.train_seconds, 2)]
-            )
+            how = (result.trial_id, result.outcome, result.error, *(config[axis] for axis in AXES))
+            found = (result.epochs, result.best_epoch, *(result.val.get(name, "") for name in metrics))
+            size = (result.trainable_parameters, result.frozen_parameters, round(result.train_seconds, 2))
+            writer.writerow([*how, *found, *size])
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -67,7 +67,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         "resources.gpus_per_trial": arguments.gpus_per_trial,
         "resources.concurrency": 1 if arguments.inline else arguments.concurrency,
     }
-    return [f"{key}={value}" for key, value in named.items() if value is not None] + arguments.set
+    return [*(f"{key}={value}" for key, value in named.items() if value is not None), *arguments.set]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

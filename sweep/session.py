@@ -169,9 +169,7 @@ def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> dict[int, Pa
     }
 
 
-def _conductor(
-    plan: Plan, folder: RunFolder, pixels: dict[int, Path], listeners: tuple[Listener, ...]
-) -> Conductor:
+def _conductor(plan: Plan, folder: RunFolder, pixels: dict[int, Path], listeners: tuple[Listener, ...]) -> Conductor:
     spec = plan.spec
     work = Work(plan.trial_data(pixels), spec.objective, folder.state / "trials", plan.allotment.threads)
     halving = None

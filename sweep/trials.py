@@ -171,7 +171,7 @@ def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder
         raise RayError(failures[0])
 
 
-class _RayTrial(tune.Trainable):
+class _RayTrial(tune.Trainable):  # type: ignore[misc]
     """A warm worker: Ray hands it one trial after another, a child process trains them."""
 
     def setup(self, config: dict[str, Any], work: Work, logs: Path) -> None:
@@ -213,7 +213,7 @@ class _Reference:
         return self._conductors[self._key]
 
 
-class _ConductorSearcher(Searcher):
+class _ConductorSearcher(Searcher):  # type: ignore[misc]
     """Hands Ray the conductor's next trial."""
 
     def __init__(self, reference: _Reference) -> None:
@@ -236,7 +236,7 @@ class _ConductorSearcher(Searcher):
         pass
 
 
-class _ConductorScheduler(FIFOScheduler):
+class _ConductorScheduler(FIFOScheduler):  # type: ignore[misc]
     """Tells the conductor of every epoch and end."""
 
     def __init__(self, reference: _Reference) -> None:
@@ -246,8 +246,8 @@ class _ConductorScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         event = result.get("event")
         if isinstance(event, EpochMetrics) and not self._reference.conductor.epoch(event):
-            return FIFOScheduler.STOP
-        return FIFOScheduler.CONTINUE
+            return str(FIFOScheduler.STOP)
+        return str(FIFOScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         event = result.get("event")
@@ -260,7 +260,7 @@ class _ConductorScheduler(FIFOScheduler):
         self._reference.conductor.ended(trial.config["trial_id"], TrialEnd(f"the Ray worker failed: {cause}"))
 
 
-class _Silent(ProgressReporter):
+class _Silent(ProgressReporter):  # type: ignore[misc]
     """Our own progress is shown instead."""
 
     def should_report(self, trials: Any, done: bool = False) -> bool:

@@ -120,11 +120,13 @@ class TrialProcess:
             self._owes_answer = False
             self._send(True)
         try:
-            event = self._connection.recv() if self._connection else TrialEnd("the trial was not started")
+            event: EpochMetrics | TrialEnd = (
+                self._connection.recv() if self._connection else TrialEnd("the trial was not started")
+            )
         except (EOFError, ConnectionError):
             return self._died()
         self._owes_answer = isinstance(event, EpochMetrics)
-        return event  # type: ignore[no-any-return]
+        return event
 
     def stop(self) -> None:
         """End the running trial after the epoch it reported; a child that does not answer is killed."""

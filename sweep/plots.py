@@ -1,0 +1,222 @@
+"""Figures for MLflow and the report: learning curves, confusion matrices, strategies side by side.
+
+Figures are made without pyplot, which keeps global state: any thread may draw. Colours are Okabe and Ito's, which
+colour-blind readers can tell apart.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from cxr_models.metrics import FloatArray
+from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult
+from sweep.record import best_by_strategy, ranked, strategy_of
+
+METRIC_LABELS: Mapping[str, str] = {
+    "loss": "Loss (nats)",
+    "accuracy": "Accuracy",
+    "macro_f1": "Macro F1",
+    "balanced_accuracy": "Balanced accuracy",
+    "auroc": "AUROC (one class against the rest)",
+}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", ":", "-.")  # the next one for every round through the colours
+GREY, PALE = "#595959", "#D9D9D9"
+Style = tuple[str, str]  # (colour, line)
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def svg(figure: Figure) -> str:
+    """An `<svg>` element to stand in a page, without the XML declaration."""
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def trial_curves(epochs: Sequence[EpochMetrics], objective: Objective, title: str = "") -> Figure:
+    """Loss and objective of one trial by epoch, over training and validation images; the best epoch is ringed."""
+    metrics = tuple(dict.fromkeys(("loss", objective.metric)))
+    figure = _figure(5.2 * len(metrics), 3.8)
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for panel, metric in zip(panels, metrics, strict=True):
+        _trial_panel(panel, epochs, metric, _best_epoch(epochs, objective))
+    figure.suptitle(title, fontsize=11)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _best_epoch(epochs: Sequence[EpochMetrics], objective: Objective) -> EpochMetrics | None:
+    best: EpochMetrics | None = None
+    for metrics in epochs:
+        than = objective.worst if best is None else best.val[objective.metric]
+        if objective.better(metrics.val[objective.metric], than):
+            best = metrics
+    return best
+
+
+def _trial_panel(panel: Axes, epochs: Sequence[EpochMetrics], metric: str, best: EpochMetrics | None) -> None:
+    steps = [metrics.epoch for metrics in epochs]
+    train, val = [m.train[metric] for m in epochs], [m.val[metric] for m in epochs]
+    panel.plot(steps, train, color=COLOURS[0], linestyle="--", marker="s", markersize=3.5, label="training")
+    panel.plot(steps, val, color=COLOURS[1], marker="o", markersize=4, label="validation")
+    if best is not None:
+        label = f"best epoch ({best.epoch})"
+        panel.plot(best.epoch, best.val[metric], "o", color="black", markersize=11, fillstyle="none", label=label)
+    _style(panel, "Epoch", METRIC_LABELS[metric])
+    for before, after in pairwise(epochs):
+        if after.phase != before.phase:
+            panel.axvline(before.epoch + 0.5, color=GREY, linewidth=0.8, linestyle=":")
+            place = (before.epoch + 0.5, 1.0), ("data", "axes fraction")
+            _note(panel, f"phase {after.phase + 1}", *place, xytext=(3, -10), textcoords="offset points")
+
+
+def sweep_curves(epochs: Iterable[EpochMetrics], results: Sequence[TrialResult], objective: Objective) -> Figure:
+    """Validation objective by epoch of every trial that may rank; the best of each strategy is drawn strong.
+
+    Args:
+        epochs: of all trials, each trial's in order.
+        results: of all trials.
+        objective: what is drawn.
+    """
+    curves: dict[str, list[EpochMetrics]] = {}
+    for metrics in epochs:
+        curves.setdefault(metrics.trial_id, []).append(metrics)
+    able = ranked(tuple(results), objective)
+    best = {result.trial_id for result in best_by_strategy(tuple(results), objective)}
+    styles, names = _styles(results, objective), _strategy_names(results)
+    figure = _figure(9.5, 4.8)
+    panel = figure.subplots()
+    for result in reversed(able):  # the best on top
+        strong = result.trial_id in best
+        curve = curves.get(result.trial_id, [])
+        steps, values = [m.epoch for m in curve], [m.val[objective.metric] for m in curve]
+        colour, line = styles[strategy_of(result)]
+        width, opacity = (2.2, 1.0) if strong else (0.9, 0.45)
+        panel.plot(steps, values, color=colour, linestyle=line, linewidth=width, alpha=opacity)
+        end = "x" if result.outcome is Outcome.STOPPED_EARLY else "o"
+        panel.plot(steps[-1:], values[-1:], color=colour, marker=end, markersize=5, alpha=opacity)
+    _style(panel, "Epoch", f"{METRIC_LABELS[objective.metric]}, validation")
+    handles = [
+        Line2D([], [], color=colour, linestyle=line, linewidth=2.2, label=names[strategy])
+        for strategy, (colour, line) in styles.items()
+    ]
+    ends = [_end_handle("o", "ran its epochs"), _end_handle("x", "stopped early")]
+    figure.legend(handles=[*handles, *ends], loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def _end_handle(marker: str, label: str, face: str = GREY) -> Line2D:
+    return Line2D(
+        [], [], color=GREY, marker=marker, markerfacecolor=face, linestyle="none", markeredgewidth=1.3, label=label
+    )
+
+
+def strategy_comparison(results: Sequence[TrialResult], objective: Objective) -> Figure:
+    """Best validation objective of every trial that may rank, one row per strategy, the best strategy on top."""
+    able = ranked(tuple(results), objective)
+    styles, names = _styles(results, objective), _strategy_names(results)
+    figure = _figure(9.0, 1.6 + 0.5 * max(len(styles), 1))
+    panel = figure.subplots()
+    for row, (strategy, (colour, _)) in enumerate(styles.items()):
+        own = [result for result in able if strategy_of(result) == strategy]
+        values = [result.val[objective.metric] for result in own]
+        heights = row + 0.28 * _spread(len(own))
+        faces = ["white" if result.outcome is Outcome.STOPPED_EARLY else colour for result in own]
+        panel.scatter(values, heights, s=34, facecolors=faces, edgecolors=colour, linewidths=1.3, zorder=3)
+        panel.plot([values[0]] * 2, [row - 0.36, row + 0.36], color=colour, linewidth=2.5, zorder=2)
+        trials = "1 trial" if len(own) == 1 else f"{len(own)} trials"
+        _note(panel, f"{values[0]:.3f}   {trials}", (1.01, row), ("axes fraction", "data"), va="center")
+    panel.set_yticks(range(len(styles)), [names[strategy] for strategy in styles])
+    panel.set_ylim(max(len(styles), 1) - 0.5, -0.5)
+    _style(panel, f"{METRIC_LABELS[objective.metric]}, validation, best epoch of each trial", "")
+    panel.xaxis.set_major_locator(MaxNLocator(8))
+    panel.grid(axis="y", visible=False)
+    best = _end_handle("|", "best of the strategy")
+    ends = [_end_handle("o", "ran its epochs"), _end_handle("o", "stopped early", face="white"), best]
+    figure.legend(handles=ends, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def confusion_matrix(matrix: FloatArray, classes: Sequence[str], title: str = "") -> Figure:
+    """Images by true and predicted class, with each row's shares in percent.
+
+    Args:
+        matrix: (classes, classes), true class by row; see `metrics.confusion_matrix`.
+        classes: names of the classes.
+        title: above the figure.
+    """
+    totals = matrix.sum(axis=1, keepdims=True)
+    shares = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
+    side = 2.8 + 0.85 * len(classes)
+    figure = _figure(side + 0.8, side)
+    panel = figure.subplots()
+    image = panel.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    for row, column in np.ndindex(matrix.shape):
+        share = f"{100 * shares[row, column]:.1f} %" if totals[row, 0] else "–"
+        ink = "white" if shares[row, column] > 0.55 else "black"
+        panel.text(column, row, f"{matrix[row, column]:.0f}\n{share}", ha="center", va="center", color=ink, fontsize=10)
+    rows = [f"{name}\n({images:.0f})" for name, images in zip(classes, totals[:, 0], strict=True)]
+    # A class name is a name, even with dollar signs in it.
+    panel.set_xticks(range(len(classes)), classes, rotation=30, ha="right", rotation_mode="anchor", parse_math=False)
+    panel.set_yticks(range(len(classes)), rows, parse_math=False)
+    panel.set_xlabel("Predicted class")
+    panel.set_ylabel("True class (images)")
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    figure.colorbar(image, ax=panel, label="Share of the true class", shrink=0.8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _figure(width_in: float, height_in: float) -> Figure:
+    return Figure(figsize=(width_in, height_in), dpi=110, layout="constrained")
+
+
+def _note(panel: Axes, text: str, xy: tuple[float, float], within: tuple[str, str], **placing: Any) -> None:
+    panel.annotate(text, xy, xycoords=within, fontsize=8.5, color=GREY, **placing)
+
+
+def _style(panel: Axes, x: str, y: str) -> None:
+    panel.set_xlabel(x)
+    panel.set_ylabel(y)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    panel.grid(color=PALE, linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _styles(results: Sequence[TrialResult], objective: Objective) -> dict[tuple[str, str], Style]:
+    """The colour and line of each strategy, best first; the same in every figure of a sweep."""
+    strategies = [strategy_of(result) for result in best_by_strategy(tuple(results), objective)]
+    return {
+        strategy: (COLOURS[index % len(COLOURS)], LINES[index // len(COLOURS) % len(LINES)])
+        for index, strategy in enumerate(strategies)
+    }
+
+
+def _strategy_names(results: Sequence[TrialResult]) -> dict[tuple[str, str], str]:
+    """How the strategies are written: with the backbone only where there are several."""
+    strategies = {strategy_of(result) for result in results}
+    several = len({backbone for backbone, _ in strategies}) > 1
+    return {(backbone, freeze): f"{backbone}  {freeze}" if several else freeze for backbone, freeze in strategies}
+
+
+def _spread(count: int) -> FloatArray:
+    """(count,) offsets in [-1, 1] that keep neighbours in a ranking apart; 0 for one alone."""
+    golden = (np.arange(count) * 0.6180339887498949) % 1.0
+    return 2 * golden - 1 if count > 1 else np.zeros(count)

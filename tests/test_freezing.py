@@ -1,0 +1,178 @@
+"""Freeze strategies: what the reports counted, and that every layer of every backbone is decided."""
+
+import pytest
+
+from cxr_models.backbones import BACKBONES, build_backbone
+from cxr_models.freezing import (
+    FINE_TUNE_SCALE,
+    Phase,
+    Treatment,
+    count_parameters,
+    decide,
+    frozen_layers,
+    main_convolutions,
+    parse_strategy,
+    strategy_problem,
+)
+from cxr_models.layer_table import LayerTable, read_table
+from cxr_models.network import count_parameters as network_parameters
+from cxr_models.trial import TrialConfig
+
+RULES = ("all", "none", "first:5", "last:5", "fraction:0.5", "convs:1", "convs:2", "convs:3", "stages:1", "stages:2")
+FAMILIES = ("mobilenet_v2_0.35", "mobilenet_v2_1.4", "efficientnet_b0", "resnet50", "densenet121", "vanilla_cnn")
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, LayerTable]:
+    return {name: read_table(BACKBONES[name], build_backbone(BACKBONES[name], 96)) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def mobilenet_224() -> dict[float, LayerTable]:
+    rows = {alpha: BACKBONES[f"mobilenet_v2_{alpha}"] for alpha in (0.5, 1.0)}
+    return {alpha: read_table(row, build_backbone(row, 224)) for alpha, row in rows.items()}
+
+
+def phase(text: str) -> Phase:
+    return parse_strategy(text).phases[0]
+
+
+@pytest.mark.parametrize(
+    ("freeze", "trainable", "frozen"),
+    [
+        ("all", 64_753_156, 2_257_984),
+        ("convs:1", 65_165_316, 1_845_824),
+        ("convs:2", 65_473_156, 1_537_984),
+        ("none", 66_977_028, 34_112),
+    ],
+)
+def test_counts_of_the_first_report(freeze, trainable, frozen, mobilenet_224):
+    config = TrialConfig(
+        backbone="mobilenet_v2_1.0",
+        image_side=224,
+        freeze=freeze,
+        batch_norm="train",
+        pooling="flatten",
+        hidden_units=(1024, 512),
+    )
+    assert network_parameters(config, phase(freeze), mobilenet_224[1.0], 4) == (trainable, frozen)
+
+
+def test_counts_of_the_second_report(mobilenet_224):
+    config = TrialConfig(
+        backbone="mobilenet_v2_0.5", image_side=224, pooling="flatten", hidden_units=(1024, 512), batch_norm="train"
+    )
+    trainable, frozen = network_parameters(config, phase("all"), mobilenet_224[0.5], 4)
+    assert frozen == 706_224
+    assert trainable == 64_226_304 + 524_800 + 2_052
+    assert trainable + frozen == 65_459_380
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("batch_norm", ["frozen", "affine", "train"])
+def test_every_layer_is_decided(name, rule, batch_norm, tables):
+    table, row = tables[name], BACKBONES[name]
+    decision = decide(phase(rule), row, table, batch_norm)
+    assert list(decision) == [layer.name for layer in table.layers]
+    boundary = frozen_layers(phase(rule), row, table)
+    for index, layer in enumerate(table.layers):
+        expected = Treatment.TRAINS
+        if index < boundary or (layer.is_batch_norm and batch_norm == "frozen"):
+            expected = Treatment.FROZEN
+        elif layer.is_batch_norm and batch_norm == "affine":
+            expected = Treatment.AFFINE
+        assert decision[layer.name] is expected
+    trainable, frozen = count_parameters(decision, table)
+    assert trainable + frozen == table.parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "first_trained"),
+    [
+        ("mobilenet_v2_0.35", "convs:1", "Conv_1"),
+        ("mobilenet_v2_0.35", "convs:2", "block_16_project"),
+        ("mobilenet_v2_0.35", "convs:3", "block_16_depthwise"),
+        ("mobilenet_v2_0.35", "stages:1", "block_13_expand"),
+        ("mobilenet_v2_0.35", "stages:2", "block_6_expand"),
+        ("efficientnet_b0", "convs:2", "block7a_project_conv"),
+        ("efficientnet_b0", "convs:3", "block7a_dwconv"),  # squeeze-excite does not count
+        ("efficientnet_b0", "stages:1", "block6a_expand_conv"),
+        ("resnet50", "convs:3", "conv5_block3_1_conv"),
+        ("resnet50", "convs:9", "conv5_block1_1_conv"),  # the shortcut of block 1 does not count
+        ("resnet50", "stages:1", "conv5_block1_1_conv"),
+        ("densenet121", "convs:1", "conv5_block16_2_conv"),
+        ("densenet121", "stages:1", "conv5_block1_0_bn"),
+        ("vanilla_cnn", "stages:1", "conv_4"),
+    ],
+)
+def test_where_the_trainable_part_begins(name, rule, first_trained, tables):
+    boundary = frozen_layers(phase(rule), BACKBONES[name], tables[name])
+    assert tables[name].layers[boundary].name == first_trained
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_rows_say_what_keras_builds(name, tables):
+    row, table = BACKBONES[name], tables[name]
+    names = [layer.name for layer in table.layers]
+    assert len(names) == row.layers
+    assert not strategy_problem(parse_strategy(f"convs:{row.convolutions}"), row)
+    assert frozen_layers(phase(f"convs:{row.convolutions}"), row, table) >= 0
+    places = [names.index(start) for start in row.stage_starts]
+    assert places == sorted(places)
+    assert places[0] == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_stage_has_a_resolution_of_its_own(name, tables):
+    row, table = BACKBONES[name], tables[name]
+    starts = [[layer.name for layer in table.layers].index(start) for start in row.stage_starts]
+    sides = [
+        min(table.layers[index].output[0] for index in main_convolutions(row, table) if start <= index < end)
+        for start, end in zip(starts, [*starts[1:], len(table.layers)], strict=True)
+    ]
+    assert sides == sorted(set(sides), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "phases"),
+    [("all", 1), ("fraction:0.25", 1), ("all>stages:1", 2), ("all > stages:1 > none", 3), ("first:0", 1)],
+)
+def test_strategies_that_are_read(text, phases):
+    strategy = parse_strategy(text)
+    assert len(strategy.phases) == phases
+    assert sum(found.share for found in strategy.phases) == pytest.approx(1.0)
+    assert strategy.phases[0].learning_rate_scale == 1.0
+    assert all(found.learning_rate_scale == FINE_TUNE_SCALE for found in strategy.phases[1:])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "al", "first", "first:-1", "convs:0", "stages:0", "fraction:1.5", "all>", "last:x"]
+)
+def test_strategies_that_are_refused(text):
+    with pytest.raises(ValueError, match="expected a freeze strategy"):
+        parse_strategy(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("first:9999", "which has 154 layers; use at most first:154"),
+        ("convs:53", "which has 52 convolutions; use at most convs:52"),
+        ("all>stages:6", "which has 5 stages; use at most stages:5"),
+    ],
+)
+def test_more_than_the_backbone_has(text, problem):
+    assert problem in strategy_problem(parse_strategy(text), BACKBONES["mobilenet_v2_0.35"])
+
+
+@pytest.mark.parametrize("total", range(3, 30))
+def test_every_phase_gets_epochs_and_none_is_lost(total):
+    epochs = parse_strategy("all>stages:1>none").epochs(total)
+    assert sum(epochs) == total
+    assert min(epochs) >= 1
+
+
+def test_fewer_epochs_than_phases_are_refused():
+    with pytest.raises(ValueError, match="has 2 phases, but the trial only 1 epochs"):
+        parse_strategy("all>none").epochs(1)

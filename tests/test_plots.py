@@ -1,0 +1,130 @@
+import io
+import re
+from concurrent.futures import ThreadPoolExecutor
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxr_models.trial import METRICS, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from sweep.plots import confusion_matrix, png, strategy_comparison, svg, sweep_curves, trial_curves
+
+F1 = Objective("macro_f1", "max")
+BACKBONE = "mobilenet_v2_0.35"
+
+
+def curve(trial_id: str, values: list[float], phases: list[int] | None = None) -> list[EpochMetrics]:
+    return [
+        EpochMetrics(
+            trial_id, epoch, phase, 1e-3, dict.fromkeys(METRICS, value), dict.fromkeys(METRICS, value), 1.0, 1.0
+        )
+        for epoch, (value, phase) in enumerate(zip(values, phases or [0] * len(values), strict=True), start=1)
+    ]
+
+
+def result(trial_id: str, freeze: str, best: float, backbone: str = BACKBONE, **changes) -> TrialResult:
+    config = TrialConfig(backbone, freeze=freeze)
+    given = {"outcome": Outcome.COMPLETED, "epochs": 2, "best_epoch": 1, "val": dict.fromkeys(METRICS, best)}
+    return TrialResult(trial_id, config, **{**given, **changes})
+
+
+def failed(trial_id: str, freeze: str) -> TrialResult:
+    return result(trial_id, freeze, 0.0, outcome=Outcome.FAILED, best_epoch=0, val={}, error="out of memory")
+
+
+RESULTS = [
+    result("a", "all", 0.6),
+    result("b", "stages:1", 0.9),
+    result("c", "stages:1", 0.7, outcome=Outcome.STOPPED_EARLY),
+    failed("d", "none"),
+]
+
+
+def row_names(results: list[TrialResult]) -> list[str]:
+    (axes,) = strategy_comparison(results, F1).axes
+    return [label.get_text() for label in axes.get_yticklabels()]
+
+
+@pytest.mark.parametrize(
+    ("objective", "values", "best"), [(F1, [0.2, 0.6, 0.4], 2), (Objective("loss", "min"), [0.9, 0.6, 0.7], 2)]
+)
+def test_the_best_epoch_is_ringed(objective, values, best):
+    panels = trial_curves(curve("a", values), objective).axes
+    assert len(panels) == (1 if objective.metric == "loss" else 2)
+    for panel in panels:
+        ring = next(line for line in panel.lines if line.get_label() == f"best epoch ({best})")
+        assert ring.get_xdata().tolist() == [best]
+        assert ring.get_ydata().tolist() == [values[best - 1]]
+
+
+def test_phases_are_told_apart():
+    panel = trial_curves(curve("a", [0.2, 0.3, 0.4], [0, 0, 1]), F1).axes[0]
+    assert [text.get_text() for text in panel.texts] == ["phase 2"]
+    assert panel.texts[0].xy[0] == 2.5
+
+
+def test_every_strategy_that_may_rank_is_a_row_best_first():
+    assert row_names(RESULTS) == ["stages:1", "all"]
+
+
+def test_the_backbone_is_named_where_there_are_several():
+    several = [*RESULTS, result("e", "all", 0.8, backbone="densenet121")]
+    assert row_names(several) == ["mobilenet_v2_0.35  stages:1", "densenet121  all", "mobilenet_v2_0.35  all"]
+
+
+def test_every_trial_of_a_strategy_is_a_point():
+    (axes,) = strategy_comparison(RESULTS, F1).axes
+    points = [collection.get_offsets()[:, 0].tolist() for collection in axes.collections]
+    assert points == [[0.9, 0.7], [0.6]]
+
+
+def test_a_strategy_has_one_colour_in_all_figures():
+    epochs = [metrics for trial in "abcd" for metrics in curve(trial, [0.1, 0.2])]
+    curves = sweep_curves(epochs, RESULTS, F1)
+    legend = {line.get_label(): line.get_color() for line in curves.legends[0].legend_handles}
+    (axes,) = strategy_comparison(RESULTS, F1).axes
+    bars = [line.get_color() for line in axes.lines]
+    assert [legend["stages:1"], legend["all"]] == bars
+    drawn = {line.get_color() for line in curves.axes[0].lines}
+    assert drawn == set(bars)
+
+
+def test_many_strategies_stay_distinguishable():
+    results = [result(str(index), f"last:{index}", index / 40) for index in range(20)]
+    epochs = [metrics for trial in results for metrics in curve(trial.trial_id, [0.1, 0.2])]
+    handles = sweep_curves(epochs, results, F1).legends[0].legend_handles[:20]
+    assert len({(line.get_color(), line.get_linestyle()) for line in handles}) == 20
+
+
+def test_a_confusion_matrix_has_counts_and_shares_of_the_true_class():
+    figure = confusion_matrix(np.array([[3.0, 1.0], [0.0, 0.0]]), ["COVID-like", "Normal"])
+    panel = figure.axes[0]
+    assert [text.get_text() for text in panel.texts] == ["3\n75.0 %", "1\n25.0 %", "0\n–", "0\n–"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["COVID-like\n(4)", "Normal\n(0)"]
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("Predicted class", "True class (images)")
+
+
+@pytest.mark.parametrize("results", [[], [failed("d", "none")]])
+def test_a_sweep_without_a_result_still_has_figures(results):
+    for figure in (strategy_comparison(results, F1), sweep_curves([], results, F1), trial_curves([], F1)):
+        assert png(figure).startswith(b"\x89PNG")
+
+
+def test_an_svg_stands_alone_and_carries_no_date():
+    text = svg(strategy_comparison(RESULTS, F1))
+    assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
+    assert not re.search(r"dc:date", text)
+
+
+def test_threads_may_draw_at_once():
+    matrices = [np.full((3, 3), float(count)) for count in range(1, 9)]
+
+    def pixels(matrix: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(png(confusion_matrix(matrix, "abc", "title")))))
+
+    alone = [pixels(matrix) for matrix in matrices]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(pixels, matrices))
+    for first, second in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(first, second)

@@ -1,0 +1,397 @@
+"""The report says what the run folder holds, all of it, and nothing a browser could take for markup or fetch."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cxr_models.metrics import confusion_matrix, patient_intervals
+from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from sweep.record import Record, RunFolder, write_json
+from sweep.report import main, write_report
+
+OBJECTIVE = Objective("macro_f1", "max")
+CLASSES = ("covid", "normal", "pneumonia")
+SPEC = "name: depth\ndata: phantom\nobjective: macro_f1\nsearch: {trials: 4}\nspace: {backbone: vanilla_cnn}\n"
+HOSTILE = "<script>alert('x')</script> & \"$\\frac$\""
+
+
+class Page(HTMLParser):
+    """A page taken apart: text without style sheets, ids, attributes, and each table with an id as rows of cells."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self._open: list[str] = []
+        self._table = ""
+        self.feed(self.source)
+        self.close()
+        assert not self._open, f"not closed: {self._open}"
+
+    @property
+    def ids(self) -> list[str]:
+        return [value for name, value in self.attributes if name == "id"]
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self._open.append(tag)
+        if tag == "table":
+            self._table = dict(attrs)["id"] or ""
+            self.tables[self._table] = []
+        if tag == "tr":
+            self.tables[self._table].append([])
+        if tag in ("td", "th"):
+            self.tables[self._table][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self._open:
+            return
+        self.words.append(data)
+        if "td" in self._open or "th" in self._open:
+            cells = self.tables[self._table][-1]
+            cells[-1] = f"{cells[-1]} {data.strip()}".strip()
+
+
+def result(number: int, value: float = 0.5, **changes: Any) -> TrialResult:
+    values: dict[str, Any] = {
+        "trial_id": f"trial-{number}",
+        "config": TrialConfig("vanilla_cnn", freeze="none", learning_rate=10.0**-number, epochs=4),
+        "outcome": Outcome.COMPLETED,
+        "epochs": 3,
+        "best_epoch": 2,
+        "val": {"loss": 1.0 - value, "accuracy": value, "macro_f1": value, "balanced_accuracy": value, "auroc": value},
+        "trainable_parameters": 23_456,
+        "frozen_parameters": 128,
+        "train_seconds": 30.0,
+    }
+    return TrialResult(**{**values, **changes})
+
+
+def record(folder: RunFolder, results: list[TrialResult]) -> None:
+    book = Record(folder, OBJECTIVE)
+    for number, each in enumerate(results):
+        for epoch in range(1, each.epochs + 1):
+            book.epoch(epoch_metrics(each.trial_id, epoch, 0.1 * epoch))
+        book.ended(number, each)
+
+
+def epoch_metrics(trial_id: str, epoch: int, value: float) -> EpochMetrics:
+    measured = dict.fromkeys(("loss", "accuracy", "macro_f1", "balanced_accuracy", "auroc"), value)
+    return EpochMetrics(trial_id, epoch, 0, 1e-3, measured, measured, seconds=1.0, images_per_second=60.0)
+
+
+RESULTS = [
+    result(1, 0.70),
+    result(2, 0.80, config=TrialConfig("mobilenet_v2_0.35", freeze="stages:1", epochs=4)),
+    result(3, 0.60, outcome=Outcome.STOPPED_EARLY, epochs=1, best_epoch=1),
+    result(4, outcome=Outcome.FAILED, error="OOM in epoch 1", traceback="Traceback: it broke", val={}, best_epoch=0),
+]
+
+
+def write_split(folder: RunFolder, classes: tuple[str, ...]) -> None:
+    rows = [
+        (f"{name}/{i}.png", name, f"p{k}-{i // 2}", ("train", "train", "train", "val", "val", "test", "test")[i % 7])
+        for k, name in enumerate(classes)
+        for i in range(14)
+    ]
+    pd.DataFrame(rows, columns=["path", "label", "patient", "split"]).to_csv(folder.split, index=False)
+
+
+def write_predictions(folder: RunFolder, classes: tuple[str, ...], never: int | None = None) -> dict[str, Any]:
+    """Predictions of trial-2 with two images to a patient; returns what summary.json says of the test set."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(24) % len(classes)
+    scores = generator.dirichlet(np.ones(len(classes)), 24) + 0.4 * np.eye(len(classes))[labels]
+    if never is not None:
+        scores[:, never] = 0.0
+    scores = scores / scores.sum(axis=1, keepdims=True)
+    patients = [f"p{i // 2}" for i in range(24)]
+    table = pd.DataFrame({"trial_id": "trial-2", "image": [f"{i}.png" for i in range(24)], "patient": patients})
+    table = table.assign(split="test", true=[classes[k] for k in labels])
+    table["predicted"] = [classes[k] for k in scores.argmax(axis=1)]
+    table = table.assign(**{f"score:{name}": scores[:, k] for k, name in enumerate(classes)})
+    val = table.head(6).assign(split="val", true=classes[0])
+    pd.concat([val, table]).to_parquet(folder.predictions)
+    found = patient_intervals(labels, np.log(scores + 1e-9), classes, patients, resamples=20)
+    intervals = {name: {"value": each.value, "low": each.low, "high": each.high} for name, each in found.items()}
+    matrix = confusion_matrix(labels, scores).astype(int).tolist()
+    return {**intervals, "confusion_matrix": matrix, "classes": list(classes), "images": 24, "patients": 12}
+
+
+def summary(classes: tuple[str, ...], **changes: Any) -> dict[str, Any]:
+    values = {
+        "name": "depth",
+        "seed": 7,
+        "objective": {"metric": "macro_f1", "mode": "max"},
+        "data": {
+            "source": "xrays/",
+            "layout": "class folders",
+            "classes": list(classes),
+            "unreadable": 3,
+            "ignored": 5,
+        },
+        "best": {"trial_id": "trial-2", "config": RESULTS[1].config.to_json(), "val": RESULTS[1].val, "epoch": 2},
+        "seconds": {"total": 754.0, "train": 700.0},
+        "epochs": {"run": 9, "full": 16},
+        "versions": {"keras": "3.15.1"},
+        "machine": {"cores": 2, "gpus": 0, "threads_per_trial": 1, "concurrency": 2},
+        "interrupted": False,
+        "notes": ["Trained on one core."],
+    }
+    return {name: value for name, value in {**values, **changes}.items() if value is not None}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A sweep of four trials that ended, with its test set opened."""
+    return ended_run(tmp_path)
+
+
+def ended_run(out: Path, classes: tuple[str, ...] = CLASSES, never: int | None = None, **changes: Any) -> RunFolder:
+    folder = RunFolder.create(out, "depth", exactly=False)
+    folder.spec.write_text(SPEC, encoding="utf-8")
+    record(folder, RESULTS)
+    write_split(folder, classes)
+    test = write_predictions(folder, classes, never)
+    write_json(folder.summary, summary(classes, **{"test": test, **changes}))
+    return folder
+
+
+def test_the_answer_names_the_leading_trial_and_its_test_figures_with_intervals(folder: RunFolder) -> None:
+    stated = json.loads(folder.summary.read_text())["test"]
+    page = Page(write_report(folder))
+    assert "mobilenet_v2_0.35 with freeze strategy stages:1 has the highest validation macro F1, 0.800" in page.text
+    for metric in ("accuracy", "macro_f1", "balanced_accuracy", "auroc", "loss"):
+        value, low, high = (f"{stated[metric][key]:.3f}" for key in ("value", "low", "high"))
+        assert f"{value} {low} to {high}" in page.text
+    assert "opened once, after the search, for this model only: 24 images of 12 patients" in page.text
+
+
+def test_every_trial_is_on_the_page_in_the_order_of_the_objective(folder: RunFolder) -> None:
+    tables = Page(write_report(folder)).tables
+    assert [row[-1] for row in tables["ranking"][1:]] == ["trial-2", "trial-1", "trial-3"]
+    assert [row[4] for row in tables["ranking"][1:]] == ["completed", "completed", "stopped early"]
+    assert [row[-1] for row in tables["failed"][1:]] == ["trial-4"]
+    assert "OOM in epoch 1" in tables["failed"][1][0]
+    assert "Traceback: it broke" in tables["failed"][1][0]
+
+
+def test_only_the_axes_that_vary_are_columns_and_the_others_stand_once(folder: RunFolder) -> None:
+    page = Page(write_report(folder))
+    assert page.tables["ranking"][0][6:9] == ["backbone", "freeze", "learning_rate"]
+    assert "dropout" not in page.tables["ranking"][0]
+    assert re.search(r"The same in every trial .*\bdropout 0\b", page.text)
+
+
+def test_a_strategy_counts_all_its_trials_but_takes_the_median_of_those_that_rank(folder: RunFolder) -> None:
+    rows = Page(write_report(folder)).tables["strategy-table"][1:]
+    assert rows[0][:6] == ["mobilenet_v2_0.35", "stages:1", "1", "1", "0.800", "0.800"]
+    assert rows[1] == ["vanilla_cnn", "none", "3", "2", "0.700", "0.650", "23,456", "128", "1 min 30 s"]
+
+
+def test_a_strategy_whose_trials_all_failed_stays_in_the_table(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "failed", exactly=True)
+    folder.spec.write_text(SPEC, encoding="utf-8")
+    broken = TrialConfig("mobilenet_v2_0.35", freeze="all")
+    record(folder, [result(1, outcome=Outcome.FAILED, error="OOM", config=broken, val={}, best_epoch=0), result(2)])
+    rows = Page(write_report(folder)).tables["strategy-table"][1:]
+    assert [row[:6] for row in rows] == [
+        ["vanilla_cnn", "none", "1", "1", "0.500", "0.500"],
+        ["mobilenet_v2_0.35", "all", "1", "0", "–", "–"],
+    ]
+
+
+def test_confusion_matrix_and_class_table_are_of_the_same_predictions_as_the_summary(folder: RunFolder) -> None:
+    stated = json.loads(folder.summary.read_text())["test"]
+    page = Page(write_report(folder))
+    matrix = [[int(cell) for cell in row[1:]] for row in page.tables["confusion"][1:]]
+    assert matrix == stated["confusion_matrix"]
+    rows = {row[0]: row for row in page.tables["per-class"][1:]}
+    assert list(rows) == [*CLASSES, "macro average", "weighted average"]
+    for k, name in enumerate(CLASSES):
+        assert rows[name][1] == f"{matrix[k][k] / sum(row[k] for row in matrix):.3f}"
+        assert rows[name][2] == f"{stated[f'recall/{name}']['value']:.3f}"
+        assert rows[name][5] == str(sum(matrix[k]))
+    assert rows["macro average"][4] == f"{stated['macro_f1']['value']:.3f}"
+    assert "Do not use" not in page.text
+
+
+def test_a_summary_that_contradicts_the_predictions_is_called_out(tmp_path: Path) -> None:
+    folder = ended_run(tmp_path)
+    stated = json.loads(folder.summary.read_text())
+    stated["test"]["confusion_matrix"][0][0] += 1
+    stated["best"]["trial_id"] = "trial-1"
+    write_json(folder.summary, stated)
+    text = Page(write_report(folder)).text
+    assert "The confusion matrix in summary.json is not the one of predictions.parquet." in text
+    assert "summary.json names trial-1, the predictions are of trial-2." in text
+
+
+def test_what_one_validation_image_weighs_is_said_before_strategies_are_compared(folder: RunFolder) -> None:
+    stated = json.loads(folder.summary.read_text())["test"]["macro_f1"]
+    text = Page(write_report(folder)).text
+    assert f"interval of the test macro F1 is {stated['high'] - stated['low']:.3f} wide, from 24 images." in text
+    assert "The validation set has 12 images: one image is 8.33 percentage points of accuracy." in text
+    assert "have 10 and 8 of these 12 images right: a difference of 2 images." in text
+    assert "should not be read as a ranking" in text
+    assert "is the best of 3 on the same images and therefore optimistic" in text
+
+
+def test_the_data_table_counts_images_and_patients_of_the_split(folder: RunFolder) -> None:
+    page = Page(write_report(folder))
+    rows = {row[0]: row[1:] for row in page.tables["split"]}
+    assert rows["covid"] == ["6", "4", "4", "14"]
+    assert rows["Images"] == ["18", "12", "12", "42"]
+    split = pd.read_csv(folder.split)
+    assert rows["Patients"][:3] == [str(split[split.split == s].patient.nunique()) for s in ("train", "val", "test")]
+    assert "unreadable files 3" in page.text
+    assert "ignored files 5" in page.text
+
+
+def test_the_page_says_how_to_repeat_the_sweep(folder: RunFolder) -> None:
+    text = Page(write_report(folder)).text
+    assert f"python -m sweep.run {folder.spec}" in text
+    for fact in (
+        "seed 7",
+        "cores 2",
+        "threads per trial 1",
+        "keras 3.15.1",
+        "Trained on one core.",
+        "search: {trials: 4}",
+    ):
+        assert fact in text
+
+
+def test_text_of_users_is_never_markup(tmp_path: Path) -> None:
+    classes = (HOSTILE, "normal")
+    changes = {"name": HOSTILE, "notes": [HOSTILE], "data": {"source": HOSTILE, "layout": HOSTILE}}
+    folder = ended_run(tmp_path, classes, **changes)
+    record(folder, [*RESULTS[:3], result(4, outcome=Outcome.FAILED, error=HOSTILE, traceback=HOSTILE, val={})])
+    page = Page(write_report(folder))
+    assert "script" not in page.tags
+    assert page.tables["per-class"][1][0] == page.tables["split"][1][0] == HOSTILE
+    assert page.tables["failed"][1][0].count(HOSTILE) == 2
+    assert page.text.count(HOSTILE) >= 7
+
+
+def test_the_page_fetches_nothing(folder: RunFolder) -> None:
+    page = Page(write_report(folder))
+    sources = [value for name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]
+    assert len(sources) == 3
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert not re.search(r"https?://|@import|url\(", page.source)
+
+
+def test_ids_are_unique_and_every_figure_has_a_text(folder: RunFolder) -> None:
+    page = Page(write_report(folder))
+    assert len(page.ids) == len(set(page.ids))
+    assert len([value for name, value in page.attributes if name == "alt" and value]) == 3
+
+
+def test_phantom_images_are_called_synthetic(tmp_path: Path) -> None:
+    phantom = ended_run(tmp_path, data={"source": "phantom"})
+    real = ended_run(tmp_path)
+    assert "Synthetic demonstration, not medicine." in Page(write_report(phantom)).text
+    assert "Synthetic" not in Page(write_report(real)).text
+
+
+def test_without_a_test_set_no_test_figure_appears(tmp_path: Path) -> None:
+    folder = ended_run(tmp_path, test=None, best=None)
+    folder.predictions.unlink()
+    page = Page(write_report(folder))
+    assert "The test set was not opened" in page.text
+    assert not {"confusion", "per-class"} & page.tables.keys()
+    assert "Small differences between strategies' validation scores should not be read as a ranking." in page.text
+
+
+def test_an_interrupted_sweep_without_summary_is_reported_as_far_as_it_came(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "cut", exactly=True)
+    folder.spec.write_text(SPEC, encoding="utf-8")
+    record(folder, RESULTS[:2])
+    for value in (0.1, 0.25):  # a resumed trial repeats epochs; the later entry holds
+        Record(folder, OBJECTIVE).epoch(epoch_metrics("trial-9", 1, value))
+    with folder.epoch_record.open("a", encoding="utf-8") as file:
+        file.write('{"trial_id": "trial-9", "epo')
+    page = Page(write_report(folder))
+    assert {"interrupted", "no-test", "phantom"} <= set(page.ids)
+    assert [row[-1] for row in page.tables["ranking"][1:]] == ["trial-2", "trial-1"]
+    assert page.tables["unranked"][1:] == [["trial-9", "1", "0.250", "had not ended when the sweep stopped"]]
+
+
+def test_a_sweep_cut_before_its_first_epoch_has_a_page(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "cut", exactly=True)
+    folder.spec.write_text(SPEC, encoding="utf-8")
+    page = Page(write_report(folder))
+    assert "No trial finished an epoch" in page.text
+    assert not page.tables
+
+
+def test_a_sweep_ended_before_its_last_trial_says_how_many_are_missing(tmp_path: Path) -> None:
+    folder = ended_run(tmp_path, trials={"planned": 10}, interrupted=True)
+    text = Page(write_report(folder)).text
+    assert "4 of 10 trials (2 completed, 1 stopped early, 1 failed)" in text
+    assert "Unfinished sweep." in text
+
+
+def test_a_class_that_is_never_predicted_is_called_out(tmp_path: Path) -> None:
+    page = Page(write_report(ended_run(tmp_path, never=1)))
+    assert "Never predicted: normal." in page.text
+
+
+def test_trials_that_ended_on_their_best_epoch_or_miss_a_class_are_marked(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "marks", exactly=True)
+    folder.spec.write_text(SPEC, encoding="utf-8")
+    blind = {**RESULTS[0].val, "recall/covid": 0.0, "recall/normal": 1.0}
+    record(folder, [result(1, 0.9, epochs=4, best_epoch=4), result(2, 0.7, epochs=2), result(3, val=blind)])
+    page = Page(write_report(folder))
+    assert [row[3] for row in page.tables["ranking"][1:]] == ["▸ 4 of 4", "2 of 2", "∅ 2 of 3"]
+    assert "1 trial had the best epoch at the last one allowed" in page.text
+    assert "1 trial recognised not one validation image of some class" in page.text
+
+
+def test_command_line_writes_the_report_and_prints_its_path(folder: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    assert main([str(folder.path)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder.report)
+    assert folder.report.is_file()
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "other", "file"])
+def test_a_folder_that_is_no_run_folder_is_refused(what: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / what
+    if what == "file":
+        path.write_text("x")
+    elif what != "missing":
+        path.mkdir()
+    if what == "other":
+        (path / "photo.png").write_text("x")
+    found = {"missing": "nothing there", "empty": "an empty folder", "other": "photo.png", "file": "a file"}[what]
+    assert main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot report on {path}: expected the folder of a sweep" in error
+    assert f"but found {found}; give the folder that `python -m sweep.run` wrote" in error
+
+
+def test_a_true_class_without_scores_is_refused(folder: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    pd.read_parquet(folder.predictions).drop(columns="score:covid").to_parquet(folder.predictions)
+    assert main([str(folder.path)]) == 2
+    assert "has true classes without a score column: covid" in capsys.readouterr().err
