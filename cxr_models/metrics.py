@@ -69,15 +69,23 @@ def evaluate(
 
 def _macro_auroc(labels: IntArray, scores: FloatArray, counts: FloatArray) -> float:
     """Mean one-against-rest area under the ROC curve; NaN if scores are not finite or one class only is present."""
-    from sklearn.metrics import roc_auc_score
-
     if not np.isfinite(scores).all():
         return float("nan")
-    used = counts > 0
-    labels, scores, counts = labels[used], scores[used], counts[used]
-    present = [k for k in range(scores.shape[1]) if 0 < (labels == k).sum() < len(labels)]
-    areas = [roc_auc_score(labels == k, scores[:, k], sample_weight=counts) for k in present]
-    return float(np.mean(areas)) if areas else float("nan")
+    areas = [_auroc(labels == k, scores[:, k], counts) for k in range(scores.shape[1])]
+    defined = [area for area in areas if not np.isnan(area)]
+    return float(np.mean(defined)) if defined else float("nan")
+
+
+def _auroc(positive: NDArray[np.bool_], scores: FloatArray, counts: FloatArray) -> float:
+    """How often a positive image scores above a negative one, equal scores counting half (Hanley and McNeil, 1982).
+
+    The bootstrap asks for it thousands of times; scikit-learn's checks would take most of a sweep's last minute.
+    """
+    _, rank = np.unique(scores, return_inverse=True)
+    positives, negatives = (np.bincount(rank, np.where(side, counts, 0.0)) for side in (positive, ~positive))
+    below = np.cumsum(negatives) - negatives / 2
+    pairs = positives.sum() * negatives.sum()
+    return float((positives * below).sum() / pairs) if pairs else float("nan")
 
 
 def patient_intervals(

@@ -11,6 +11,9 @@ import psutil
 
 from sweep.spec import ResourceSpec
 
+# A container's share of the machine, cgroup version 2.
+CGROUP = Path("/sys/fs/cgroup")
+
 # What a trial's process needs at least: TensorFlow itself, a small network and its data.
 MEMORY_PER_TRIAL_BYTES = 2 * 1024**3
 
@@ -42,7 +45,7 @@ class Allotment:
 
 def this_machine() -> Machine:
     """Cores this process may use, GPUs it may see, memory."""
-    return Machine(_cores(), _gpus(), psutil.virtual_memory().total)
+    return Machine(_cores(), _gpus(), _memory_bytes())
 
 
 def allot(wanted: ResourceSpec, machine: Machine, trials: int) -> Allotment:
@@ -77,21 +80,34 @@ def _most_at_once(wanted: ResourceSpec, machine: Machine, gpus: float, trials: i
 
 def _fitting(machine: Machine, cpus: float, gpus: float) -> int:
     """How many trials fit. A share of a GPU lies on one device; two devices' remainders do not add up."""
-    by_cpu = int(machine.cores // cpus)
+    by_cpu = _times(cpus, machine.cores)
     if not gpus:
         return by_cpu
-    by_gpu = machine.gpus * int(1 // gpus) if gpus <= 1 else int(machine.gpus // gpus)
+    by_gpu = machine.gpus * _times(gpus, 1) if gpus <= 1 else _times(gpus, machine.gpus)
     return min(by_cpu, by_gpu)
+
+
+def _times(part: float, whole: int) -> int:
+    """How often a part goes into the whole; in floating point, 1 // 0.2 is 4."""
+    return math.floor(whole / part + 1e-9)
 
 
 def _cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        # A container's share of the cores, cgroup version 2: "<quota> <period>" or "max <period>".
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = (CGROUP / "cpu.max").read_text().split()  # "<quota> <period>" or "max <period>"
     except (OSError, ValueError):
         return cores
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def _memory_bytes() -> int:
+    memory = psutil.virtual_memory().total
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+    except OSError:
+        return memory
+    return memory if limit == "max" else min(memory, int(limit))
 
 
 def _gpus() -> int:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from cxr_models import network
 from cxr_models.backbones import BACKBONES
-from cxr_models.dataset import Manifest, Progress, assign_splits, read_manifest
+from cxr_models.dataset import Manifest, Progress, assign_splits, patients_on_two_sides, read_manifest
 from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import LayerTable, layer_table
 from cxr_models.phantom import PATIENT_PATTERN, phantom_dataset
@@ -24,7 +24,7 @@ from cxr_models.storage import written_whole
 from cxr_models.trial import SPLITS, TEST, TRAIN, VAL, TrialConfig, TrialData
 from sweep.halving import rungs
 from sweep.machine import Allotment, Machine, allot
-from sweep.space import Range
+from sweep.space import Constant, Range
 from sweep.spec import SpecError, SweepSpec
 from sweep.weights import WeightsFile, find_weights
 
@@ -275,7 +275,7 @@ def render_plan(plan: Plan) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     for name, value in (
         ("data", f"{spec.data.source} ({plan.manifest.layout}), {len(plan.manifest.records)} images"),
-        ("patients", f"{plan.manifest.patients}, none on two sides of the split"),
+        ("patients", f"{plan.manifest.patients}, {_two_sides(plan)}"),
         ("objective", f"validation {spec.objective.metric}, {spec.objective.mode}imum"),
         ("search", f"{spec.search.algorithm}, {plan.trials} trials, at most {plan.max_epochs} epochs each"),
         ("rungs", f"after epochs {halving}" if plan.rungs else "none: every trial runs to its end"),
@@ -287,7 +287,7 @@ def render_plan(plan: Plan) -> RenderableType:
     ):
         facts.add_row(Text(name, style="bold"), Text(value))
     notes = [Text(f"note: {note}", style="yellow") for note in plan.notes]
-    return Group(facts, _split_table(plan), _axis_table(plan), _strategy_table(plan), *notes)
+    return Group(facts, _split_table(plan), _axis_table(plan), _constants(plan), _strategy_table(plan), *notes)
 
 
 def _split_table(plan: Plan) -> Table:
@@ -306,17 +306,30 @@ def _axis_table(plan: Plan) -> Table:
     for name in ("axis", "values", "where"):
         table.add_column(name)
     for axis in plan.spec.space.axes.values():
+        if not axis.cases and isinstance(axis.domain, Constant):
+            continue
         for case in axis.cases:
             table.add_row(axis.name, Text(str(case.domain)), Text(case.text))
         table.add_row(axis.name, Text(str(axis.domain)), "otherwise" if axis.cases else "")
     return table
 
 
+def _two_sides(plan: Plan) -> str:
+    astray = patients_on_two_sides(plan.manifest, plan.splits)
+    return f"{len(astray)} ON TWO SIDES of the given split" if astray else "none on two sides of the split"
+
+
+def _constants(plan: Plan) -> Text:
+    axes = plan.spec.space.axes.values()
+    fixed = (f"{axis.name} {axis.domain}" for axis in axes if not axis.cases and isinstance(axis.domain, Constant))
+    return Text(f"the same in every trial: {', '.join(fixed)}")
+
+
 def _strategy_table(plan: Plan) -> Table:
-    table = Table(title="Strategies", title_justify="left")
+    table = Table(title="Strategies and their parameters", title_justify="left")
     for name in ("backbone", "freeze", "batch norm"):
-        table.add_column(name)
-    for name in ("trainable parameters", "frozen parameters"):
+        table.add_column(name, overflow="fold")
+    for name in ("trainable", "frozen"):
         table.add_column(name, justify="right")
     for row in plan.strategies:
         table.add_row(row.backbone, row.freeze, row.batch_norm, _counts(row.trainable), _counts(row.frozen))
@@ -326,7 +339,3 @@ def _strategy_table(plan: Plan) -> Table:
 def _counts(phases: tuple[tuple[int, int], ...]) -> str:
     spans = [f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in phases]
     return ", then ".join(spans)
-
-
-def print_plan(plan: Plan, console: Console) -> None:
-    console.print(render_plan(plan))

@@ -187,7 +187,9 @@ def write_trials_csv(path: Path, results: tuple[TrialResult, ...]) -> None:
     metrics = (*METRICS, *recalls)
     with written_whole(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        header = ["trial_id", "outcome", "error", *AXES, "epochs", "best_epoch", *(f"val_{name}" for name in metrics)]
+        # `epochs` is how many the trial ran; the axis of that name is the most it may run, as in --max-epochs.
+        axes = ("max_epochs" if axis == "epochs" else axis for axis in AXES)
+        header = ["trial_id", "outcome", "error", *axes, "epochs", "best_epoch", *(f"val_{name}" for name in metrics)]
         writer.writerow([*header, "trainable_parameters", "frozen_parameters", "train_seconds"])
         for result in results:
             config = result.config.to_json()

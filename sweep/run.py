@@ -26,6 +26,7 @@ from sweep.spec import SpecError, read_spec
 
 DONE, UNFINISHED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 SHOWN_RANKS = 10
+PIPED_WIDTH = 140
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +73,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
+    console, errors = _console(), Console(stderr=True, highlight=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _run(arguments, console)
@@ -189,6 +190,12 @@ def _strategy_table(summary: dict[str, object], objective: Objective) -> Table:
             row["backbone"], row["freeze"], str(row["trials"]), *values, *counts, duration(row["train_seconds"])
         )
     return table
+
+
+def _console() -> Console:
+    """The terminal; elsewhere (a file, a pipe) wide enough that no line has to break."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPED_WIDTH)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

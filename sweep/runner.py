@@ -59,12 +59,16 @@ class Conductor:
         self._halving = halving
         self._listeners = listeners
         self._running: dict[str, _Running] = {}
-        self.interrupted = False
+        self.interrupted_at: float | None = None
         self.epochs_run = 0
 
     def interrupt(self) -> None:
         """Give out no more trials and end each running one after its epoch, unfinished and without a result."""
-        self.interrupted = True
+        self.interrupted_at = time.monotonic()
+
+    @property
+    def interrupted(self) -> bool:
+        return self.interrupted_at is not None
 
     def next_job(self) -> TrialJob | None:
         """The next trial, or None when all have been given out."""
@@ -103,8 +107,9 @@ class Conductor:
         running = self._running.get(trial_id)
         if running is None or running.abandoned:
             return
-        if not end.error and not running.epochs:
-            end = TrialEnd("the trial ended without an epoch")
+        if not end.error and best_epoch(running.epochs, self.work.objective) is None:
+            what = f"a validation {self.work.objective.metric}" if running.epochs else "an epoch"
+            end = TrialEnd(f"the trial ended without {what}")
         self._finish(running, Outcome.FAILED if end.error else Outcome.COMPLETED, end)
 
     def _finish(self, running: _Running, outcome: Outcome, end: TrialEnd) -> None:
@@ -130,6 +135,7 @@ class Conductor:
             trainable_parameters=trainable,
             frozen_parameters=frozen,
             train_seconds=running.seconds,
+            device=running.epochs[-1].device if running.epochs else "",
             error=end.error,
             traceback=end.traceback,
         )

@@ -8,8 +8,10 @@ whole sweep.
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,10 +35,13 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from cxr_models.trial import EpochMetrics, TrialConfig
+from sweep.machine import Machine
 from sweep.runner import Conductor, RayError
 from sweep.worker import TrialEnd, TrialJob, TrialProcess, Work
 
-INTERRUPT_TIMEOUT_S = 10.0
+# After an interruption: how long running epochs may take to end, and then Ray to stop the workers.
+GRACE_S = 5.0
+STOPPING_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,13 @@ def ray_cluster(address: str, *, cores: int, gpus: int) -> Iterator[None]:
     Raises:
         ConnectionError: nothing answers at the address.
     """
+    on_termination = signal.getsignal(signal.SIGTERM)
     if address:
         _connect(address)
     else:
         _start_local(cores, gpus)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_termination)  # Ray has put its own handler there, which exits at once
     try:
         yield
     finally:
@@ -81,11 +89,12 @@ def check_address(address: str, timeout_s: float = 5.0) -> None:
     Raises:
         ConnectionError: the host and port in the address accept no connection.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        if address in ("auto", "local"):
-            return
-        raise ConnectionError(f"expected a Ray address (auto, HOST:PORT or ray://HOST:PORT), but got {address!r}")
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    # A Ray client's address, ray://, would run the search on the cluster, out of the conductor's reach.
+    if not host or "/" in host or not port.isdigit():
+        raise ConnectionError(f"expected the address of a Ray cluster's head (auto or HOST:PORT), but got {address!r}")
     try:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
     except OSError as error:
@@ -93,6 +102,17 @@ def check_address(address: str, timeout_s: float = 5.0) -> None:
             f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, "
             "or leave --address out to use this machine"
         ) from error
+
+
+def cluster_machine(address: str) -> Machine:
+    """The resources of a running Ray cluster, all nodes together.
+
+    Raises:
+        ConnectionError: nothing answers at the address.
+    """
+    with ray_cluster(address, cores=0, gpus=0):
+        found = ray.cluster_resources()
+    return Machine(int(found.get("CPU", 0)), int(found.get("GPU", 0)), int(found.get("memory", 0)))
 
 
 def _start_local(cores: int, gpus: int) -> None:
@@ -146,6 +166,7 @@ def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder
             storage_path=str(folder),
             verbose=0,
             progress_reporter=_Silent(),
+            callbacks=[_Interruption(_Reference(conductor))],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
@@ -165,7 +186,8 @@ def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder
             thread.join(0.2)
     except KeyboardInterrupt:
         conductor.interrupt()
-        thread.join(INTERRUPT_TIMEOUT_S)
+        # Shutting Ray down below a running Tune loop aborts the whole process.
+        thread.join(STOPPING_TIMEOUT_S)
         raise
     if failures:
         raise RayError(failures[0])
@@ -258,6 +280,18 @@ class _ConductorScheduler(FIFOScheduler):  # type: ignore[misc]
         text = trial.get_ray_actor_error() if hasattr(trial, "get_ray_actor_error") else None
         cause = str(text or trial.get_error() or "the worker was lost").strip().splitlines()[-1]
         self._reference.conductor.ended(trial.config["trial_id"], TrialEnd(f"the Ray worker failed: {cause}"))
+
+
+class _Interruption(tune.Callback):  # type: ignore[misc]
+    """Ends Ray's loop when an interruption has waited long enough: what a callback raises ends the sweep."""
+
+    def __init__(self, reference: _Reference) -> None:
+        self._reference = reference
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        interrupted_at = self._reference.conductor.interrupted_at
+        if interrupted_at is not None and time.monotonic() > interrupted_at + GRACE_S:
+            raise RuntimeError("interrupted")
 
 
 class _Silent(ProgressReporter):  # type: ignore[misc]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -45,7 +46,7 @@ class Work:
     folder: Path
     threads: int
     program: str = "sweep.worker:train"
-    preload: tuple[str, ...] = ("cxr_models.training", "sklearn.metrics")
+    preload: tuple[str, ...] = ("cxr_models.training",)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def load_program(name: str) -> Program:
 def failure(error: Exception) -> TrialEnd:
     """An exception of a trial as its end."""
     first_line = str(error).strip().partition("\n")[0]
-    return TrialEnd(f"{type(error).__name__}: {first_line}", traceback.format_exc())
+    return TrialEnd(f"{type(error).__name__}: {first_line}".removesuffix(": "), traceback.format_exc())
 
 
 class TrialProcess:
@@ -103,7 +104,7 @@ class TrialProcess:
         self._context.set_forkserver_preload(["sweep.worker", *preload])
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
-        self._owes_answer = False
+        self._child: Literal["idle", "training", "waiting"] = "idle"  # waiting for the order to go on or end
 
     def start(self, job: TrialJob) -> None:
         """Begin a trial; one that is still running is stopped first."""
@@ -113,32 +114,35 @@ class TrialProcess:
         if self._process is None or not self._process.is_alive():
             self._spawn()
         self._send(job)
+        self._child = "training"
 
     def next(self) -> EpochMetrics | TrialEnd:
         """Wait for the trial's next epoch, or its end. Asking for another epoch is the order to go on."""
-        if self._owes_answer:
-            self._owes_answer = False
+        if self._child == "idle" or self._connection is None:
+            return TrialEnd("the trial was not started")
+        if self._child == "waiting":
             self._send(True)
         try:
-            event: EpochMetrics | TrialEnd = (
-                self._connection.recv() if self._connection else TrialEnd("the trial was not started")
-            )
+            event: EpochMetrics | TrialEnd = self._connection.recv()
         except (EOFError, ConnectionError):
             return self._died()
-        self._owes_answer = isinstance(event, EpochMetrics)
+        self._child = "waiting" if isinstance(event, EpochMetrics) else "idle"
         return event
 
     def stop(self) -> None:
-        """End the running trial after the epoch it reported; a child that does not answer is killed."""
-        if not self._owes_answer:
+        """End the running trial after the epoch it reported; a child in the middle of one, or silent, is killed."""
+        if self._child == "idle":
             return
-        self._owes_answer = False
-        self._send(False)
-        if self._connection is None or not self._connection.poll(STOP_TIMEOUT_S):
+        if self._child == "training" or self._connection is None:
             self.close()
             return
+        self._child = "idle"
+        self._send(False)
         try:
-            self._connection.recv()
+            if self._connection.poll(STOP_TIMEOUT_S):
+                self._connection.recv()
+            else:
+                self.close()
         except (EOFError, ConnectionError):
             self.close()
 
@@ -150,7 +154,7 @@ class TrialProcess:
         if self._connection is not None:
             self._connection.close()
         self._process = self._connection = None
-        self._owes_answer = False
+        self._child = "idle"
 
     def _spawn(self) -> None:
         self.close()

@@ -1,0 +1,119 @@
+"""Fake trainings, run by workers in place of real ones: `tests.programs:<function>`. Nothing heavy is imported.
+
+A trial's `seed` is its place in the sweep, so that one program can treat one trial differently.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import numpy as np
+
+from cxr_models.trial import METRICS, EpochMetrics, Objective, TrialConfig, TrialData
+from sweep.worker import TrialJob, Work
+
+Epochs = Generator[EpochMetrics, bool, None]
+
+ODD_ONE = 2  # the trial with this seed is the one that fails or dies
+
+
+def value_of(seed: int, epoch: int) -> float:
+    """Validation score of a fake trial: rises with the epochs, and higher from the start for some seeds."""
+    return math.sin(seed + 1) ** 2 / 2 + 0.4 * (1 - 1 / epoch)
+
+
+def measured(job: TrialJob, epoch: int, value: float, **facts: float) -> EpochMetrics:
+    values = {**dict.fromkeys(METRICS, value), **facts}
+    device = f"GPU {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"
+    return EpochMetrics(job.trial_id, epoch, 0, 0.1, {"loss": 1 - value}, values, 0.01, 100.0, device)
+
+
+def told_epochs(job: TrialJob, happens: Callable[[int], None]) -> Epochs:
+    """Every epoch tells which process it ran in; `happens` runs before it is told."""
+    for epoch in range(1, job.config.epochs + 1):
+        happens(epoch)
+        value = value_of(job.config.seed, epoch)
+        if not (yield measured(job, epoch, value, pid=os.getpid(), parent=os.getppid())):
+            return
+
+
+def quick(job: TrialJob) -> Epochs:
+    return told_epochs(job, lambda epoch: None)
+
+
+def raising(job: TrialJob) -> Epochs:
+    def happens(epoch: int) -> None:
+        if job.config.seed == ODD_ONE and epoch == 2:
+            raise ValueError("no such luck\nand more of it")
+
+    return told_epochs(job, happens)
+
+
+def killed(job: TrialJob) -> Epochs:
+    def happens(epoch: int) -> None:
+        if job.config.seed == ODD_ONE and epoch == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return told_epochs(job, happens)
+
+
+def slow(job: TrialJob) -> Epochs:
+    """Epochs of a fifth of a second; writes down when and where it ran, and on which devices."""
+    begun = time.time()
+
+    def happens(epoch: int) -> None:
+        time.sleep(0.2)
+        span = {
+            "seed": job.config.seed,
+            "begun": begun,
+            "ended": time.time(),
+            "devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "parent": os.getppid(),
+        }
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "span.json").write_text(json.dumps(span))
+
+    return told_epochs(job, happens)
+
+
+def hanging(job: TrialJob) -> Epochs:
+    """Its second epoch never ends, and it does not end when told to."""
+    yield measured(job, 1, 0.5, pid=os.getpid())
+    time.sleep(60)
+
+
+def talking(job: TrialJob) -> Epochs:
+    """Writes as Python does, and as libraries in C++ do."""
+    print("python", flush=True)
+    os.write(2, b"descriptor\n")
+    yield measured(job, 1, 0.5)
+
+
+def exiting(job: TrialJob) -> Epochs:
+    yield measured(job, 1, 0.5)
+    os._exit(3)
+
+
+def empty(job: TrialJob) -> Epochs:
+    """Ends before its first epoch."""
+    yield from ()
+
+
+def undefined(job: TrialJob) -> Epochs:
+    """Never measures the objective."""
+    yield measured(job, 1, math.nan)
+
+
+def work(folder: Path, program: str) -> Work:
+    """What the trials of a fake sweep have in common; there are no images."""
+    nothing = np.zeros(0, np.int64)
+    data = TrialData(("a", "b"), nothing.astype(np.int32), nothing, nothing, 1, {})
+    return Work(data, Objective("macro_f1", "max"), folder, 1, f"tests.programs:{program}", preload=())
+
+
+def job(folder: Path, program: str, seed: int = 0, epochs: int = 3) -> TrialJob:
+    return TrialJob(f"t{seed}", TrialConfig("vanilla_cnn", epochs=epochs, seed=seed), work(folder, program))

@@ -1,0 +1,202 @@
+"""Figures agree with the reports and with scikit-learn, and intervals know that patients own their images."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+from sklearn import metrics as sklearn_metrics
+
+from cxr_models.metrics import classification_report, confusion_matrix, evaluate, patient_intervals
+from cxr_models.trial import METRICS
+
+CLASSES = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
+
+# Confusion matrices of MobileNetV2 on 2,117 radiographs at three freeze depths, with accuracy and macro f1.
+REPORTED = {
+    "head only": ([[300, 17, 42, 3], [9, 481, 112, 0], [11, 53, 952, 3], [1, 0, 7, 126]], 0.88, 0.89),
+    "last convolution": ([[331, 13, 15, 3], [6, 505, 91, 0], [9, 65, 944, 1], [0, 0, 5, 129]], 0.90, 0.92),
+    "last two": ([[338, 8, 14, 2], [14, 512, 76, 0], [50, 98, 869, 2], [1, 1, 6, 126]], 0.87, 0.89),
+}
+
+
+def scores_of(predicted: np.ndarray, classes: int, certainty: float = 0.9) -> np.ndarray:
+    """Log-probabilities whose largest is the predicted class."""
+    scores = np.full((len(predicted), classes), math.log((1 - certainty) / (classes - 1)))
+    scores[np.arange(len(predicted)), predicted] = math.log(certainty)
+    return scores
+
+
+def labels_and_scores(matrix: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Images that give this confusion matrix."""
+    cells = np.repeat(np.arange(len(matrix) ** 2), np.ravel(matrix))
+    labels, predicted = np.divmod(cells, len(matrix))
+    return labels, scores_of(predicted, len(matrix))
+
+
+def random_case(seed: int, images: int = 200, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(classes, size=images)
+    logits = generator.normal(size=(images, classes))
+    logits[np.arange(images), labels] += 1.0
+    return labels, logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_the_figures_of_the_third_report(name):
+    matrix, accuracy, macro_f1 = REPORTED[name]
+    labels, scores = labels_and_scores(matrix)
+    assert len(labels) == 2117
+    np.testing.assert_array_equal(confusion_matrix(labels, scores), matrix)
+    found = evaluate(labels, scores, CLASSES)
+    assert (round(found["accuracy"], 2), round(found["macro_f1"], 2)) == (accuracy, macro_f1)
+    assert found["recall/COVID"] == matrix[0][0] / sum(matrix[0])
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_agreement_with_scikit_learn(classes, weighted):
+    labels, scores = random_case(classes, classes=classes)
+    weights = np.random.default_rng(7).uniform(0.1, 3.0, len(labels)) if weighted else None
+    found = evaluate(labels, scores, CLASSES[:classes], weights)
+    predicted, given = scores.argmax(axis=1), {"sample_weight": weights}
+    ranked = scores[:, 1] if classes == 2 else np.exp(scores)
+    recalls = sklearn_metrics.recall_score(labels, predicted, average=None, **given)
+    expected = {
+        "loss": sklearn_metrics.log_loss(labels, np.exp(scores), **given),
+        "accuracy": sklearn_metrics.accuracy_score(labels, predicted, **given),
+        "macro_f1": sklearn_metrics.f1_score(labels, predicted, average="macro", **given),
+        "balanced_accuracy": sklearn_metrics.balanced_accuracy_score(labels, predicted, **given),
+        "auroc": sklearn_metrics.roc_auc_score(labels, ranked, multi_class="ovr", **given),
+        **{f"recall/{name}": recall for name, recall in zip(CLASSES, recalls, strict=False)},
+    }
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_equal_scores_count_half():
+    generator = np.random.default_rng(0)
+    labels, scores = generator.integers(2, size=300), np.log(generator.integers(1, 6, (300, 2)) / 6)
+    weights = generator.uniform(0.0, 2.0, 300)
+    expected = [sklearn_metrics.roc_auc_score(labels == k, scores[:, k], sample_weight=weights) for k in (0, 1)]
+    assert evaluate(labels, scores, CLASSES[:2], weights)["auroc"] == pytest.approx(np.mean(expected), rel=1e-9)
+
+
+def test_whole_weights_are_repeated_images():
+    labels, scores = random_case(0)
+    times = np.random.default_rng(1).integers(0, 4, len(labels))
+    repeated = np.repeat(np.arange(len(labels)), times)
+    weighted = evaluate(labels, scores, CLASSES, times.astype(float))
+    assert weighted == pytest.approx(evaluate(labels[repeated], scores[repeated], CLASSES))
+
+
+def test_a_class_never_predicted():
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    found = evaluate(labels, scores_of(np.array([0, 0, 1, 1, 0, 1]), 3), CLASSES[:3])
+    assert found["recall/Normal"] == 0.0
+    assert found["balanced_accuracy"] == pytest.approx(2 / 3)
+    assert found["macro_f1"] == pytest.approx((0.8 + 0.8 + 0.0) / 3)
+
+
+def test_a_class_without_images_is_left_out_of_the_means():
+    labels = np.array([0, 0, 1, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = evaluate(labels, scores_of(np.array([0, 0, 1, 2]), 3), CLASSES[:3])
+    assert math.isnan(found["recall/Normal"])
+    assert found["balanced_accuracy"] == pytest.approx(0.75)
+    assert found["macro_f1"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_names_of_the_figures():
+    assert evaluate(*random_case(0), CLASSES).keys() == {*METRICS, *(f"recall/{name}" for name in CLASSES)}
+
+
+def test_the_area_is_undefined_with_one_class_or_infinite_scores():
+    labels, scores = random_case(0, classes=3)
+    one_class = evaluate(np.zeros_like(labels), scores, CLASSES[:3])
+    assert math.isnan(one_class["auroc"])
+    assert math.isfinite(one_class["accuracy"])
+    scores[3] = np.nan
+    assert math.isnan(evaluate(labels, scores, CLASSES[:3])["auroc"])
+
+
+def test_the_loss_does_not_saturate():
+    """A probability of exp(-300) is no float32; its logarithm is."""
+    scores = np.array([[0.0, -300.0], [-300.0, 0.0]], np.float32)
+    assert evaluate(np.array([1, 0]), scores, CLASSES[:2])["loss"] == 300.0
+    assert evaluate(np.array([0, 0]), scores, CLASSES[:2])["loss"] == 150.0
+
+
+def test_the_first_of_equal_scores_is_the_prediction():
+    assert confusion_matrix(np.array([1]), np.zeros((1, 3)))[1].tolist() == [1, 0, 0]
+
+
+def test_the_report_per_class():
+    labels, scores = labels_and_scores(REPORTED["head only"][0])
+    found = classification_report(labels, scores, CLASSES)
+    assert found["COVID"]["precision"] == pytest.approx(300 / 321)
+    assert found["Viral_Pneumonia"]["support"] == 134
+    assert found["macro avg"]["f1-score"] == pytest.approx(evaluate(labels, scores, CLASSES)["macro_f1"])
+    never = classification_report(np.array([0, 1]), scores_of(np.array([0, 0]), 4), CLASSES)
+    assert never["Lung_Opacity"]["f1-score"] == 0.0
+    assert never["Normal"]["support"] == 0
+
+
+class TestPatientIntervals:
+    def test_the_value_lies_inside_and_is_that_of_all_images(self):
+        labels, scores = random_case(0)
+        found = patient_intervals(labels, scores, CLASSES, [str(i // 2) for i in range(200)], resamples=100)
+        whole = evaluate(labels, scores, CLASSES)
+        assert found.keys() == whole.keys()
+        for name, interval in found.items():
+            assert interval.value == whole[name]
+            assert interval.low < interval.value < interval.high
+
+    def test_the_seed_decides(self):
+        labels, scores = random_case(0, images=60)
+        patients = [str(i // 3) for i in range(60)]
+        first, again, other = (
+            patient_intervals(labels, scores, CLASSES, patients, resamples=50, seed=seed) for seed in (3, 3, 4)
+        )
+        assert first == again
+        assert first["loss"] != other["loss"]
+
+    def test_names_of_patients_do_not_matter(self):
+        labels, scores = random_case(0, images=60)
+        owner = np.repeat(np.arange(20), 3)
+        named = [f"p{number:02}" for number in owner]
+        assert patient_intervals(labels, scores, CLASSES, named, resamples=20) == patient_intervals(
+            labels, scores, CLASSES, owner.tolist(), resamples=20
+        )
+
+    def test_copies_of_an_image_add_nothing(self):
+        """Four copies of each patient's image: by image the interval would halve, by patient it stays."""
+        labels, scores = random_case(0, images=100)
+        owner = np.repeat(np.arange(100), 4)
+        copied = labels[owner], scores[owner], CLASSES
+        by_patient, by_image = (
+            patient_intervals(*copied, patients, resamples=300)["accuracy"]
+            for patients in ([str(number) for number in owner], [str(image) for image in range(400)])
+        )
+        single = patient_intervals(labels, scores, CLASSES, [str(i) for i in range(100)], resamples=300)["accuracy"]
+        assert by_patient.high - by_patient.low == pytest.approx(single.high - single.low, rel=1e-9)
+        assert 1.7 < (by_patient.high - by_patient.low) / (by_image.high - by_image.low) < 2.3
+
+    def test_coverage(self):
+        """Of simulated test sets of patients with their own difficulty, about 95 % have the truth inside."""
+        generator = np.random.default_rng(0)
+        sets, patients, images, inside = 80, 60, 4, 0
+        for _ in range(sets):
+            skill = generator.beta(3, 1, patients).repeat(images)  # mean 0.75
+            labels = generator.integers(2, size=patients * images)
+            right = generator.random(len(labels)) < skill
+            owner = [str(number) for number in np.repeat(np.arange(patients), images)]
+            scores = scores_of(np.where(right, labels, 1 - labels), 2)
+            found = patient_intervals(labels, scores, CLASSES[:2], owner, resamples=100)["accuracy"]
+            inside += found.low <= 0.75 <= found.high
+        assert 70 <= inside < sets
+
+    def test_what_cannot_be_computed_has_no_bounds(self):
+        labels, scores = np.zeros(6, int), random_case(0, images=6, classes=2)[1]
+        found = patient_intervals(labels, scores, CLASSES[:2], list("abcdef"), resamples=10)["auroc"]
+        assert all(math.isnan(bound) for bound in (found.value, found.low, found.high))

@@ -1,0 +1,227 @@
+"""The command line: what a wrong command says and starts, what a plan shows, what an interruption keeps."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sweep.run import INTERRUPTED, WRONG_INPUT, main
+
+ROOT = Path(__file__).parent.parent
+GOOD = """\
+name: good
+data: {data}
+objective: macro_f1
+search: {{trials: 2}}
+space:
+  backbone: vanilla_cnn
+  freeze: none
+  image_side: 72
+  epochs: 1
+"""
+
+
+@pytest.fixture
+def space(tmp_path, radiography_folder) -> Path:
+    file = tmp_path / "good.yaml"
+    file.write_text(GOOD.format(data=radiography_folder))
+    return file
+
+
+@pytest.fixture
+def refuse(tmp_path, cache_dir, capsys, monkeypatch):
+    """Run a command that must be refused; returns what it said."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.chdir(tmp_path)
+        before = {name for name in ("ray", "mlflow", "tensorflow") if name in sys.modules}
+        status = main([*map(str, arguments), "--cache-dir", str(cache_dir), "--out", str(tmp_path / "runs")])
+        said = capsys.readouterr().err
+        assert status == WRONG_INPUT
+        assert "Traceback" not in said
+        assert not list((tmp_path / "runs").glob("*/*")), "a refused command made a run folder"
+        assert {name for name in ("mlflow", "tensorflow") if name in sys.modules} <= before
+        return said
+
+    return run
+
+
+def class_folders(root: Path, **images: int) -> Path:
+    generator = np.random.default_rng(0)
+    for name, count in images.items():
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = generator.integers(0, 255, (20, 20)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
+
+
+def test_a_missing_file(refuse, tmp_path):
+    assert f"does not exist: {tmp_path}/absent.yaml" in refuse("absent.yaml")
+
+
+def test_a_yaml_syntax_error_shows_the_line(refuse, tmp_path):
+    (tmp_path / "bad.yaml").write_text("name: bad\nspace: {backbone: [vanilla_cnn\nsearch: {trials: 1}\n")
+    said = refuse("bad.yaml")
+    assert "line 3" in said
+    assert "search: {trials: 1}" in said
+
+
+def test_several_problems_are_shown_at_once(refuse, tmp_path):
+    (tmp_path / "bad.yaml").write_text(
+        "name: bad\ndata: phantom\nobjective: macro_f2\nserach: {}\nsearch: {trials: 3}\n"
+        "space:\n  backbone: densnet121\n  freeze: al\n  learning_rate: {low: 0.1, high: 0.01}\n"
+    )
+    said = refuse("bad.yaml")
+    assert "has 5 problems" in said
+    for expected in (
+        "line 3, objective.metric: unknown 'macro_f2'; did you mean 'macro_f1'?",
+        "line 4, serach: unknown key; did you mean 'search'?",
+        "line 7, space.backbone: unknown 'densnet121'; did you mean 'densenet121'?",
+        "line 8, space.freeze: expected a freeze strategy",
+        "line 9, space.learning_rate: expected low <= high, got low=0.1, high=0.01",
+    ):
+        assert expected in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("freeze=first:9999", "'first:9999' does not fit vanilla_cnn, which has 9 layers; use at most first:9"),
+        ("image_side=60", "vanilla_cnn needs at least 70 pixels, got 60"),
+        ("freeze=all>none", "has 2 phases, but 1 epochs"),
+        ("output=sigmoid", "sigmoid needs exactly 2 classes, but the data has 4"),
+        ("resources.cpus_per_trial=999", "a trial asks for 999 CPUs, but there are"),
+        ("data.patient=(", "expected a regular expression"),
+        ("droput=0.1", "did you mean 'dropout'"),
+    ],
+)
+def test_what_the_space_cannot_be(refuse, space, setting, message):
+    assert message in refuse(space, "--set", setting)
+
+
+def test_weights_that_do_not_fit(refuse, space, tmp_path):
+    (tmp_path / "wrong.weights.h5").write_text("no weights")
+    pretrained = (space, "--set", "backbone=mobilenet_v2_0.35", "--set", "freeze=all")
+    assert "is not an HDF5 file" in refuse(*pretrained, "--weights", "wrong.weights.h5")
+    assert "no such file" in refuse(*pretrained, "--weights", "absent.weights.h5")
+    assert "there are no bundled weights for resnet50" in refuse(
+        space, "--set", "backbone=resnet50", "--set", "freeze=all", "--weights", "bundled"
+    )
+
+
+def test_imagenet_weights_without_a_network(refuse, space, monkeypatch, tmp_path):
+    def unreachable(*arguments: object, **settings: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    said = refuse(space, "--set", "backbone=mobilenet_v2_0.35", "--set", "freeze=all", "--weights", "imagenet")
+    assert "put the file mobilenet_v2_weights_tf_dim_ordering_tf_kernels_0.35_224_no_top.h5 into" in said
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ({}, "no images"),
+        ({"only": 5}, "'only'"),
+        ({"large": 9, "small": 2}, "class 'small' has 2 patients; at least 3 are needed"),
+    ],
+)
+def test_data_that_cannot_be_used(refuse, space, tmp_path, images, message):
+    folder = class_folders(tmp_path / "data", **images) if images else tmp_path / "empty"
+    folder.mkdir(exist_ok=True)
+    said = refuse(space, "--data", folder)
+    assert message in said
+    assert "remedy" in said or "do:" in said
+
+
+def test_data_that_is_not_there(refuse, space, tmp_path):
+    assert str(tmp_path / "nowhere") in refuse(space, "--data", tmp_path / "nowhere")
+
+
+def test_an_output_folder_that_is_a_file(tmp_path, space, cache_dir, capsys):
+    (tmp_path / "taken").write_text("")
+    for arguments in (["--out", str(tmp_path / "taken")], ["--out", str(tmp_path), "--name", "taken"]):
+        assert main([str(space), "--cache-dir", str(cache_dir), *arguments]) == WRONG_INPUT
+        assert "taken" in capsys.readouterr().err
+
+
+def test_a_ray_address_that_does_not_answer(refuse, space):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert f"no Ray cluster answers at '127.0.0.1:{port}'" in refuse(space, "--address", f"127.0.0.1:{port}")
+
+
+def test_gpus_on_a_machine_without_are_said_to_be_missing(space, cache_dir, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main([str(space), "--plan", "--gpus-per-trial", "0.5", "--cache-dir", str(cache_dir)]) == 0
+    assert "there is no GPU: trials run on CPUs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["freeze", "smoke"])
+def test_a_plan_loads_nothing_heavy_and_says_what_will_run(name, cache_dir):
+    command = [str(ROOT / "search_spaces" / f"{name}.yaml"), "--plan", "--cache-dir", str(cache_dir)]
+    heavy = {"tensorflow", "keras", "ray", "mlflow"}
+    code = f"import sys; from sweep.run import main; main({command!r}); print(*{heavy!r} & sys.modules.keys(), 'end')"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert shown.splitlines()[-1] == "end"
+    assert "5,124" in shown  # the head of MobileNetV2 0.35 over four classes
+    assert "410,208" in shown
+    assert "600 images" in shown
+    assert "trials" in shown
+
+
+def test_an_interruption_keeps_the_finished_trials(tmp_path, space, cache_dir):
+    """Ctrl-C as a terminal sends it: to the whole process group."""
+    command = [sys.executable, "-u", "-m", "sweep.run", str(space), "--cache-dir", str(cache_dir)]
+    command += [
+        "--out",
+        str(tmp_path / "runs"),
+        "--trials",
+        "40",
+        "--set",
+        "epochs=2",
+        "--set",
+        "search.algorithm=random",
+    ]
+    command += ["--set", "dropout={low: 0.0, high: 0.5}"]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        sweep = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT, start_new_session=True)
+        try:
+            wait_for(lambda: "trial 2 completed" in log.read_text() or sweep.poll() is not None, timeout_s=180)
+            os.killpg(sweep.pid, signal.SIGINT)
+            status = sweep.wait(timeout=90)
+        finally:
+            if sweep.poll() is None:
+                os.killpg(sweep.pid, signal.SIGKILL)
+    said = log.read_text()
+    assert status == INTERRUPTED, said
+    folder = tmp_path / "runs" / "good"
+    with (folder / "trials.csv").open() as file:
+        trials = list(csv.DictReader(file))
+    assert len(trials) >= 2
+    assert {trial["outcome"] for trial in trials} == {"completed"}
+    assert f"{len(trials)} finished trials are kept in {folder}" in said.replace("\n", "")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["interrupted"]
+    assert "test" not in summary, "an interrupted sweep must not open the test set"
+    assert (folder / "report.html").is_file()
+
+
+def wait_for(condition: object, timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, f"not within {timeout_s} s"
+        time.sleep(0.2)

@@ -1,0 +1,179 @@
+"""One real sweep from end to end, on Ray, and what a user finds afterwards."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cxr_models.metrics import confusion_matrix
+
+ROOT = Path(__file__).parent.parent
+SPACE = """\
+name: small
+data: {data}
+objective: macro_f1
+search:
+  trials: 4
+  fixed:
+    - {{backbone: mobilenet_v2_0.35, freeze: "convs:1", learning_rate: 1e-3}}
+    - {{backbone: vanilla_cnn, learning_rate: 1e-3}}
+    - {{backbone: mobilenet_v2_0.35, freeze: all, learning_rate: 1.0e+30}}
+space:
+  backbone: [mobilenet_v2_0.35, vanilla_cnn]
+  weights: bundled
+  freeze:
+    choices: ["convs:1", all]
+    when: [{{if: {{backbone: vanilla_cnn}}, value: none}}]
+  learning_rate: {{low: 1e-3, high: 1.0e+30, log: true}}
+  dropout: 0.2
+  image_side: 72
+  epochs: 3
+"""
+
+
+def sweep(space: Path, out: Path, cache_dir: Path, *arguments: str) -> tuple[Path, str]:
+    command = [sys.executable, "-m", "sweep.run", str(space), "--out", str(out), "--cache-dir", str(cache_dir)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out / "small", done.stdout
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory, radiography_folder) -> Path:
+    file = tmp_path_factory.mktemp("space") / "small.yaml"
+    file.write_text(SPACE.format(data=radiography_folder))
+    return file
+
+
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory, space, cache_dir) -> tuple[Path, str]:
+    return sweep(space, tmp_path_factory.mktemp("ray"), cache_dir, "--concurrency", "1")
+
+
+def trials_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_trial_is_told(on_ray):
+    folder, _ = on_ray
+    trials = trials_of(folder)
+    assert [trial["outcome"] for trial in trials[:2]] == ["completed", "completed"]
+    assert trials[2]["outcome"] == "failed"
+    assert "DivergedError: diverged in epoch" in trials[2]["error"]
+    assert trials[0]["frozen_parameters"] == "266848"
+    assert trials[0]["freeze"] == "convs:1"
+    assert trials[1]["weights"] == "none"
+    assert {"epochs", "best_epoch", "val_macro_f1", "val_recall/COVID", "train_seconds", "learning_rate"} <= trials[
+        0
+    ].keys()
+
+
+def test_the_summary_says_what_the_record_says(on_ray):
+    folder, shown = on_ray
+    summary, trials = json.loads((folder / "summary.json").read_text()), trials_of(folder)
+    assert summary["trials"]["total"] == len(trials) == 4
+    able = [trial for trial in trials if trial["outcome"] != "failed"]
+    best = max(able, key=lambda trial: float(trial["val_macro_f1"]))
+    assert summary["best"]["val"]["macro_f1"] == float(best["val_macro_f1"])
+    assert summary["data"]["splits"]["train"]["images"] + summary["data"]["splits"]["test"]["images"] < 48
+    for name in ("accuracy", "macro_f1", "auroc"):
+        figure = summary["test"][name]
+        assert figure["low"] <= figure["value"] <= figure["high"]
+    assert "mlflow ui --backend-store-uri" in shown
+    assert str(folder / "report.html") in shown
+
+
+def test_the_split_is_written_and_shares_no_patient(on_ray):
+    split = pd.read_csv(on_ray[0] / "split.csv")
+    assert list(split.columns) == ["path", "label", "patient", "split"]
+    assert (split.groupby("patient")["split"].nunique() == 1).all()
+    assert set(split["split"]) == {"train", "val", "test"}
+
+
+def raw_pixels(folder: Path, data: Path, paths: list[str]) -> np.ndarray:
+    images = [Image.open(data / path).resize((72, 72), Image.Resampling.BILINEAR) for path in paths]
+    return np.stack([np.asarray(image, np.float32)[..., None] for image in images])
+
+
+def test_the_saved_model_predicts_what_was_recorded(on_ray, radiography_folder):
+    import keras
+
+    folder, _ = on_ray
+    recorded = pd.read_parquet(folder / "predictions.parquet")
+    scores = recorded.filter(like="score:").to_numpy()
+    pixels = raw_pixels(folder, radiography_folder, recorded["image"].tolist())
+    model = keras.saving.load_model(folder / "best" / "model.keras", safe_mode=True)
+    np.testing.assert_allclose(model.predict(pixels, verbose=0), scores, atol=1e-5)
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    champion = mlflow.pyfunc.load_model("models:/small@champion")
+    np.testing.assert_allclose(champion.predict(pixels), scores, atol=1e-5)
+
+
+def test_the_test_figures_come_from_the_predictions(on_ray):
+    folder, _ = on_ray
+    summary = json.loads((folder / "summary.json").read_text())
+    frame = pd.read_parquet(folder / "predictions.parquet")
+    test = frame[frame["split"] == "test"]
+    labels = test["true"].map(summary["test"]["classes"].index).to_numpy()
+    matrix = confusion_matrix(labels, test.filter(like="score:").to_numpy())
+    assert matrix.astype(int).tolist() == summary["test"]["confusion_matrix"]
+    assert summary["test"]["accuracy"]["value"] == pytest.approx((test["true"] == test["predicted"]).mean())
+    assert set(frame["split"]) == {"val", "test"}
+
+
+def test_the_validation_figure_of_the_best_trial_is_that_of_its_saved_model(on_ray):
+    folder, _ = on_ray
+    summary = json.loads((folder / "summary.json").read_text())
+    frame = pd.read_parquet(folder / "predictions.parquet")
+    val = frame[frame["split"] == "val"]
+    assert summary["best"]["val"]["accuracy"] == pytest.approx((val["true"] == val["predicted"]).mean())
+
+
+def test_mlflow_has_parent_children_curves_and_artifacts(on_ray):
+    folder, _ = on_ray
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "small"]
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    assert len(parents) == 1
+    assert len(children) == 4
+    assert sorted(run.data.tags["outcome"] for run in children) == sorted(
+        trial["outcome"] for trial in trials_of(folder)
+    )
+    for trial in trials_of(folder):
+        (run,) = [run for run in children if run.data.tags["trial_id"] == trial["trial_id"]]
+        history = client.get_metric_history(run.info.run_id, "val_macro_f1")
+        assert [metric.step for metric in history] == list(range(1, int(trial["epochs"]) + 1))
+    assert parents[0].inputs.dataset_inputs[0].dataset.digest
+    assert {"spec.yaml", "split.csv", "report.html"} <= {
+        found.path for found in client.list_artifacts(parents[0].info.run_id)
+    }
+
+
+def test_inline_and_ray_give_the_same_trials(on_ray, space, cache_dir, tmp_path):
+    """Also: the same seed twice gives the same sweep."""
+    folder, _ = sweep(space, tmp_path, cache_dir, "--inline")
+    timeless = [
+        [{key: value for key, value in trial.items() if key != "train_seconds"} for trial in trials_of(run)]
+        for run in (on_ray[0], folder)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_run_folder_is_never_overwritten(on_ray, space, cache_dir, tmp_path):
+    folder, _ = on_ray
+    command = [sys.executable, "-m", "sweep.run", str(space), "--out", str(folder.parent), "--name", "small"]
+    done = subprocess.run(
+        [*command, "--cache-dir", str(cache_dir)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 2
+    assert "is a folder with an earlier sweep; choose another --name or --out" in done.stderr

@@ -1,0 +1,86 @@
+"""The vocabulary: valid once built, equal after JSON, named by content."""
+
+import json
+import math
+
+import pytest
+
+from cxr_models.trial import AXES, METRICS, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+
+CONFIG = TrialConfig("mobilenet_v2_0.35", freeze="all>stages:1", hidden_units=(1024, 512), learning_rate=3e-4, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("batch_norm", "on", "batch_norm must be one of frozen, affine, train, but got 'on'"),
+        ("optimizer", "lion", "optimizer must be one of adam, adamw, rmsprop, sgd"),
+        ("batch_size", 0, "batch_size must be at least 1, but got 0"),
+        ("patience", -1, "patience must be at least 0, but got -1"),
+        ("dropout", 1.0, r"dropout must lie in \[0, 1\), but got 1.0"),
+        ("dropout", math.nan, "dropout must lie"),
+        ("learning_rate", 0.0, "learning_rate must be above 0 and finite"),
+        ("learning_rate", math.inf, "learning_rate must be above 0 and finite, but got inf"),
+        ("weight_decay", -0.1, "weight_decay must be at least 0"),
+        ("hidden_units", (8, 0), r"hidden_units must each be at least 1, but got \[8, 0\]"),
+    ],
+)
+def test_impossible_values(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        TrialConfig(**{"backbone": "vanilla_cnn", field: value})
+
+
+def test_a_configuration_survives_json():
+    text = json.dumps(CONFIG.to_json())
+    assert TrialConfig.from_json(json.loads(text)) == CONFIG
+    assert tuple(CONFIG.to_json()) == AXES
+
+
+def test_a_configuration_is_named_by_its_content():
+    """The digest of a stored run must not change with the version; every axis must change it."""
+    assert TrialConfig("vanilla_cnn").digest == "ad7682ba"
+    assert TrialConfig.from_json(CONFIG.to_json()).digest == CONFIG.digest
+    others = {
+        "backbone": "resnet50", "weights": "bundled", "image_side": 64, "freeze": "none", "batch_norm": "train",
+        "pooling": "max", "hidden_units": (8,), "dropout": 0.1, "output": "sigmoid", "optimizer": "sgd",
+        "learning_rate": 1e-4, "weight_decay": 0.1, "batch_size": 8, "epochs": 3, "patience": 2,
+        "class_weights": "balanced", "seed": 1,
+    }  # fmt: skip
+    assert others.keys() == set(AXES)
+    digests = {TrialConfig(**{"backbone": "vanilla_cnn", axis: value}).digest for axis, value in others.items()}
+    assert len(digests | {TrialConfig("vanilla_cnn").digest}) == len(AXES) + 1
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_better(mode):
+    objective = Objective("loss", mode)
+    good, bad = (1.0, 0.0) if mode == "max" else (0.0, 1.0)
+    assert objective.better(good, bad)
+    assert not objective.better(bad, good)
+    assert not objective.better(good, good)
+    assert objective.better(bad, objective.worst)
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_nan_beats_nothing(mode):
+    objective = Objective("auroc", mode)
+    assert not objective.better(math.nan, objective.worst)
+    assert not objective.better(math.nan, math.nan)
+    assert objective.better(0.5, math.nan)
+
+
+def test_the_error_belongs_to_failed_trials_and_to_no_other():
+    with pytest.raises(ValueError, match="exactly the failed trials carry an error"):
+        TrialResult("a", CONFIG, Outcome.FAILED)
+    with pytest.raises(ValueError, match="outcome completed with error='boom'"):
+        TrialResult("a", CONFIG, Outcome.COMPLETED, error="boom")
+
+
+def test_results_and_epochs_are_json():
+    result = TrialResult("a", CONFIG, Outcome.STOPPED_EARLY, epochs=2, best_epoch=1, val={"loss": 0.5})
+    written = json.loads(json.dumps(result.to_json()))
+    assert written["outcome"] == "stopped_early"
+    assert TrialConfig.from_json(written["config"]) == CONFIG
+    values = dict.fromkeys(METRICS, 0.5)
+    epoch = EpochMetrics("a", 1, 0, 1e-3, values, values, 0.1, 10.0)
+    assert EpochMetrics(**json.loads(json.dumps(epoch.to_json()))) == epoch

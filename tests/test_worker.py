@@ -1,0 +1,262 @@
+"""The child process: trains as the parent would, and dies without harm."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cxr_models.trial import EpochMetrics
+from sweep import worker
+from sweep.worker import TrialEnd, TrialJob, TrialProcess, failure, load_program
+from tests.programs import ODD_ONE, job, value_of
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def process(tmp_path) -> Iterator[TrialProcess]:
+    found = TrialProcess(tmp_path / "logs" / "worker.log", preload=())
+    yield found
+    found.close()
+
+
+def run(process: TrialProcess, job: TrialJob) -> tuple[list[EpochMetrics], TrialEnd]:
+    process.start(job)
+    epochs = []
+    while isinstance(event := process.next(), EpochMetrics):
+        epochs.append(event)
+    return epochs, event
+
+
+def children() -> set[int]:
+    """Living processes below this one, without multiprocessing's own two servers."""
+    below = psutil.Process().children(recursive=True)
+    return {child.pid for child in below if child.status() != psutil.STATUS_ZOMBIE} - servers()
+
+
+def servers() -> set[int]:
+    from multiprocessing.forkserver import _forkserver
+    from multiprocessing.resource_tracker import _resource_tracker
+
+    return {_forkserver._forkserver_pid, _resource_tracker._pid}
+
+
+def python(code: str, **environment: str) -> dict:
+    """Run a program of its own, with a fork server of its own; returns the JSON it prints last."""
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+class TestTrials:
+    def test_one_child_runs_one_trial_after_another(self, process, tmp_path):
+        pids = set()
+        for seed in range(4):
+            epochs, end = run(process, job(tmp_path, "quick", seed))
+            assert end == TrialEnd()
+            assert [metrics.epoch for metrics in epochs] == [1, 2, 3]
+            assert [metrics.val["macro_f1"] for metrics in epochs] == [value_of(seed, epoch) for epoch in (1, 2, 3)]
+            pids |= {int(metrics.val["pid"]) for metrics in epochs}
+        assert len(pids) == 1
+        assert os.getpid() not in pids
+
+    def test_an_exception_ends_the_trial_only(self, process, tmp_path):
+        epochs, end = run(process, job(tmp_path, "raising", ODD_ONE))
+        assert len(epochs) == 1
+        assert end.error == "ValueError: no such luck"
+        assert "and more of it" in end.traceback
+        assert "programs.py" in end.traceback
+        again, end = run(process, job(tmp_path, "raising", 0))
+        assert end == TrialEnd()
+        assert again[0].val["pid"] == epochs[0].val["pid"]
+
+    def test_a_program_that_does_not_exist(self, process, tmp_path):
+        _, end = run(process, job(tmp_path, "nowhere"))
+        assert end.error.startswith("AttributeError: module 'tests.programs' has no attribute 'nowhere'")
+
+    def test_a_killed_child_is_an_error_and_the_next_trial_works(self, process, tmp_path):
+        epochs, end = run(process, job(tmp_path, "killed", ODD_ONE))
+        assert len(epochs) == 1
+        assert "was killed by SIGKILL; the system may have run out of memory" in end.error
+        assert "worker.log" in end.error
+        assert run(process, job(tmp_path, "killed", 0))[1] == TrialEnd()
+
+    def test_a_child_that_leaves(self, process, tmp_path):
+        _, end = run(process, job(tmp_path, "exiting"))
+        assert "the trial's process exited with 3" in end.error
+        assert run(process, job(tmp_path, "quick"))[1] == TrialEnd()
+
+    def test_what_libraries_print_goes_to_the_log(self, process, tmp_path, capfd):
+        run(process, job(tmp_path, "talking"))
+        assert (tmp_path / "logs" / "worker.log").read_text().split() == ["python", "descriptor"]
+        assert capfd.readouterr() == ("", "")
+
+
+class TestStop:
+    def test_in_the_middle(self, process, tmp_path):
+        process.start(job(tmp_path, "quick", 0))
+        first = process.next()
+        process.stop()
+        epochs, end = run(process, job(tmp_path, "quick", 1))
+        assert end == TrialEnd()
+        assert [metrics.trial_id for metrics in epochs] == ["t1"] * 3
+        assert epochs[0].val["pid"] == first.val["pid"]
+
+    def test_a_new_trial_stops_the_running_one(self, process, tmp_path):
+        process.start(job(tmp_path, "quick", 0))
+        process.next()
+        epochs, _ = run(process, job(tmp_path, "quick", 1))
+        assert [(metrics.trial_id, metrics.epoch) for metrics in epochs] == [("t1", 1), ("t1", 2), ("t1", 3)]
+
+    def test_before_the_first_epoch(self, process, tmp_path):
+        """The stopped trial's first epoch must not be taken for the next trial's."""
+        process.start(job(tmp_path, "quick", 0))
+        epochs, _ = run(process, job(tmp_path, "quick", 1))
+        assert [(metrics.trial_id, metrics.epoch) for metrics in epochs] == [("t1", 1), ("t1", 2), ("t1", 3)]
+
+    def test_a_child_that_does_not_listen_is_killed(self, process, tmp_path, monkeypatch):
+        monkeypatch.setattr(worker, "STOP_TIMEOUT_S", 0.2)
+        process.start(job(tmp_path, "hanging"))
+        process.next()
+        process.stop()
+        assert not children()
+        assert run(process, job(tmp_path, "quick"))[1] == TrialEnd()
+
+    def test_a_child_that_died_meanwhile(self, process, tmp_path):
+        process.start(job(tmp_path, "quick"))
+        first = process.next()
+        psutil.Process(int(first.val["pid"])).kill()
+        process.stop()
+        assert run(process, job(tmp_path, "quick"))[1] == TrialEnd()
+
+    def test_without_a_trial(self, process):
+        process.stop()
+        assert process.next() == TrialEnd("the trial was not started")
+
+
+class TestChild:
+    def test_nothing_is_left_after_closing(self, process, tmp_path):
+        process.start(job(tmp_path, "quick"))
+        first = process.next()
+        assert children() == {int(first.val["pid"])}
+        process.close()
+        assert not children()
+        process.close()
+
+    def test_a_child_that_grew_is_replaced_before_its_next_trial(self, process, tmp_path, monkeypatch):
+        pids = []
+        for bound in (worker.MEMORY_BOUND_BYTES, worker.MEMORY_BOUND_BYTES, 1024**2):
+            monkeypatch.setattr(worker, "MEMORY_BOUND_BYTES", bound)
+            pids.append(run(process, job(tmp_path, "quick"))[0][0].val["pid"])
+        assert pids[0] == pids[1] != pids[2]
+        assert children() == {int(pids[2])}
+
+    def test_it_dies_with_its_parent(self, tmp_path):
+        """The parent is killed while its child sleeps, and cannot clean up."""
+        code = f"""
+            import json, os
+            from pathlib import Path
+            from sweep.worker import TrialProcess
+            from tests.programs import job
+            process = TrialProcess(Path({str(tmp_path / "log")!r}), preload=())
+            process.start(job(Path({str(tmp_path)!r}), "hanging"))
+            print(json.dumps({{"pid": process.next().val["pid"]}}), flush=True)
+            process.next()
+        """
+        parent = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        child = psutil.Process(json.loads(parent.stdout.readline())["pid"])
+        assert child.is_running()
+        parent.kill()
+        parent.wait()
+        psutil.wait_procs([child], timeout=5)
+        assert not child.is_running()
+
+    @pytest.mark.parametrize("visible", ["", "2,3"])
+    def test_it_sees_the_devices_its_parent_was_given(self, visible, tmp_path):
+        code = f"""
+            import json
+            from pathlib import Path
+            from sweep.worker import TrialProcess
+            from tests.programs import job
+            process = TrialProcess(Path({str(tmp_path / "log")!r}), preload=())
+            process.start(job(Path({str(tmp_path)!r}), "quick"))
+            print(json.dumps({{"device": process.next().device}}))
+            process.close()
+        """
+        assert python(code, CUDA_VISIBLE_DEVICES=visible) == {"device": f"GPU {visible}"}
+
+
+def test_a_real_training_in_the_child_gives_the_same_bits(tmp_path):
+    """Metrics and scores of a tiny network, once in the child and once in the parent itself."""
+    code = f"""
+        import json
+        from dataclasses import replace
+        from pathlib import Path
+        import numpy as np
+        from cxr_models.trial import EpochMetrics, Objective, TrialConfig, TrialData, VALIDATION_SCORES
+        from sweep.worker import TrialJob, TrialProcess, Work, train
+
+        folder = Path({str(tmp_path)!r})
+        pixels = np.random.default_rng(0).integers(0, 256, (24, 70, 70, 1)).astype(np.uint8)
+        np.save(folder / "pixels.npy", pixels)
+        labels = (np.arange(24) % 2).astype(np.int32)
+        data = TrialData(("a", "b"), labels, np.arange(16), np.arange(16, 24), 1, {{70: folder / "pixels.npy"}})
+        config = TrialConfig(
+            "vanilla_cnn", image_side=70, freeze="none", dropout=0.3, hidden_units=(8,), batch_size=6, epochs=2
+        )
+        def told(metrics):
+            return {{"train": dict(metrics.train), "val": dict(metrics.val)}}
+        def job(name):
+            return TrialJob("t", config, Work(data, Objective("loss", "min"), folder / name, threads=1))
+        def scores(name):
+            return np.load(folder / name / "t" / VALIDATION_SCORES)["scores"].tolist()
+
+        process = TrialProcess(folder / "log", preload=())
+        process.start(job("child"))
+        child = []
+        while isinstance(event := process.next(), EpochMetrics):
+            child.append(told(event))
+        process.close()
+        epochs = train(job("inline"))
+        inline = [told(next(epochs)), told(epochs.send(True))]
+        print(json.dumps({{"child": child, "inline": inline, "end": event.error,
+                          "scores": [scores("child"), scores("inline")]}}))
+    """
+    found = python(code, CUDA_VISIBLE_DEVICES="")
+    assert found["end"] == ""
+    assert len(found["child"]) == 2
+    assert found["child"] == found["inline"]
+    assert found["scores"][0] == found["scores"][1]
+
+
+class TestFailure:
+    @pytest.mark.parametrize(
+        ("error", "line"),
+        [
+            (ValueError("one\ntwo"), "ValueError: one"),
+            (ValueError("\n  one"), "ValueError: one"),
+            (KeyError("axis"), "KeyError: 'axis'"),
+            (MemoryError(), "MemoryError"),
+        ],
+    )
+    def test_one_line(self, error, line):
+        assert failure(error).error == line
+
+
+def test_a_program_by_name():
+    assert load_program("sweep.worker:train") is worker.train
