@@ -153,7 +153,8 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: dict[str,
     console.print(_ranking(order, objective))
     console.print(_strategy_table(summary, objective))
     best = order[0].config.to_json()
-    console.print(Text("best configuration: " + ", ".join(f"{axis} {value}" for axis, value in best.items())))
+    shown = (f"{axis} {value:.4g}" if isinstance(value, float) else f"{axis} {value}" for axis, value in best.items())
+    console.print(Text(f"best configuration: {', '.join(shown)}"))
     test = summary.get("test")
     if isinstance(test, dict):
         console.print(f"test set, opened once: {test['images']} images of {test['patients']} patients")

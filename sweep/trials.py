@@ -30,6 +30,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 import ray
 from ray import tune
+from ray._private import ray_constants
 from ray.tune import ProgressReporter
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -63,6 +64,9 @@ def ray_cluster(address: str, *, cores: int, gpus: int) -> Iterator[None]:
         ConnectionError: nothing answers at the address.
     """
     on_termination = signal.getsignal(signal.SIGTERM)
+    # Without this Ray takes 127.0.0.1 for the machine's outer address, and its sockets listen to everybody. Ray reads
+    # the variable of this name when it is imported, before the address is known.
+    ray_constants.ENABLE_RAY_CLUSTER = bool(address)
     if address:
         _connect(address)
     else:
@@ -118,8 +122,6 @@ def cluster_machine(address: str) -> Machine:
 def _start_local(cores: int, gpus: int) -> None:
     # Without a token in the environment Ray writes one into the home folder, which need not be writable.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # Keeps every socket on loopback, together with the node address below.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # Ray's memory monitor ends the whole sweep where it means one worker; the child's memory is bounded instead.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     ray.init(

@@ -5,12 +5,12 @@ scheduler's own process never imports TensorFlow. The child is forked from a ser
 but no TensorFlow operation yet, so threads and devices can still be chosen.
 """
 
-import ctypes
 import importlib
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ Program = Callable[["TrialJob"], Generator[EpochMetrics, bool, None]]
 # A child above this is replaced before its next trial: Keras leaks tens of MB a trial in one process.
 MEMORY_BOUND_BYTES = 2 * 1024**3
 STOP_TIMEOUT_S = 10.0
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class TrialProcess:
 
 def serve(connection: Connection, log: Path) -> None:
     """The child: train what arrives until the other side closes."""
-    _die_with_parent()
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means for running trials
     redirect_output(log)
     while True:
@@ -202,15 +201,20 @@ def _serve_trial(connection: Connection, job: TrialJob) -> None:
             connection.send(metrics)
             metrics = epochs.send(connection.recv())
     except StopIteration:
-        connection.send(TrialEnd())
-    except (EOFError, ConnectionError):
-        raise
+        end = TrialEnd()
     except Exception as error:
-        connection.send(failure(error))
+        end = failure(error)
+    connection.send(end)
 
 
 def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Wait for the parent's end, in the middle of an epoch too.
+
+    The kernel's own signal would wait for the fork server's end, and that server lives as long as its children.
+    """
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def redirect_output(log: Path) -> None:

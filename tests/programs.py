@@ -18,6 +18,7 @@ from sweep.worker import TrialJob, Work
 
 Epochs = Generator[EpochMetrics, bool, None]
 
+MEETING_TIMEOUT_S = 60
 ODD_ONE = 2  # the trial with this seed is the one that fails or dies
 
 
@@ -62,22 +63,33 @@ def killed(job: TrialJob) -> Epochs:
 
 
 def slow(job: TrialJob) -> Epochs:
-    """Epochs of a fifth of a second; writes down when and where it ran, and on which devices."""
+    return told_epochs(job, lambda epoch: time.sleep(0.2))
+
+
+def meeting(job: TrialJob) -> Epochs:
+    """Waits until as many trials run at once as the file `peers` says, and writes down when and on which device."""
+    wanted = int((job.work.folder / "peers").read_text())
     begun = time.time()
+    job.folder.mkdir()
 
     def happens(epoch: int) -> None:
-        time.sleep(0.2)
-        span = {
-            "seed": job.config.seed,
-            "begun": begun,
-            "ended": time.time(),
-            "devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
-            "parent": os.getppid(),
-        }
-        job.folder.mkdir(parents=True, exist_ok=True)
+        while len(list(job.work.folder.glob("*/"))) < wanted and time.time() - begun < MEETING_TIMEOUT_S:
+            time.sleep(0.02)
+        time.sleep(0.1)
+        span = {"begun": begun, "ended": time.time(), "devices": os.environ.get("CUDA_VISIBLE_DEVICES")}
         (job.folder / "span.json").write_text(json.dumps(span))
 
     return told_epochs(job, happens)
+
+
+def truncated_file(job: TrialJob) -> Epochs:
+    yield measured(job, 1, 0.5)
+    raise EOFError("of the program")
+
+
+def lost_server(job: TrialJob) -> Epochs:
+    yield measured(job, 1, 0.5)
+    raise ConnectionResetError("of the program")
 
 
 def hanging(job: TrialJob) -> Epochs:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cxr_models.trial import EpochMetrics, Suggestion, TrialConfig, TrialResult
-from sweep.halving import Halving, rungs
+from sweep.halving import Halving
 from sweep.runner import Conductor
 from sweep.search import Search
 from sweep.spec import read_spec
@@ -14,7 +14,7 @@ SPACE = """\
 name: fake
 data: phantom
 objective: macro_f1
-search: {{algorithm: grid, trials: {trials}}}
+search: {{algorithm: {algorithm}, trials: {trials}}}
 space:
   backbone: vanilla_cnn
   weights: none
@@ -50,22 +50,31 @@ class Heard:
 
 
 def fake_sweep(
-    folder: Path, program: str, *, trials: int = 6, epochs: int = 3, grace_epochs: int = 0
+    folder: Path,
+    program: str,
+    *,
+    trials: int = 6,
+    epochs: int = 3,
+    rungs: tuple[int, ...] = (),
+    heard: Heard | None = None,
+    algorithm: str = "grid",
 ) -> tuple[Conductor, Heard]:
-    """A grid over the seeds 0, 1, 2, ..., and what is heard of it.
+    """A sweep over the seeds 0, 1, 2, ..., and what is heard of it.
 
     Args:
         folder: for the spec and the trials.
         program: function in `tests.programs`.
         trials: how many.
         epochs: of each trial.
-        grace_epochs: of halving by 2; 0 for none.
+        rungs: epochs after which the weaker half ends; none if empty.
+        heard: listens, in place of a new one.
+        algorithm: a grid runs every seed once, in order.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "fake.yaml"
-    path.write_text(SPACE.format(trials=trials, seeds=list(range(trials)), epochs=epochs))
-    heard = Heard()
-    halving = Halving(rungs(grace_epochs, 2, epochs), 2, "max") if grace_epochs else None
+    path.write_text(SPACE.format(algorithm=algorithm, trials=trials, seeds=list(range(trials)), epochs=epochs))
+    heard = heard or Heard()
+    halving = Halving(rungs, 2, "max") if rungs else None
     search = Search(read_spec(path))
     return Conductor(work(folder / "trials", program), search, halving, parameters, [heard]), heard
 

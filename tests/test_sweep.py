@@ -24,14 +24,14 @@ search:
   fixed:
     - {{backbone: mobilenet_v2_0.35, freeze: "convs:1", learning_rate: 1e-3}}
     - {{backbone: vanilla_cnn, learning_rate: 1e-3}}
-    - {{backbone: mobilenet_v2_0.35, freeze: all, learning_rate: 1.0e+30}}
+    - {{backbone: mobilenet_v2_0.35, freeze: all, learning_rate: 3.0e+38}}
 space:
   backbone: [mobilenet_v2_0.35, vanilla_cnn]
   weights: bundled
   freeze:
     choices: ["convs:1", all]
     when: [{{if: {{backbone: vanilla_cnn}}, value: none}}]
-  learning_rate: {{low: 1e-3, high: 1.0e+30, log: true}}
+  learning_rate: {{low: 1e-3, high: 3.0e+38, log: true}}
   dropout: 0.2
   image_side: 72
   epochs: 3

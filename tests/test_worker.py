@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,10 +35,17 @@ def run(process: TrialProcess, job: TrialJob) -> tuple[list[EpochMetrics], Trial
     return epochs, event
 
 
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs; one whose end nobody has asked for yet does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def children() -> set[int]:
     """Living processes below this one, without multiprocessing's own two servers."""
-    below = psutil.Process().children(recursive=True)
-    return {child.pid for child in below if child.status() != psutil.STATUS_ZOMBIE} - servers()
+    return {child.pid for child in psutil.Process().children(recursive=True) if alive(child)} - servers()
 
 
 def servers() -> set[int]:
@@ -86,6 +94,14 @@ class TestTrials:
     def test_a_program_that_does_not_exist(self, process, tmp_path):
         _, end = run(process, job(tmp_path, "nowhere"))
         assert end.error.startswith("AttributeError: module 'tests.programs' has no attribute 'nowhere'")
+
+    @pytest.mark.parametrize(
+        ("program", "error"), [("truncated_file", "EOFError"), ("lost_server", "ConnectionResetError")]
+    )
+    def test_an_error_of_the_program_is_not_taken_for_one_of_the_pipe(self, program, error, process, tmp_path):
+        _, end = run(process, job(tmp_path, program))
+        assert end.error == f"{error}: of the program"
+        assert "programs.py" in end.traceback
 
     def test_a_killed_child_is_an_error_and_the_next_trial_works(self, process, tmp_path):
         epochs, end = run(process, job(tmp_path, "killed", ODD_ONE))
@@ -180,11 +196,13 @@ class TestChild:
             [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
         child = psutil.Process(json.loads(parent.stdout.readline())["pid"])
-        assert child.is_running()
+        assert alive(child)
         parent.kill()
         parent.wait()
-        psutil.wait_procs([child], timeout=5)
-        assert not child.is_running()
+        deadline = time.monotonic() + 10
+        while alive(child) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not alive(child)
 
     @pytest.mark.parametrize("visible", ["", "2,3"])
     def test_it_sees_the_devices_its_parent_was_given(self, visible, tmp_path):

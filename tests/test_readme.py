@@ -1,0 +1,71 @@
+"""The README's own commands, run on a tiny folder laid out as the data set it speaks of."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sweep.spec import read_spec
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^\.venv/bin/python (-m sweep\..*)$", README, flags=re.MULTILINE)
+
+# What would take hours or a network: replaced, and only this.
+CHEAPER = (
+    ("--trials 60", "--trials 2"),
+    ("--weights imagenet", "--weights bundled"),
+    ("image_side=224", "image_side=72"),
+)
+QUICK = ["--max-epochs", "1", "--set", "search.halving=none"]
+
+
+def test_the_quick_start_is_two_lines_each_complete():
+    lines = re.findall(r"^python3 -m venv \.venv && .*$", README, flags=re.MULTILINE)
+    assert len(lines) == 2
+    assert lines[0].endswith(".venv/bin/python -m sweep.run search_spaces/freeze.yaml")
+    assert lines[1].endswith(".venv/bin/python -m pytest")
+
+
+def test_the_worked_example(tmp_path, radiography_folder, cache_dir):
+    """In the order they stand: the plan, the sweep, the report of that sweep."""
+    assert [command.split()[1] for command in COMMANDS] == ["sweep.run", "sweep.run", "sweep.report"]
+    for command in COMMANDS:
+        for dear, cheap in CHEAPER:
+            command = command.replace(dear, cheap)
+        arguments = shlex.split(command.replace("~/COVID-19_Radiography_Dataset", str(radiography_folder)))
+        arguments = [str(ROOT / part) if part.startswith("search_spaces/") else part for part in arguments]
+        if arguments[1] == "sweep.run":
+            arguments += ["--cache-dir", str(cache_dir), *QUICK]
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    run = tmp_path / "runs" / "radiography"
+    assert {
+        "report.html",
+        "trials.csv",
+        "summary.json",
+        "split.csv",
+        "spec.yaml",
+        "predictions.parquet",
+        "mlflow.db",
+    } <= {path.name for path in run.iterdir()}
+    assert (run / "best" / "model.keras").is_file()
+
+
+def test_the_example_space_is_read(tmp_path):
+    (example,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "example.yaml").write_text(example)
+    spec = read_spec(tmp_path / "example.yaml")
+    assert spec.name == yaml.safe_load(example)["name"]
+    assert spec.search.trials == 40
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "search_spaces").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_shipped_space_is_read_and_says_how_it_is_run(file):
+    spec = read_spec(file)
+    assert spec.name == file.stem
+    assert f"python -m sweep.run search_spaces/{file.name}" in file.read_text()

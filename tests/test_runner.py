@@ -1,0 +1,192 @@
+"""The conductor and the inline runner, with trials that only pretend to train."""
+
+import json
+import math
+
+import pytest
+
+from cxr_models.trial import EpochMetrics, Objective, Outcome
+from sweep.runner import Conductor, best_epoch, run_inline
+from sweep.worker import TrialEnd
+from tests.programs import ODD_ONE, measured, value_of
+from tests.sweeps import Heard, fake_sweep
+
+
+def test_every_trial_ends_with_its_best_epoch(tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=5, epochs=3)
+    run_inline(conductor)
+    assert sorted(heard.results) == [0, 1, 2, 3, 4]
+    assert conductor.epochs_run == 15
+    for seed, result in heard.by_seed.items():
+        assert result.outcome is Outcome.COMPLETED
+        assert (result.epochs, result.best_epoch) == (3, 3)
+        assert result.val["macro_f1"] == value_of(seed, 3)
+        assert (result.trainable_parameters, result.frozen_parameters) == (10 + seed, 100)
+        assert result.device.startswith("GPU")
+        assert result.train_seconds > 0
+
+
+def test_listeners_hear_everything_in_order(tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=2, epochs=2)
+    run_inline(conductor)
+    ids = [suggestion.trial_id for suggestion in heard.begun]
+    assert heard.order == [
+        (what, trial_id, epoch)
+        for trial_id in ids
+        for what, epoch in (("started", 0), ("epoch", 1), ("epoch", 2), ("ended", 2))
+    ]
+
+
+def test_a_failing_trial_does_not_stop_the_sweep(tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "raising", trials=5)
+    run_inline(conductor)
+    failed = heard.by_seed[ODD_ONE]
+    assert failed.outcome is Outcome.FAILED
+    assert failed.error == "ValueError: no such luck"
+    assert "and more of it" in failed.traceback
+    assert failed.epochs == 1
+    others = [result.outcome for seed, result in heard.by_seed.items() if seed != ODD_ONE]
+    assert others == [Outcome.COMPLETED] * 4
+
+
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [("empty", "the trial ended without an epoch"), ("undefined", "the trial ended without a validation macro_f1")],
+)
+def test_a_trial_that_measured_nothing_has_failed(program, error, tmp_path):
+    conductor, heard = fake_sweep(tmp_path, program, trials=2)
+    run_inline(conductor)
+    assert [result.error for result in heard.results.values()] == [error] * 2
+    assert all(result.best_epoch == 0 and result.val == {} for result in heard.results.values())
+
+
+def test_halving_ends_weak_trials_early(tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=8, epochs=8, rungs=(2, 4))
+    run_inline(conductor)
+    stopped = [result for result in heard.results.values() if result.outcome is Outcome.STOPPED_EARLY]
+    completed = [result for result in heard.results.values() if result.outcome is Outcome.COMPLETED]
+    assert len(stopped) + len(completed) == 8
+    assert stopped
+    assert completed
+    assert {result.epochs for result in stopped} <= {2, 4}
+    assert all(result.epochs == 8 for result in completed)
+    assert all(result.val["macro_f1"] == value_of(result.config.seed, result.epochs) for result in stopped)
+    best = max(range(8), key=lambda seed: value_of(seed, 8))
+    assert heard.by_seed[best].outcome is Outcome.COMPLETED
+    assert [trial_id for what, trial_id, _ in heard.order if what == "ended"] == [
+        suggestion.trial_id for suggestion in heard.begun
+    ]
+
+
+def test_the_last_epoch_is_never_an_early_stop(tmp_path):
+    """Where trials differ in length, a rung may be the last epoch of a short one: nothing is left to save."""
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=6, epochs=3, rungs=(3,))
+    run_inline(conductor)
+    assert {result.outcome for result in heard.results.values()} == {Outcome.COMPLETED}
+
+
+class InterruptAt(Heard):
+    """Ctrl-C in the third trial, after an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.at = epoch
+        self.conductor: Conductor | None = None
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        super().epoch(metrics)
+        if len(self.begun) == 3 and metrics.epoch == self.at:
+            self.conductor.interrupt()
+
+
+class TestInterruption:
+    @pytest.fixture
+    def interrupted(self, tmp_path):
+        def run(epoch: int) -> tuple[Conductor, InterruptAt]:
+            listener = InterruptAt(epoch)
+            conductor, _ = fake_sweep(tmp_path, "quick", trials=6, epochs=3, heard=listener)
+            listener.conductor = conductor
+            run_inline(conductor)
+            return conductor, listener
+
+        return run
+
+    def test_finished_trials_stay_and_the_running_one_has_no_result(self, interrupted):
+        conductor, heard = interrupted(1)
+        assert conductor.interrupted
+        assert len(heard.begun) == 3
+        assert sorted(heard.results) == [0, 1]
+        assert [entry for entry in heard.order if entry[1] == heard.begun[2].trial_id] == [
+            ("started", heard.begun[2].trial_id, 0),
+            ("epoch", heard.begun[2].trial_id, 1),
+        ]
+
+    def test_a_trial_in_its_last_epoch_is_finished(self, interrupted):
+        _, heard = interrupted(3)
+        assert [result.outcome for result in heard.results.values()] == [Outcome.COMPLETED] * 3
+
+    def test_no_trial_is_given_out_afterwards(self, tmp_path):
+        conductor, heard = fake_sweep(tmp_path, "quick")
+        conductor.interrupt()
+        assert conductor.next_job() is None
+        assert heard.order == []
+
+
+class TestConductor:
+    def test_trials_end_in_any_order(self, tmp_path):
+        conductor, heard = fake_sweep(tmp_path, "quick", trials=2, epochs=2)
+        first, second = conductor.next_job(), conductor.next_job()
+        assert conductor.next_job() is None
+        for epoch in (1, 2):
+            assert conductor.epoch(measured(first, epoch, 0.5))
+            assert conductor.epoch(measured(second, epoch, 0.6))
+        conductor.ended(second.trial_id, TrialEnd())
+        conductor.ended(first.trial_id, TrialEnd())
+        assert list(heard.results) == [1, 0]
+
+    def test_what_comes_after_a_decided_end_is_ignored(self, tmp_path):
+        """Ray may still deliver an epoch of a trial that was stopped, and then its end."""
+        conductor, heard = fake_sweep(tmp_path, "quick", trials=4, epochs=4, rungs=(1,))
+        jobs = [conductor.next_job() for _ in range(4)]
+        assert conductor.epoch(measured(jobs[0], 1, 0.9))
+        assert not conductor.epoch(measured(jobs[1], 1, 0.1))
+        told = json.dumps(heard.order)
+        assert not conductor.epoch(measured(jobs[1], 2, 0.95))
+        conductor.ended(jobs[1].trial_id, TrialEnd("killed"))
+        assert json.dumps(heard.order) == told
+        assert heard.results[1].outcome is Outcome.STOPPED_EARLY
+
+    def test_a_failure_keeps_the_epochs_before_it(self, tmp_path):
+        conductor, heard = fake_sweep(tmp_path, "quick", trials=1)
+        job = conductor.next_job()
+        conductor.epoch(measured(job, 1, 0.7))
+        conductor.epoch(measured(job, 2, 0.6))
+        conductor.ended(job.trial_id, TrialEnd("OOM: no memory", "Traceback ..."))
+        result = heard.results[0]
+        assert (result.outcome, result.epochs, result.best_epoch) == (Outcome.FAILED, 2, 1)
+        assert (result.error, result.traceback) == ("OOM: no memory", "Traceback ...")
+
+
+class TestBestEpoch:
+    @pytest.fixture
+    def epochs_with(self, tmp_path):
+        conductor, _ = fake_sweep(tmp_path, "quick", trials=1)
+        job = conductor.next_job()
+        return lambda *values: [measured(job, epoch, value) for epoch, value in enumerate(values, start=1)]
+
+    @pytest.mark.parametrize(
+        ("mode", "values", "expected"),
+        [
+            ("max", (0.1, 0.5, 0.3), 2),
+            ("min", (0.3, 0.1, 0.5), 2),
+            ("max", (0.5, 0.2, 0.5), 1),  # the first of equals: its weights are those on disk
+            ("max", (math.nan, 0.2, math.nan), 2),
+            ("min", (math.nan, math.inf, 3.0), 3),
+        ],
+    )
+    def test_the_first_of_the_best(self, mode, values, expected, epochs_with):
+        assert best_epoch(epochs_with(*values), Objective("macro_f1", mode)).epoch == expected
+
+    @pytest.mark.parametrize("values", [(), (math.nan, math.nan)])
+    def test_none(self, values, epochs_with):
+        assert best_epoch(epochs_with(*values), Objective("macro_f1", "max")) is None

@@ -1,0 +1,202 @@
+"""Ray places trials on CPUs and GPUs, and the sweep is the same as without it. Trials only pretend to train."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from cxr_models.trial import EpochMetrics, Outcome, TrialResult
+from sweep.runner import Conductor, run_inline
+from sweep.trials import Placement, check_address, ray_cluster, run_on_ray
+from tests.programs import ODD_ONE, value_of
+from tests.sweeps import Heard, fake_sweep
+
+ROOT = Path(__file__).parent.parent
+GPUS = 4
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A local Ray of eight cores and four GPUs, which need not exist: Ray only counts them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        with ray_cluster("", cores=8, gpus=GPUS):
+            yield
+
+
+def run(conductor: Conductor, folder: Path, *, total: int, at_once: int, gpus: float = 0.0) -> None:
+    run_on_ray(conductor, Placement(1.0, gpus, at_once), total=total, folder=folder)
+
+
+@pytest.mark.parametrize(("share", "on_one"), [(1.0, 1), (0.5, 2)])
+def test_trials_share_four_gpus(share, on_one, local_ray, tmp_path):
+    """As many trials as fit run at once and wait for each other, so every device must be full; two more follow."""
+    at_once = GPUS * on_one
+    conductor, heard = fake_sweep(tmp_path, "meeting", trials=at_once + 2, epochs=1)
+    conductor.work.folder.mkdir()
+    (conductor.work.folder / "peers").write_text(str(at_once))
+    run(conductor, tmp_path, total=at_once + 2, at_once=at_once, gpus=share)
+    assert [result.error for result in heard.results.values()] == [""] * (at_once + 2)
+    spans = [json.loads(path.read_text()) for path in conductor.work.folder.glob("*/span.json")]
+    assert len(spans) == at_once + 2
+    most = Counter()
+    for span in spans:
+        running = [other for other in spans if other["begun"] <= span["begun"] < other["ended"]]
+        most |= Counter(other["devices"] for other in running)
+    assert most == dict.fromkeys("0123", on_one)
+    assert {result.device for result in heard.results.values()} == {f"GPU {device}" for device in range(GPUS)}
+
+
+def test_a_trial_of_two_gpus_sees_both(local_ray, tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=1, epochs=1)
+    run(conductor, tmp_path, total=1, at_once=1, gpus=2.0)
+    (result,) = heard.results.values()
+    assert len(set(result.device.removeprefix("GPU ").split(","))) == 2
+
+
+def test_a_trial_on_cpus_sees_no_gpu(local_ray, tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=2, epochs=1)
+    run(conductor, tmp_path, total=2, at_once=2)
+    assert {result.device for result in heard.results.values()} == {"GPU "}
+
+
+def test_one_at_a_time_the_sweep_is_that_of_the_inline_runner(local_ray, tmp_path):
+    """Suggestions that learn from results, early stops and a failing trial: all as inline."""
+
+    def told(heard: Heard) -> tuple[list, dict]:
+        def facts(result: TrialResult) -> tuple:
+            value = result.val.get("macro_f1")
+            return result.trial_id, result.config, result.outcome, result.epochs, result.best_epoch, value, result.error
+
+        return heard.order, {number: facts(result) for number, result in heard.results.items()}
+
+    sweeps = [
+        fake_sweep(tmp_path / name, "raising", trials=12, epochs=4, rungs=(1, 2), algorithm="tpe")
+        for name in ("inline", "ray")
+    ]
+    run_inline(sweeps[0][0])
+    run(sweeps[1][0], tmp_path / "ray", total=12, at_once=1)
+    inline, on_ray = (told(heard) for _, heard in sweeps)
+    assert inline == on_ray
+    assert {facts[2] for facts in inline[1].values()} == set(Outcome)
+    assert any(facts[0].endswith("-2") for facts in inline[1].values())
+
+
+def test_a_warm_worker_serves_many_trials(local_ray, tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=6)
+    run(conductor, tmp_path, total=6, at_once=1)
+    assert len(heard.results) == 6
+    assert len({(metrics.val["parent"], metrics.val["pid"]) for metrics in heard.epochs}) == 1
+
+
+def test_a_killed_trial_does_not_stop_the_sweep(local_ray, tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "killed", trials=5)
+    run(conductor, tmp_path, total=5, at_once=1)
+    assert len(heard.results) == 5
+    for seed, result in heard.by_seed.items():
+        assert result.outcome is (Outcome.FAILED if seed == ODD_ONE else Outcome.COMPLETED)
+    assert "was killed by SIGKILL" in heard.by_seed[ODD_ONE].error
+    assert heard.by_seed[ODD_ONE].epochs == 1
+
+
+class KillTheWorker(Heard):
+    """Kills the process that Ray itself started, once, in the first trial."""
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        super().epoch(metrics)
+        if len(self.epochs) == 1:
+            psutil.Process(int(metrics.val["parent"])).parent().kill()
+
+
+def test_a_killed_ray_worker_does_not_stop_the_sweep(local_ray, tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "slow", trials=3, heard=KillTheWorker())
+    run(conductor, tmp_path, total=3, at_once=1)
+    assert [heard.results[number].outcome for number in range(3)] == [
+        Outcome.FAILED,
+        Outcome.COMPLETED,
+        Outcome.COMPLETED,
+    ]
+    assert heard.results[0].error.startswith("the Ray worker failed: ")
+    assert heard.by_seed[1].val["macro_f1"] == value_of(1, 3)
+
+
+class Interrupter(Heard):
+    """Presses Ctrl-C when the second trial has ended."""
+
+    def ended(self, number: int, result: TrialResult) -> None:
+        super().ended(number, result)
+        if len(self.results) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interruption_keeps_the_finished_trials(local_ray, tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "slow", trials=20, heard=Interrupter())
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(conductor, tmp_path, total=20, at_once=2)
+    assert time.monotonic() - begun < 30
+    assert conductor.interrupted
+    assert 2 <= len(heard.results) <= 4
+    assert len(heard.begun) <= len(heard.results) + 2
+    assert {result.outcome for result in heard.results.values()} == {Outcome.COMPLETED}
+
+
+def listening() -> set[str]:
+    """Addresses the sockets of this process and of everything Ray started take connections at."""
+    me = psutil.Process()
+    found = set()
+    for process in (me, *me.children(recursive=True)):
+        try:
+            connections = process.net_connections("inet")
+        except psutil.NoSuchProcess:
+            continue
+        found |= {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+    return found
+
+
+def test_ray_listens_on_this_machine_only(local_ray, tmp_path):
+    conductor, _ = fake_sweep(tmp_path, "quick", trials=1, epochs=1)
+    run(conductor, tmp_path, total=1, at_once=1)
+    addresses = listening()
+    assert addresses
+    assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
+
+
+def test_the_resources_of_a_running_cluster(local_ray):
+    """Asked from another process, as a second machine would."""
+    address = ray.get_runtime_context().gcs_address
+    code = f"from sweep.trials import cluster_machine; print(cluster_machine({address!r}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("Machine(cores=8, gpus=4, memory_bytes=")
+    assert int(found.stdout.strip(")\n").rpartition("=")[2]) > 1024**3
+
+
+class TestCheckAddress:
+    @pytest.mark.parametrize("address", ["nonsense", "local", "host:", ":6379", "host:port", "ray://host:10001"])
+    def test_not_an_address(self, address):
+        with pytest.raises(ConnectionError, match=rf"\(auto or HOST:PORT\), but got '{address}'"):
+            check_address(address)
+
+    def test_nobody_there(self):
+        """Ray itself would try for a minute."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            check_address(f"127.0.0.1:{port}")
+        begun = time.monotonic()
+        with pytest.raises(ConnectionError, match=f"no Ray cluster answers at '127.0.0.1:{port}' .*ray start --head"):
+            check_address(f"127.0.0.1:{port}")
+        assert time.monotonic() - begun < 5
+
+    def test_whatever_runs_here(self):
+        check_address("auto")
