@@ -161,7 +161,7 @@ def describe(suggestion: Suggestion) -> str:
     config = suggestion.config
     return (
         f"{config.backbone} {config.freeze}, lr {config.learning_rate:.1e}, "
-        f"dropout {config.dropout:g}, batch {config.batch_size}"
+        f"dropout {config.dropout:.2g}, batch {config.batch_size}"
     )
 
 

@@ -107,6 +107,8 @@ def run_sweep(
             pixels = prepare(plan, cache_dir, StepProgress(console))
         progress = SweepProgress(console, plan.spec.objective, trials=plan.trials, max_epochs=plan.max_epochs)
         conductor = _conductor(plan, folder, pixels, (record, tracker, progress))
+        if not inline:
+            console.print(f"connecting to Ray at {address}" if address else "starting Ray and its workers")
         with watch.time("search"):
             _run_trials(conductor, plan, folder, inline=inline, address=address, progress=progress)
         best = ranked(record.results, plan.spec.objective)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -127,7 +128,8 @@ class Tracker:
         shown = _without_password(self._uri)
         if re.match(r"https?://", shown):
             return shown
-        return f"mlflow ui --backend-store-uri {shlex.quote(shown)} --port 5000"
+        # This Python's MLflow: the environment need not be activated, nor the only one.
+        return f"{shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri {shlex.quote(shown)} --port 5000"
 
     def opened(self) -> None:
         """Open the sweep's run; the run folder holds the spec and the split by now."""

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -242,7 +243,13 @@ def test_the_sweep_ends_with_test_figures_and_their_intervals(tracked):
 def test_everything_lies_in_the_run_folder(tracked):
     assert tracked.tracker.uri == f"sqlite:///{tracked.folder.tracking_database}"
     assert list(tracked.folder.tracking_artifacts.rglob("curves.png"))
-    assert tracked.tracker.ui_command == f"mlflow ui --backend-store-uri '{tracked.tracker.uri}' --port 5000"
+    command = shlex.split(tracked.tracker.ui_command)
+    assert command == [
+        *f"{sys.executable} -m mlflow ui --backend-store-uri".split(),
+        tracked.tracker.uri,
+        "--port",
+        "5000",
+    ]
 
 
 def test_an_interrupted_sweep_ends_as_killed_with_its_open_trials(tmp_path, tracked):
