@@ -123,9 +123,10 @@ def read_manifest(
     Args:
         source: a folder (`CLASS/x.png` or `CLASS/images/x.png`, either also below `train`, `val` and `test`; masks in
             `CLASS/masks/`), or a CSV file with the columns path, label and optionally patient, source, split, mask.
-        patient: a name in `layouts.PATIENT_PATTERNS`, or a regular expression matched at the start of each file name:
-            its group 1, or its named groups joined by `_`, or without groups the whole match, is the patient. An image
-            it does not match is its own patient. A `patient` given in a CSV file wins.
+        patient: a name in `layouts.PATIENT_PATTERNS`, or a regular expression matched at the start of each file name;
+            "" tries the built-in patterns, `none` takes no patient from names. Of a match, group 1, or the named
+            groups joined by `_`, or without groups the whole, is the patient. An image that nothing matches is its
+            own patient. A `patient` given in a CSV file wins.
         cache_dir: what was read is kept below it; a file with the same size and modification time is not read again.
         progress: called after every file that had to be read.
 

@@ -3,7 +3,7 @@
 import csv
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +11,13 @@ from typing import NamedTuple
 from cxr_models.images import SUFFIXES
 from cxr_models.trial import TEST, TRAIN, VAL
 
-# Regular expressions on the file name; group 1 is the patient.
+# How published data sets name their files; group 1 is the patient. Tight enough to be tried on any data set.
 PATIENT_PATTERNS: Mapping[str, str] = {
-    "nih": r"^(\d{8})_",
+    "nih": r"^(\d{8})_\d{3}\.\w+$",
     # Numbers start anew for bacteria and for virus, and IM-0282 and NORMAL2-IM-0282 are different series.
     "kermany": r"^(person\d+_(?:bacteria|virus)(?=_\d+\.\w+$)|(?:NORMAL2-)?IM-\d+(?=-\d+(?:-\d+)?\.\w+$))",
-    "phantom": r"^(P\d+)_",
 }
+EACH_ITS_OWN = "none"  # in place of a pattern: no file name tells a patient
 SPLIT_NAMES: Mapping[str, str] = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
 CSV_COLUMNS = ("path", "label", "patient", "source", "split", "mask")
 PATHS = ("path", "mask")
@@ -66,27 +66,32 @@ def data_error(expected: str, found: str, remedy: str) -> DataError:
 
 def list_images(source: Path, patient: str) -> Listing:
     """Find the images of a folder or CSV file; arguments and errors as in `dataset.read_manifest`."""
-    pattern = _patient_pattern(patient)
+    patterns = _patient_patterns(patient)
     if not source.exists():
         raise data_error("a folder of X-rays or a CSV file", f"nothing at {str(source)!r}", "check the path")
     listing = _list_folder(source) if source.is_dir() else _list_csv(source)
-    images = sorted(image._replace(patient=_patient_of(image, pattern)) for image in listing.images)
+    images = sorted(image._replace(patient=_patient_of(image, patterns)) for image in listing.images)
     return Listing(listing.root, listing.layout, tuple(images), listing.unreadable, listing.ignored)
 
 
-def _patient_pattern(text: str) -> re.Pattern[str] | None:
+def _patient_patterns(text: str) -> tuple[re.Pattern[str], ...]:
+    """The patterns to try in turn: the one that is named or written out, or without any the built-in ones."""
+    if text == EACH_ITS_OWN:
+        return ()
+    wanted = (PATIENT_PATTERNS.get(text, text),) if text else tuple(PATIENT_PATTERNS.values())
     try:
-        return re.compile(PATIENT_PATTERNS.get(text, text)) if text else None
+        return tuple(map(re.compile, wanted))
     except re.error as error:
         raise data_error(
-            f"as patient one of {', '.join(PATIENT_PATTERNS)} or a regular expression",
+            f"as patient one of {', '.join((*PATIENT_PATTERNS, EACH_ITS_OWN))} or a regular expression",
             f"{text!r}: {error}",
             r"correct it; '^(\d+)_' for example takes the digits in front of the first underscore",
         ) from error
 
 
-def _patient_of(image: ListedImage, pattern: re.Pattern[str] | None) -> str:
-    match = pattern.match(image.path.rsplit("/", 1)[-1]) if pattern else None
+def _patient_of(image: ListedImage, patterns: Sequence[re.Pattern[str]]) -> str:
+    name = image.path.rsplit("/", 1)[-1]
+    match = next(filter(None, (pattern.match(name) for pattern in patterns)), None)
     if image.patient or match is None:
         return image.patient or image.path
     named = match.groupdict(default="")

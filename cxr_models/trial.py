@@ -167,7 +167,7 @@ class EpochMetrics:
         train: metric -> value over the batches as they were trained on (dropout active).
         val: metric -> value over the validation images at the end of the epoch. The names are those of `METRICS`
             and `recall/<class>`.
-        seconds: of training and validation in this epoch, without compilation or checkpoints.
+        seconds: of training and validation in this epoch, without checkpoints; a phase's first epoch compiles too.
         images_per_second: training images per second of the epoch's training.
         device: what the trial's process sees: `CPU` or `GPU <ids>`.
     """

@@ -262,7 +262,7 @@ def _notes(spec: SweepSpec, manifest: Manifest, max_epochs: int, marks: tuple[in
     if manifest.patients == len(manifest.records) and spec.data.patient:
         yield f"data.patient {spec.data.patient!r} gives every image a patient of its own; does it match the names?"
     if manifest.patients == len(manifest.records) and not spec.data.patient:
-        yield "no patient is known: each image counts as its own (data.patient tells how file names name patients)"
+        yield "no file name tells a patient: each image counts as its own (data.patient says how names tell them)"
     if spec.search.halving and not marks:
         yield f"halving has no rung: grace_epochs {spec.search.halving.grace_epochs}, most epochs {max_epochs}"
 

@@ -1,5 +1,6 @@
 """One sweep from its plan to its report."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -184,6 +185,7 @@ def _run_trials(
     conductor: Conductor, plan: Plan, folder: RunFolder, *, inline: bool, address: str, progress: SweepProgress
 ) -> None:
     if inline:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its chatter would run into ours
         with progress.shown():
             run_inline(conductor)
         return

@@ -156,12 +156,15 @@ def test_csv(tmp_path: Path) -> None:
         ("kermany", "NORMAL2-IM-0246-0001-0002.jpeg", "NORMAL2-IM-0246"),
         ("kermany", "NORMAL2-IM-0246-0001.jpeg", "NORMAL2-IM-0246"),
         ("kermany", "x-IM-0246-0001.jpeg", None),
-        ("phantom", "P012_1.png", "P012"),
         (r"(?P<site>\w+?)-(?P<n>\d+)", "berlin-17-2.png", "berlin_17"),
         (r"\d+", "123-4.png", "123"),
         (r"[a-z]*", "123-4.png", None),
         (r"(\d+)|x", "x.png", None),
         ("", "123-4.png", None),
+        ("", "00001582_021.png", "00001582"),  # built-in patterns are tried by themselves
+        ("", "person10_virus_35.jpeg", "person10_virus"),
+        ("", "20200101_12.png", None),  # a date is no NIH patient
+        ("none", "00001582_021.png", None),
     ],
 )
 def test_patient_of_a_file_name(tmp_path: Path, pattern: str, name: str, patient: str | None) -> None:
@@ -318,7 +321,7 @@ def test_a_file_that_is_no_csv_is_refused(tmp_path: Path) -> None:
 
 def test_a_bad_pattern_says_where(tmp_path: Path) -> None:
     save_images(tmp_path, "a/1.png", "b/1.png")
-    with pytest.raises(DataError, match=r"one of nih, kermany, phantom or .*\n.*unterminated subpattern at position 3"):
+    with pytest.raises(DataError, match=r"one of nih, kermany, none or .*\n.*unterminated subpattern at position 3"):
         read_manifest(tmp_path, patient=r"^\d(x")
 
 
