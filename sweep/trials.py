@@ -30,7 +30,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 import ray
 from ray import tune
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray.tune import ProgressReporter
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -64,9 +64,11 @@ def ray_cluster(address: str, *, cores: int, gpus: int) -> Iterator[None]:
         ConnectionError: nothing answers at the address.
     """
     on_termination = signal.getsignal(signal.SIGTERM)
-    # Without this Ray takes 127.0.0.1 for the machine's outer address, and its sockets listen to everybody. Ray reads
-    # the variable of this name when it is imported, before the address is known.
-    ray_constants.ENABLE_RAY_CLUSTER = bool(address)
+    if address:
+        check_address(address)
+    # While this is true, Ray takes 127.0.0.1 for the machine's outer address, and listens to everybody. It reads the
+    # variable of this name when it is imported, before the address is known.
+    ray_constants.ENABLE_RAY_CLUSTER = bool(address) and not _on_loopback_only(address)
     if address:
         _connect(address)
     else:
@@ -80,7 +82,6 @@ def ray_cluster(address: str, *, cores: int, gpus: int) -> Iterator[None]:
 
 
 def _connect(address: str) -> None:
-    check_address(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
@@ -100,12 +101,28 @@ def check_address(address: str, timeout_s: float = 5.0) -> None:
     if not host or "/" in host or not port.isdigit():
         raise ConnectionError(f"expected the address of a Ray cluster's head (auto or HOST:PORT), but got {address!r}")
     try:
-        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+        _knock(host, port, timeout_s)
     except OSError as error:
         raise ConnectionError(
             f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, "
             "or leave --address out to use this machine"
         ) from error
+
+
+def _knock(host: str, port: str, timeout_s: float = 5.0) -> None:
+    socket.create_connection((host, int(port)), timeout=timeout_s).close()
+
+
+def _on_loopback_only(address: str) -> bool:
+    """Whether the cluster is one on this machine that does not listen at its outer address."""
+    host, _, port = address.rpartition(":")
+    if host not in ("localhost", "127.0.0.1", "::1"):
+        return False
+    try:
+        _knock(services.node_ip_address_from_perspective(), port)
+    except OSError:
+        return True
+    return False
 
 
 def cluster_machine(address: str) -> Machine:
