@@ -31,6 +31,8 @@ Progress = Callable[[int, int], None]  # (done, total)
 
 FACTS_VERSION = 1  # raise it when `ImageFacts` or their meaning changes: cached ones are then read anew
 
+SPLIT_VERSION = 1  # raise it when `assign_splits` would cut the same manifest in another way
+
 MAX_FOLDS = 20  # a part is a whole number of folds, so shares are met to 1/20
 MAX_BUNDLES = 100  # of patients alike: scikit-learn takes 50 microseconds per group and fold
 ATTEMPTS = 5  # shuffles tried per number of folds

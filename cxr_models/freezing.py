@@ -191,11 +191,16 @@ def count_parameters(decision: Mapping[str, Treatment], table: LayerTable) -> tu
     return trainable, table.parameters - trainable
 
 
-def apply(decision: Mapping[str, Treatment], model: keras.Model) -> None:
+def apply(decision: Mapping[str, Treatment], model: keras.Model, dropout_rates: Mapping[str, float]) -> None:
     """Make the layers of `model` train or not. A step compiled before does not notice: compile after.
 
     A frozen layer is in inference mode in training too. Keras does that for batch norms that do not train; for the
-    dropout layers inside EfficientNet it does not, so their rate is set to 0 here.
+    dropout layers inside EfficientNet it does not, so their rate is set to 0 here, and back where they train.
+
+    Args:
+        decision: for every layer of the model.
+        model: a backbone.
+        dropout_rates: of its dropout layers where they train.
 
     Raises:
         ValueError: a layer is not decided, or the decision names a layer the model does not have.
@@ -206,5 +211,5 @@ def apply(decision: Mapping[str, Treatment], model: keras.Model) -> None:
     for layer in model.layers:
         frozen = decision[layer.name] is Treatment.FROZEN
         layer.trainable = not frozen
-        if frozen and hasattr(layer, "rate"):
-            layer.rate = 0.0
+        if layer.name in dropout_rates:
+            layer.rate = 0.0 if frozen else dropout_rates[layer.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -64,16 +65,19 @@ class Network:
             probability has no gradient.
         backbone: the part whose layers a freeze strategy decides.
         table: the backbone's layers.
+        dropout_rates: of the dropout layers inside the backbone, as it was built.
     """
 
     model: keras.Model
     logits: keras.Model
     backbone: keras.Model
     table: LayerTable
+    dropout_rates: Mapping[str, float]
 
     def enter(self, phase: Phase, batch_norm: str) -> None:
         """Freeze and unfreeze for a phase. A step compiled before does not notice: compile after."""
-        freezing.apply(freezing.decide(phase, BACKBONES[self.table.backbone], self.table, batch_norm), self.backbone)
+        decision = freezing.decide(phase, BACKBONES[self.table.backbone], self.table, batch_norm)
+        freezing.apply(decision, self.backbone, self.dropout_rates)
 
 
 def build_network(config: TrialConfig, *, classes: int, channels: int, weights: Path | None = None) -> Network:
@@ -99,7 +103,8 @@ def build_network(config: TrialConfig, *, classes: int, channels: int, weights: 
     logits = _head(config, backbone(_scaled(x, row.input_range)), classes)
     outputs = keras.layers.Activation(config.output, name="probabilities")(logits)
     name = config.backbone.replace(".", "_")
-    return Network(keras.Model(inputs, outputs, name=name), keras.Model(inputs, logits), backbone, table)
+    rates = {layer.name: layer.rate for layer in backbone.layers if isinstance(layer, keras.layers.Dropout)}
+    return Network(keras.Model(inputs, outputs, name=name), keras.Model(inputs, logits), backbone, table, rates)
 
 
 def export_model(network: Network, config: TrialConfig, classes: int) -> keras.Model:
@@ -108,7 +113,7 @@ def export_model(network: Network, config: TrialConfig, classes: int) -> keras.M
         return network.model
     channels = network.model.input_shape[-1]
     plain = build_network(replace(config, batch_norm="frozen"), classes=classes, channels=channels)
-    plain.model.set_weights(network.model.get_weights())
+    copy_weights(network.model, plain.model)
     return plain.model
 
 
@@ -155,6 +160,14 @@ def _pooling(name: str) -> keras.Layer:
     return kinds[name](name="features")
 
 
+def copy_weights(source: keras.Model, target: keras.Model) -> None:
+    """Give `target`, of the same layers, the weights of `source`."""
+    target.set_weights(source.get_weights())
+    for layer in target._flatten_layers():
+        if hasattr(layer, "finalize_state"):
+            layer.finalize_state()  # Normalization computes with figures derived from its weights
+
+
 def _with_fixed_statistics(backbone: keras.Model) -> keras.Model:
     """The same backbone whose batch norms ignore that they are in training.
 
@@ -174,5 +187,5 @@ def _with_fixed_statistics(backbone: keras.Model) -> keras.Model:
 
     inputs = keras.Input(backbone.input_shape[1:], name=backbone.layers[0].name)
     clone = keras.models.clone_model(backbone, input_tensors=inputs, clone_function=replaced)
-    clone.set_weights(backbone.get_weights())
+    copy_weights(backbone, clone)
     return clone

@@ -127,7 +127,8 @@ class _EpochLoop:
         labels = self.data.labels[order]
         scores = np.empty((len(order), len(self.data.classes)), np.float32)
         for step, start in enumerate(range(0, len(order), size)):
-            # Batches have one shape, or each shape would be compiled; what fills up the last one weighs nothing.
+            # Batches have one shape, or each shape would be compiled. What fills up the last one, images of the same
+            # epoch, weighs nothing in the loss; in the statistics of batch norms that train it counts as they do.
             chosen = np.arange(start, start + size) % len(order)
             fresh = np.arange(start, start + size) < len(order)
             weights = np.where(fresh, self._weights[labels[chosen]], 0.0).astype(np.float32)

@@ -3,11 +3,14 @@
 Everything that needs Keras runs in a child process; the driver's own never imports it.
 """
 
+import signal
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,10 @@ from cxr_models.metrics import confusion_matrix, patient_intervals
 from cxr_models.storage import written_whole
 from cxr_models.trial import TEST, VAL, TrialConfig, TrialResult
 from sweep.plan import Plan
-from sweep.record import RunFolder, write_json
+from sweep.record import RunFolder, append_line, write_json
 from sweep.worker import redirect_output
+
+CALL_TIMEOUT_S = 600.0
 
 # Below this a probability is a rounding result; the logarithm of 0 would make the whole loss infinite.
 SMALLEST_PROBABILITY = 1e-12
@@ -42,9 +47,49 @@ class BestModel:
 
 @contextmanager
 def keras_child(log: Path) -> Iterator[Callable[..., Any]]:
-    """Yield `call(function, *arguments)`, which runs in one child process with its output in `log`."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=redirect_output, initargs=(log,)) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+    """Yield `call(function, *arguments)`, which runs in one child process with its output in `log`.
+
+    The child is killed at the end of the block, however it ends; a call that takes longer than `CALL_TIMEOUT_S`
+    raises `TimeoutError`, what the function raises is raised here.
+    """
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_answer_calls, args=(theirs, log), daemon=True)
+    child.start()
+    theirs.close()
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        ours.send((function, arguments))
+        if not ours.poll(CALL_TIMEOUT_S):
+            raise TimeoutError(f"{function.__name__} took longer than {CALL_TIMEOUT_S:g} s; its output: {log}")
+        try:
+            answer, error = ours.recv()
+        except EOFError:
+            raise RuntimeError(f"{function.__name__} ended its process; its output: {log}") from None
+        if error is not None:
+            raise error
+        return answer
+
+    try:
+        yield call
+    finally:
+        child.kill()
+        child.join()
+
+
+def _answer_calls(connection: Connection, log: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    redirect_output(log)
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((function(*arguments), None))
+        except Exception as error:
+            traceback.print_exc()
+            connection.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 def save_and_predict(best: BestModel) -> NDArray[np.float32]:
@@ -81,6 +126,11 @@ def best_model(plan: Plan, result: TrialResult, folder: RunFolder, pixels: Mappi
         model=folder.model,
         threads=plan.allotment.threads,
     )
+
+
+def record_opening(folder: RunFolder, result: TrialResult) -> None:
+    """Note that the test set is about to be read, before it is."""
+    append_line(folder.test_openings, {"opened": datetime.now(UTC).isoformat(), "trial_id": result.trial_id})
 
 
 def record_predictions(

@@ -13,9 +13,14 @@ from sweep.spec import ResourceSpec
 
 # A container's share of the machine, cgroup version 2.
 CGROUP = Path("/sys/fs/cgroup")
+NVIDIA = Path("/proc/driver/nvidia/gpus")  # one folder a device
 
 # What a trial's process needs at least: TensorFlow itself, a small network and its data.
 MEMORY_PER_TRIAL_BYTES = 2 * 1024**3
+
+
+class ClusterUnreachable(ConnectionError):  # noqa: N818 - reads as what happened
+    """No Ray cluster answers at the address that was given."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,16 @@ def _memory_bytes() -> int:
 
 
 def _gpus() -> int:
+    present = _present_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    if visible is None:
+        return present
+    return min(present, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
+
+
+def _present_gpus() -> int:
+    if NVIDIA.is_dir():
+        return sum(1 for _ in NVIDIA.iterdir())
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)

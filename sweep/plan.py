@@ -5,8 +5,9 @@ Everything here is checked against the data and the machine, and imports neither
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from cxr_models import network
 from cxr_models.backbones import BACKBONES
-from cxr_models.dataset import Manifest, Progress, assign_splits, patients_on_two_sides, read_manifest
+from cxr_models.dataset import SPLIT_VERSION, Manifest, Progress, assign_splits, patients_on_two_sides, read_manifest
 from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import LayerTable, layer_table
 from cxr_models.phantom import PATIENT_PATTERN, phantom_dataset
@@ -85,7 +86,7 @@ class Plan:
         """Positions of a part's images in the manifest."""
         return np.flatnonzero(np.array(self.splits) == part).astype(np.int64)
 
-    def trial_data(self, pixels: dict[int, Path]) -> TrialData:
+    def trial_data(self, pixels: Mapping[int, Path]) -> TrialData:
         """What trials may read; the labels of the test images are not among it."""
         labels = self.manifest.labels.copy()
         labels[self.indices(TEST)] = -1
@@ -163,7 +164,7 @@ def make_plan(
         machine=machine,
         allotment=allotment,
         tables=tables,
-        notes=(*allotment.notes, *_notes(spec, manifest, max_epochs, marks)),
+        notes=(*allotment.notes, *_notes(spec, manifest, networks, max_epochs, marks)),
     )
 
 
@@ -180,12 +181,13 @@ def read_data(spec: SweepSpec, cache_dir: Path, progress: Callable[[str], Progre
 
 def stored_splits(manifest: Manifest, seed: int, cache_dir: Path) -> tuple[str, ...]:
     """The split of a manifest, made once: scikit-learn alone takes longer to import than the rest of a plan."""
-    stored = cache_dir / "splits" / f"{manifest.digest[:16]}-{seed}.json"
+    made_by = f"v{SPLIT_VERSION}-sklearn{version('scikit-learn')}"
+    stored = cache_dir / "splits" / f"{manifest.digest[:16]}-seed{seed}-{made_by}.json"
     try:
         splits = tuple(json.loads(stored.read_text()))
     except (OSError, ValueError):
         splits = ()
-    if len(splits) != len(manifest.records):
+    if len(splits) != len(manifest.records) or not set(splits) <= set(SPLITS):
         splits = assign_splits(manifest, seed=seed)
         with written_whole(stored) as scratch:
             scratch.write_text(json.dumps(splits))
@@ -251,7 +253,15 @@ def _strategies(
     return tuple(sorted(strategies, key=lambda row: (row.backbone, row.trainable[-1], row.freeze)))
 
 
-def _notes(spec: SweepSpec, manifest: Manifest, max_epochs: int, marks: tuple[int, ...]) -> Iterator[str]:
+def _trains_from_scratch(config: TrialConfig) -> bool:
+    """Whether every weight moves in the end."""
+    batch_norms = BACKBONES[config.backbone].application and config.batch_norm != "train"
+    return parse_strategy(config.freeze).phases[-1].rule == "none" and not batch_norms
+
+
+def _notes(
+    spec: SweepSpec, manifest: Manifest, networks: Sequence[TrialConfig], max_epochs: int, marks: tuple[int, ...]
+) -> Iterator[str]:
     if spec.data.source == PHANTOM:
         yield "phantom data: synthetic drawings to try the sweep on, a demonstration and not medicine"
     if manifest.unreadable:
@@ -263,6 +273,13 @@ def _notes(spec: SweepSpec, manifest: Manifest, max_epochs: int, marks: tuple[in
         yield f"data.patient {spec.data.patient!r} gives every image a patient of its own; does it match the names?"
     if manifest.patients == len(manifest.records) and not spec.data.patient:
         yield "no file name tells a patient: each image counts as its own (data.patient says how names tell them)"
+    if any(config.weights == "none" and not _trains_from_scratch(config) for config in networks):
+        yield (
+            "some trials start from random weights but keep part of them: with weights: none, what is frozen stays "
+            "random (batch norms too, unless batch_norm is train)"
+        )
+    if manifest.patients < len(manifest.records) and not spec.data.patient and spec.data.source != PHANTOM:
+        yield "patients follow from a CSV or from names as NIH and Kermany give them; data.patient: none ignores names"
     if spec.search.halving and not marks:
         yield f"halving has no rung: grace_epochs {spec.search.halving.grace_epochs}, most epochs {max_epochs}"
 

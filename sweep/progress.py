@@ -66,11 +66,14 @@ class _Lines:
 class SweepProgress:
     """Listens to a sweep and shows trials by state, epochs, the best so far and the time left."""
 
-    def __init__(self, console: Console, objective: Objective, *, trials: int, max_epochs: int) -> None:
+    def __init__(
+        self, console: Console, objective: Objective, *, trials: int, max_epochs: int, gpus_per_trial: float
+    ) -> None:
         self._console = console
         self._objective = objective
         self._trials = trials
         self._max_epochs = max_epochs
+        self._expects_gpu = gpus_per_trial > 0
         self._begun = time.monotonic()
         self._running: dict[str, tuple[Suggestion, EpochMetrics | None]] = {}
         self._results: list[TrialResult] = []
@@ -95,6 +98,11 @@ class SweepProgress:
 
     def epoch(self, metrics: EpochMetrics) -> None:
         self._epochs += 1
+        if self._expects_gpu and metrics.device == "CPU":
+            self._expects_gpu = False  # said once
+            self._console.print(
+                "note: trials were given a GPU, but TensorFlow sees none; pip install '.[gpu]' brings CUDA"
+            )
         if metrics.trial_id in self._running:
             suggestion, _ = self._running[metrics.trial_id]
             self._running[metrics.trial_id] = suggestion, metrics
@@ -136,7 +144,7 @@ class SweepProgress:
 
     def _seconds_left(self) -> float:
         """Ended trials tell how long one takes; the running ones count by their epochs."""
-        halves = sum(metrics.epoch / self._max_epochs for _, metrics in self._running.values() if metrics)
+        halves = sum(metrics.epoch / self._max_epochs for _, metrics in list(self._running.values()) if metrics)
         done = len(self._results) + halves
         if not self._results:
             return 0.0

@@ -6,13 +6,14 @@ Ray's and MLflow's own files are never read back.
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cxr_models.storage import written_whole
-from cxr_models.trial import AXES, METRICS, VALIDATION_SCORES, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
+from cxr_models.trial import AXES, METRICS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,15 @@ class RunFolder:
         """One line an ended trial: `TrialResult` as JSON, and `number`, its place in the order of suggestions."""
         return self.state / "trials.jsonl"
 
-    def validation_scores(self, trial_id: str) -> Path:
-        """A trial's validation scores at its best epoch."""
-        return self.trial(trial_id) / VALIDATION_SCORES
+    @property
+    def test_openings(self) -> Path:
+        """One line for each time the test set was read."""
+        return self.state / "test_openings.jsonl"
+
+    @property
+    def unreadable(self) -> Path:
+        """The images that were left out, and why; absent if there are none."""
+        return self.path / "unreadable.csv"
 
     @property
     def tracking_database(self) -> Path:
@@ -143,14 +150,14 @@ class Record:
 
     def started(self, suggestion: Suggestion) -> None:
         entry = {"number": suggestion.number, "trial_id": suggestion.trial_id, "config": suggestion.config.to_json()}
-        _append(self._folder.suggestion_record, entry)
+        append_line(self._folder.suggestion_record, entry)
 
     def epoch(self, metrics: EpochMetrics) -> None:
-        _append(self._folder.epoch_record, metrics.to_json())
+        append_line(self._folder.epoch_record, metrics.to_json())
 
     def ended(self, number: int, result: TrialResult) -> None:
         self._results[number] = result
-        _append(self._folder.trial_record, {"number": number, **result.to_json()})
+        append_line(self._folder.trial_record, {"number": number, **result.to_json()})
         write_trials_csv(self._folder.trials, self.results)
         self._drop_beaten_weights()
 
@@ -200,8 +207,18 @@ def write_trials_csv(path: Path, results: tuple[TrialResult, ...]) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file. A figure that could not be computed (NaN) becomes null, which every program reads."""
+    text = json.dumps(_without_nan(values), indent=2, ensure_ascii=False, allow_nan=False)
     with written_whole(path) as scratch:
-        scratch.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        scratch.write_text(text + "\n", encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -214,6 +231,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _append(path: Path, values: Mapping[str, Any]) -> None:
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Add one entry to a record."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values, ensure_ascii=False) + "\n")

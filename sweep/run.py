@@ -4,7 +4,7 @@ Exit status: 0 done; 1 the sweep could not finish; 2 the file, an argument or th
 """
 
 import argparse
-import shutil
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,11 +18,12 @@ from rich.text import Text
 
 from cxr_models.dataset import DataError
 from cxr_models.trial import METRICS, Objective, TrialResult
-from sweep.machine import Machine, this_machine
+from sweep.machine import ClusterUnreachable, Machine, this_machine
 from sweep.plan import Plan, make_plan, render_plan
 from sweep.progress import StepProgress, duration
 from sweep.record import RunFolder, ranked
 from sweep.spec import SpecError, read_spec
+from sweep.weights import WeightsError
 
 DONE, UNFINISHED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 SHOWN_RANKS = 10
@@ -77,17 +78,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _run(arguments, console)
-    except (SpecError, DataError, ConnectionError) as error:
+    except (SpecError, DataError, WeightsError, ClusterUnreachable) as error:
         errors.print(Text(str(error)))
         return WRONG_INPUT
     except KeyboardInterrupt:
-        errors.print("interrupted before the first trial; nothing was kept")
+        errors.print("interrupted before the first trial; nothing was begun")
         return INTERRUPTED
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     spec = read_spec(arguments.space, overrides(arguments))
-    cache_dir = arguments.cache_dir or user_cache_path("cxr-sweep")
+    # Absolute, because Ray's workers run in folders of their own.
+    cache_dir = (arguments.cache_dir or user_cache_path("cxr-sweep")).expanduser().resolve()
     machine = _machine(arguments.address)
     plan = make_plan(
         spec,
@@ -100,25 +102,15 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     console.print(render_plan(plan))
     if arguments.plan:
         return DONE
+    from sweep.session import prepare, run_sweep  # brings pandas and matplotlib, which a plan can do without
+
+    pixels = prepare(plan, cache_dir, StepProgress(console))
     try:
         folder = RunFolder.create(arguments.out, arguments.name or spec.name, exactly=bool(arguments.name))
     except ValueError as error:
         raise SpecError("the command", [str(error)]) from None
     console.print(f"run folder: {folder.path}")
-    from sweep.session import run_sweep  # brings pandas, scikit-learn and matplotlib, which a plan can do without
-
-    try:
-        ended = run_sweep(
-            plan,
-            folder,
-            cache_dir=cache_dir,
-            inline=arguments.inline,
-            address=arguments.address,
-            console=console,
-        )
-    except ConnectionError:
-        shutil.rmtree(folder.path)  # nothing ran; the name stays free
-        raise
+    ended = run_sweep(plan, folder, pixels, inline=arguments.inline, address=arguments.address, console=console)
     print_results(plan, ended.results, ended.summary, console)
     if ended.tracking_problem:
         console.print(Text(f"note: {ended.tracking_problem}", style="yellow"))
@@ -127,7 +119,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         console.print(f"interrupted: {len(ended.results)} finished trials are kept in {folder.path}", soft_wrap=True)
         return INTERRUPTED
     if ended.failure:
-        console.print(Text(f"Ray ended the sweep; {len(ended.results)} finished trials are kept:\n{ended.failure}"))
+        console.print(Text(f"the sweep failed; {len(ended.results)} finished trials are kept:\n{ended.failure}"))
         return UNFINISHED
     return DONE if "best" in ended.summary else UNFINISHED
 
@@ -195,8 +187,16 @@ def _strategy_table(summary: dict[str, object], objective: Objective) -> Table:
 
 def _console() -> Console:
     """The terminal; elsewhere (a file, a pipe) wide enough that no line has to break."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPED_WIDTH)
+    console = _LastingConsole(highlight=False)
+    return console if console.is_terminal else _LastingConsole(highlight=False, width=PIPED_WIDTH)
+
+
+class _LastingConsole(Console):
+    """Falls silent where rich would end the process: a sweep outlives whoever stopped reading its output."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

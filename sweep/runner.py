@@ -8,11 +8,11 @@ from typing import Protocol
 from cxr_models.trial import EpochMetrics, Objective, Outcome, Suggestion, TrialConfig, TrialResult
 from sweep.halving import Halving
 from sweep.search import Search
-from sweep.worker import TrialEnd, TrialJob, Work, failure, load_program
+from sweep.worker import TrialEnd, TrialEvents, TrialJob, Work
 
 
-class RayError(RuntimeError):
-    """Ray ended the sweep before its last trial."""
+class SweepFailed(RuntimeError):  # noqa: N818 - what happened, not an error of a caller
+    """The sweep ended before its last trial; finished trials are recorded."""
 
 
 class Listener(Protocol):
@@ -92,12 +92,13 @@ class Conductor:
         for listener in self._listeners:
             listener.epoch(metrics)
         self._search.report(running.suggestion.number, metrics.epoch, value)
+        keep = self._halving is None or self._halving.keep(metrics.trial_id, metrics.epoch, value)
         if metrics.epoch == running.suggestion.config.epochs:
-            return True  # its own last; there is nothing left to decide
+            return True  # its own last; it counts at a rung for the others, but there is nothing left to end
         if self.interrupted:
             running.abandoned = True
             return False
-        if self._halving is None or self._halving.keep(metrics.trial_id, metrics.epoch, value):
+        if keep:
             return True
         self._finish(running, Outcome.STOPPED_EARLY, TrialEnd())
         return False
@@ -111,6 +112,12 @@ class Conductor:
             what = f"a validation {self.work.objective.metric}" if running.epochs else "an epoch"
             end = TrialEnd(f"the trial ended without {what}")
         self._finish(running, Outcome.FAILED if end.error else Outcome.COMPLETED, end)
+
+    def close(self) -> None:
+        """Tell the study of the trials that came to no end; call it once the runner is through."""
+        for running in self._running.values():
+            self._search.finish(running.suggestion.number, Outcome.FAILED, None)
+        self._running.clear()
 
     def _finish(self, running: _Running, outcome: Outcome, end: TrialEnd) -> None:
         suggestion = running.suggestion
@@ -154,14 +161,8 @@ def best_epoch(epochs: Sequence[EpochMetrics], objective: Objective) -> EpochMet
 def run_inline(conductor: Conductor) -> None:
     """Run every trial in this process, one after the other: breakpoints work, and nothing else is needed."""
     while (job := conductor.next_job()) is not None:
-        end = TrialEnd()
-        try:
-            epochs = load_program(job.work.program)(job)
-            metrics = next(epochs)
-            while True:
-                metrics = epochs.send(conductor.epoch(metrics))
-        except StopIteration:
-            pass
-        except Exception as error:
-            end = failure(error)
-        conductor.ended(job.trial_id, end)
+        trial = TrialEvents(job)
+        event = trial.begin()
+        while isinstance(event, EpochMetrics):
+            event = trial.answer(conductor.epoch(event))
+        conductor.ended(job.trial_id, event)

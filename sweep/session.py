@@ -1,13 +1,16 @@
 """One sweep from its plan to its report."""
 
 import os
+import signal
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 
 from cxr_models.backbones import BACKBONES
@@ -19,6 +22,7 @@ from sweep.evaluation import (
     best_model,
     evaluate_test,
     keras_child,
+    record_opening,
     record_predictions,
     register_champion,
     save_and_predict,
@@ -28,7 +32,7 @@ from sweep.plan import Plan
 from sweep.progress import StepProgress, SweepProgress
 from sweep.record import Record, RunFolder, ranked, write_json
 from sweep.report import write_report
-from sweep.runner import Conductor, Listener, RayError, run_inline
+from sweep.runner import Conductor, Listener, SweepFailed, run_inline
 from sweep.search import Search
 from sweep.summary import summarise
 from sweep.tracking import DatasetInfo, RunStatus, Tracker
@@ -44,7 +48,7 @@ class Ended:
 
     Attributes:
         results: every ended trial, in the order of suggestion.
-        failure: why Ray ended the sweep before its last trial, if it did.
+        failure: the traceback of what ended the sweep before its time, if anything did.
         tracking_problem: what kept MLflow from taking everything, if anything did.
         ui_command: opens MLflow's pages.
     """
@@ -78,59 +82,65 @@ class Stopwatch:
 
 
 def run_sweep(
-    plan: Plan,
-    folder: RunFolder,
-    *,
-    cache_dir: Path,
-    inline: bool,
-    address: str,
-    console: Console,
+    plan: Plan, folder: RunFolder, pixels: Mapping[int, Path], *, inline: bool, address: str, console: Console
 ) -> Ended:
     """Run every trial, open the test set once for the best one, and write everything into the run folder.
 
-    A sweep that was interrupted, or that Ray ended, keeps its finished trials; its test set stays sealed.
-
-    Raises:
-        ConnectionError: no Ray answers at `address`.
-        ValueError: weights could not be fetched.
+    A sweep that was interrupted or failed keeps its finished trials. Unless the last trial had ended, its test set
+    stays sealed.
     """
     watch = Stopwatch()
     write_inputs(plan, folder)
     tracker = open_tracker(plan, folder)
     record = Record(folder, plan.spec.objective)
-    failure = ""
-    interrupted = False
-    test: dict[str, Any] | None = None
-    pixels: dict[int, Path] = {}
-    conductor: Conductor | None = None
+    progress = SweepProgress(
+        console,
+        plan.spec.objective,
+        trials=plan.trials,
+        max_epochs=plan.max_epochs,
+        gpus_per_trial=plan.allotment.gpus_per_trial,
+    )
+    conductor = _conductor(plan, folder, pixels, (record, tracker, progress))
+    tested: dict[str, Any] = {}
+    failure, interrupted = "", False
     try:
-        with watch.time("prepare"):
-            pixels = prepare(plan, cache_dir, StepProgress(console))
-        progress = SweepProgress(console, plan.spec.objective, trials=plan.trials, max_epochs=plan.max_epochs)
-        conductor = _conductor(plan, folder, pixels, (record, tracker, progress))
         if not inline:
             console.print(f"connecting to Ray at {address}" if address else "starting Ray and its workers")
         with watch.time("search"):
             _run_trials(conductor, plan, folder, inline=inline, address=address, progress=progress)
-        best = ranked(record.results, plan.spec.objective)
-        if best:
+        if best := ranked(record.results, plan.spec.objective):
             with watch.time("evaluate"):
                 console.print("opening the test set for the best trial")
-                test = _evaluate(plan, best[0], folder, pixels, tracker)
+                _evaluate(plan, best[0], folder, pixels, tracker, tested)
     except KeyboardInterrupt:
         interrupted = True
-    except RayError as error:
+    except SweepFailed as error:
         failure = str(error)
-    summary = summarise(
-        plan,
-        record.results,
-        seconds={**watch.seconds, "train": sum(result.train_seconds for result in record.results)},
-        epochs_run=conductor.epochs_run if conductor else 0,
-        interrupted=interrupted or bool(failure),
-        test=test,
-    )
-    _publish(plan, folder, summary, tracker, "KILLED" if interrupted else "FAILED" if failure else "FINISHED")
+    except Exception:
+        failure = traceback.format_exc()
+    with _uninterrupted():
+        conductor.close()
+        summary = summarise(
+            plan,
+            record.results,
+            seconds={**watch.seconds, "train": sum(result.train_seconds for result in record.results)},
+            epochs_run=conductor.epochs_run,
+            interrupted=interrupted or bool(failure),
+            test=tested or None,
+        )
+        _publish(plan, folder, summary, tracker, "KILLED" if interrupted else "FAILED" if failure else "FINISHED")
     return Ended(summary, record.results, interrupted, failure, tracker.problem, tracker.ui_command)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let what has ended be written down; a second Ctrl-C would leave half of it."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write_inputs(plan: Plan, folder: RunFolder) -> None:
@@ -138,6 +148,10 @@ def write_inputs(plan: Plan, folder: RunFolder) -> None:
     with written_whole(folder.spec) as scratch:
         scratch.write_text(plan.spec.to_yaml(), encoding="utf-8")
     write_split_csv(folder.split, plan.manifest, plan.splits)
+    if plan.manifest.unreadable:
+        rows = [asdict(bad) for bad in plan.manifest.unreadable]
+        with written_whole(folder.unreadable) as scratch:
+            pd.DataFrame(rows).to_csv(scratch, index=False, errors="surrogateescape")
 
 
 def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
@@ -163,7 +177,12 @@ def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
 
 
 def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> dict[int, Path]:
-    """Fetch the weights that are not here yet, and decode every image once per side."""
+    """Fetch the weights that are not here yet, and decode every image once per side.
+
+    Raises:
+        DataError: an image can no longer be read.
+        WeightsError: weights could not be fetched.
+    """
     for (backbone, _, side), weights in plan.weights.items():
         if weights.fetch and not weights.path.is_file():
             fetch_weights(BACKBONES[backbone], side)
@@ -172,7 +191,7 @@ def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> dict[int, Pa
     }
 
 
-def _conductor(plan: Plan, folder: RunFolder, pixels: dict[int, Path], listeners: tuple[Listener, ...]) -> Conductor:
+def _conductor(plan: Plan, folder: RunFolder, pixels: Mapping[int, Path], listeners: tuple[Listener, ...]) -> Conductor:
     spec = plan.spec
     work = Work(plan.trial_data(pixels), spec.objective, folder.state / "trials", plan.allotment.threads)
     halving = None
@@ -184,32 +203,42 @@ def _conductor(plan: Plan, folder: RunFolder, pixels: dict[int, Path], listeners
 def _run_trials(
     conductor: Conductor, plan: Plan, folder: RunFolder, *, inline: bool, address: str, progress: SweepProgress
 ) -> None:
+    allotment = plan.allotment
     if inline:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its chatter would run into ours
+        if not allotment.gpus_per_trial:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         with progress.shown():
             run_inline(conductor)
         return
     from sweep import trials
 
-    allotment = plan.allotment
     with trials.ray_cluster(address, cores=plan.machine.cores, gpus=plan.machine.gpus), progress.shown():
         placement = trials.Placement(allotment.cpus_per_trial, allotment.gpus_per_trial, allotment.concurrency)
         trials.run_on_ray(conductor, placement, total=plan.trials, folder=folder.state)
 
 
 def _evaluate(
-    plan: Plan, result: TrialResult, folder: RunFolder, pixels: dict[int, Path], tracker: Tracker
-) -> dict[str, Any]:
+    plan: Plan,
+    result: TrialResult,
+    folder: RunFolder,
+    pixels: Mapping[int, Path],
+    tracker: Tracker,
+    tested: dict[str, Any],
+) -> None:
+    """Fill `tested` with the test figures as soon as they are there; registering the model comes after."""
     best = best_model(plan, result, folder, pixels)
     with keras_child(folder.log("evaluation")) as call:
+        record_opening(folder, result)
         probabilities = call(save_and_predict, best)
-        record_predictions(plan, best, result, probabilities, folder)
+        with _uninterrupted():
+            tested.update(evaluate_test(plan, best, probabilities))
+            record_predictions(plan, best, result, probabilities, folder)
         if tracker.parent_run_id:
             try:
                 call(register_champion, best, tracker.uri, tracker.parent_run_id, plan.spec.name)
             except Exception as error:  # the model is in the run folder; MLflow's copy is a convenience
                 tracker.note(f"the best model was not registered: {error}")
-    return evaluate_test(plan, best, probabilities)
 
 
 def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tracker, status: RunStatus) -> None:

@@ -13,11 +13,11 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
 # Read by Ray when it is imported: nothing of its own on the terminal or beside the trials, no dashboard sockets.
@@ -36,9 +36,11 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from cxr_models.trial import EpochMetrics, TrialConfig
-from sweep.machine import Machine
-from sweep.runner import Conductor, RayError
+from sweep.machine import ClusterUnreachable, Machine
+from sweep.runner import Conductor, SweepFailed
 from sweep.worker import TrialEnd, TrialJob, TrialProcess, Work
+
+Answer = TypeVar("Answer")
 
 # After an interruption: how long running epochs may take to end, and then Ray to stop the workers.
 GRACE_S = 5.0
@@ -61,7 +63,7 @@ def ray_cluster(address: str, *, cores: int, gpus: int) -> Iterator[None]:
     A local Ray listens on loopback only, with a token of its own.
 
     Raises:
-        ConnectionError: nothing answers at the address.
+        ClusterUnreachable: nothing answers at the address.
     """
     on_termination = signal.getsignal(signal.SIGTERM)
     if address:
@@ -85,25 +87,27 @@ def _connect(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
-        raise ConnectionError(f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}") from error
+        raise ClusterUnreachable(f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}") from error
 
 
 def check_address(address: str, timeout_s: float = 5.0) -> None:
     """Fail at once where Ray itself would try for a minute.
 
     Raises:
-        ConnectionError: the host and port in the address accept no connection.
+        ClusterUnreachable: the host and port in the address accept no connection.
     """
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
     # A Ray client's address, ray://, would run the search on the cluster, out of the conductor's reach.
     if not host or "/" in host or not port.isdigit():
-        raise ConnectionError(f"expected the address of a Ray cluster's head (auto or HOST:PORT), but got {address!r}")
+        raise ClusterUnreachable(
+            f"expected the address of a Ray cluster's head (auto or HOST:PORT), but got {address!r}"
+        )
     try:
         _knock(host, port, timeout_s)
     except OSError as error:
-        raise ConnectionError(
+        raise ClusterUnreachable(
             f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, "
             "or leave --address out to use this machine"
         ) from error
@@ -129,7 +133,7 @@ def cluster_machine(address: str) -> Machine:
     """The resources of a running Ray cluster, all nodes together.
 
     Raises:
-        ConnectionError: nothing answers at the address.
+        ClusterUnreachable: nothing answers at the address.
     """
     with ray_cluster(address, cores=0, gpus=0):
         found = ray.cluster_resources()
@@ -164,9 +168,10 @@ def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder
 
     Raises:
         KeyboardInterrupt: handed on after running trials were ended; finished ones are recorded.
-        RayError: Ray itself failed; finished trials are recorded.
+        SweepFailed: Ray itself failed; finished trials are recorded.
     """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    reference = _Reference(conductor)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(_RayTrial, work=conductor.work, logs=folder / "logs"),
@@ -174,8 +179,8 @@ def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder
         ),
         tune_config=tune.TuneConfig(
             num_samples=total,
-            search_alg=_ConductorSearcher(_Reference(conductor)),
-            scheduler=_ConductorScheduler(_Reference(conductor)),
+            search_alg=_ConductorSearcher(reference),
+            scheduler=_ConductorScheduler(reference),
             max_concurrent_trials=placement.concurrency,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -185,7 +190,7 @@ def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder
             storage_path=str(folder),
             verbose=0,
             progress_reporter=_Silent(),
-            callbacks=[_Interruption(_Reference(conductor))],
+            callbacks=[_Interruption(reference)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
@@ -194,7 +199,7 @@ def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder
     def fit() -> None:
         try:
             tuner.fit()
-        except Exception:
+        except BaseException:  # whatever ends this thread early ends the sweep, and must be told
             failures.append(traceback.format_exc())
 
     # Off the main thread Ray leaves the signal handlers alone, so Ctrl-C arrives here.
@@ -204,12 +209,13 @@ def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder
         while thread.is_alive():
             thread.join(0.2)
     except KeyboardInterrupt:
+        # A second one would shut Ray down below the running loop, which aborts the whole process.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         conductor.interrupt()
-        # Shutting Ray down below a running Tune loop aborts the whole process.
         thread.join(STOPPING_TIMEOUT_S)
         raise
-    if failures:
-        raise RayError(failures[0])
+    if reference.failure or failures:
+        raise SweepFailed(reference.failure or failures[0])
 
 
 class _RayTrial(tune.Trainable):  # type: ignore[misc]
@@ -241,17 +247,45 @@ class _RayTrial(tune.Trainable):  # type: ignore[misc]
 
 
 class _Reference:
-    """Finds the conductor in this process again. Ray pickles what it is given, a conductor cannot be."""
+    """Finds the conductor in this process again, and keeps what it raises away from Ray.
+
+    Ray pickles what it is given, and a conductor cannot be. What goes wrong in the conductor or a listener (a full
+    disk, say) ends the sweep, but by our own decision: `failure` says why.
+    """
 
     _conductors: ClassVar[WeakValueDictionary[int, Conductor]] = WeakValueDictionary()
+    _failures: ClassVar[dict[int, str]] = {}
 
     def __init__(self, conductor: Conductor) -> None:
         self._key = id(conductor)
         self._conductors[self._key] = conductor
+        self._failures[self._key] = ""
 
     @property
-    def conductor(self) -> Conductor:
-        return self._conductors[self._key]
+    def failure(self) -> str:
+        return self._failures[self._key]
+
+    @property
+    def interrupted_at(self) -> float | None:
+        return self._conductors[self._key].interrupted_at
+
+    def next_job(self) -> TrialJob | None:
+        return self._guarded(lambda conductor: conductor.next_job(), None)
+
+    def epoch(self, metrics: EpochMetrics) -> bool:
+        return self._guarded(lambda conductor: conductor.epoch(metrics), False)
+
+    def ended(self, trial_id: str, end: TrialEnd) -> None:
+        self._guarded(lambda conductor: conductor.ended(trial_id, end), None)
+
+    def _guarded(self, call: Callable[[Conductor], Answer], otherwise: Answer) -> Answer:
+        conductor = self._conductors[self._key]
+        try:
+            return call(conductor)
+        except Exception:
+            self._failures[self._key] = self._failures[self._key] or traceback.format_exc()
+            conductor.interrupt()
+            return otherwise
 
 
 class _ConductorSearcher(Searcher):  # type: ignore[misc]
@@ -262,7 +296,7 @@ class _ConductorSearcher(Searcher):  # type: ignore[misc]
         self._reference = reference
 
     def suggest(self, trial_id: str) -> Any:
-        job = self._reference.conductor.next_job()
+        job = self._reference.next_job()
         if job is None:
             return Searcher.FINISHED
         return {"trial_id": job.trial_id, "config": job.config.to_json()}
@@ -286,19 +320,19 @@ class _ConductorScheduler(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         event = result.get("event")
-        if isinstance(event, EpochMetrics) and not self._reference.conductor.epoch(event):
+        if isinstance(event, EpochMetrics) and not self._reference.epoch(event):
             return str(FIFOScheduler.STOP)
         return str(FIFOScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         event = result.get("event")
         if isinstance(event, TrialEnd):
-            self._reference.conductor.ended(trial.config["trial_id"], event)
+            self._reference.ended(trial.config["trial_id"], event)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         text = trial.get_ray_actor_error() if hasattr(trial, "get_ray_actor_error") else None
-        cause = str(text or trial.get_error() or "the worker was lost").strip().splitlines()[-1]
-        self._reference.conductor.ended(trial.config["trial_id"], TrialEnd(f"the Ray worker failed: {cause}"))
+        cause = next(reversed(str(text or trial.get_error() or "").strip().splitlines()), "the worker was lost")
+        self._reference.ended(trial.config["trial_id"], TrialEnd(f"the Ray worker failed: {cause}"))
 
 
 class _Interruption(tune.Callback):  # type: ignore[misc]
@@ -308,7 +342,7 @@ class _Interruption(tune.Callback):  # type: ignore[misc]
         self._reference = reference
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        interrupted_at = self._reference.conductor.interrupted_at
+        interrupted_at = self._reference.interrupted_at
         if interrupted_at is not None and time.monotonic() > interrupted_at + GRACE_S:
             raise RuntimeError("interrupted")
 

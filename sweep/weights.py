@@ -16,6 +16,10 @@ from cxr_models.trial import TrialConfig
 _SERVER = ("storage.googleapis.com", 443)
 
 
+class WeightsError(ValueError):
+    """Pretrained weights that cannot be had."""
+
+
 @dataclass(frozen=True)
 class WeightsFile:
     """A file of backbone weights.
@@ -103,7 +107,7 @@ def fetch_weights(backbone: Backbone, side: int) -> None:
     """Have Keras fetch a backbone's ImageNet weights into its folder, in a child process.
 
     Raises:
-        ValueError: Keras could not.
+        WeightsError: Keras could not.
     """
     alpha = "" if backbone.alpha is None else f", alpha={backbone.alpha}"
     code = (
@@ -112,4 +116,4 @@ def fetch_weights(backbone: Backbone, side: int) -> None:
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if child.returncode:
-        raise ValueError(f"Keras could not fetch the ImageNet weights of {backbone.name}:\n{child.stderr[-1000:]}")
+        raise WeightsError(f"Keras could not fetch the ImageNet weights of {backbone.name}:\n{child.stderr[-1000:]}")

@@ -89,6 +89,35 @@ def failure(error: Exception) -> TrialEnd:
     return TrialEnd(f"{type(error).__name__}: {first_line}".removesuffix(": "), traceback.format_exc())
 
 
+class TrialEvents:
+    """A trial in this process, one event after the other; what its program raises is its end."""
+
+    def __init__(self, job: TrialJob) -> None:
+        self._job = job
+        self._epochs: Generator[EpochMetrics, bool, None] | None = None
+
+    def begin(self) -> EpochMetrics | TrialEnd:
+        """Start the program and wait for its first epoch."""
+        try:
+            self._epochs = load_program(self._job.work.program)(self._job)
+            return next(self._epochs)
+        except StopIteration:
+            return TrialEnd()
+        except Exception as error:
+            return failure(error)
+
+    def answer(self, go_on: bool) -> EpochMetrics | TrialEnd:
+        """Tell the program whether to go on after its last event, and wait for the next."""
+        if self._epochs is None:
+            raise RuntimeError("answer() before begin()")
+        try:
+            return self._epochs.send(go_on)
+        except StopIteration:
+            return TrialEnd()
+        except Exception as error:
+            return failure(error)
+
+
 class TrialProcess:
     """The parent's side of the child.
 
@@ -194,17 +223,12 @@ def serve(connection: Connection, log: Path) -> None:
 
 
 def _serve_trial(connection: Connection, job: TrialJob) -> None:
-    try:
-        epochs = load_program(job.work.program)(job)
-        metrics = next(epochs)
-        while True:
-            connection.send(metrics)
-            metrics = epochs.send(connection.recv())
-    except StopIteration:
-        end = TrialEnd()
-    except Exception as error:
-        end = failure(error)
-    connection.send(end)
+    trial = TrialEvents(job)
+    event = trial.begin()
+    while isinstance(event, EpochMetrics):
+        connection.send(event)
+        event = trial.answer(connection.recv())
+    connection.send(event)
 
 
 def _die_with_parent() -> None:

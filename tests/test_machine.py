@@ -97,9 +97,18 @@ class TestThisMachine:
         assert this_machine() == whole
 
     @pytest.mark.parametrize(("visible", "gpus"), [("", 0), ("-1", 0), ("0", 1), ("2,3", 2), ("GPU-1f,GPU-2e", 2)])
-    def test_gpus_this_process_may_see(self, visible, gpus, monkeypatch):
+    def test_gpus_this_process_may_see(self, visible, gpus, monkeypatch, tmp_path):
+        for device in range(4):
+            (tmp_path / f"0000:0{device}:00.0").mkdir()
+        monkeypatch.setattr("sweep.machine.NVIDIA", tmp_path)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert this_machine().gpus == gpus
+
+    def test_gpus_that_are_not_there_do_not_count(self, monkeypatch):
+        monkeypatch.setattr("sweep.machine.NVIDIA", Path("/nowhere"))
+        monkeypatch.setenv("PATH", "/nowhere")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        assert this_machine().gpus == 0
 
     @pytest.mark.parametrize("gpus", [0, 2])
     def test_gpus_the_driver_lists(self, gpus, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from cxr_models.trial import EpochMetrics, Outcome, TrialResult
+from sweep.machine import ClusterUnreachable
 from sweep.runner import Conductor, run_inline
 from sweep.trials import Placement, check_address, ray_cluster, run_on_ray
 from tests.programs import ODD_ONE, value_of
@@ -172,7 +173,7 @@ def test_the_resources_of_a_running_cluster(local_ray):
 class TestCheckAddress:
     @pytest.mark.parametrize("address", ["nonsense", "local", "host:", ":6379", "host:port", "ray://host:10001"])
     def test_not_an_address(self, address):
-        with pytest.raises(ConnectionError, match=rf"\(auto or HOST:PORT\), but got '{address}'"):
+        with pytest.raises(ClusterUnreachable, match=rf"\(auto or HOST:PORT\), but got '{address}'"):
             check_address(address)
 
     def test_nobody_there(self):
@@ -181,7 +182,9 @@ class TestCheckAddress:
             port = server.getsockname()[1]
             check_address(f"127.0.0.1:{port}")
         begun = time.monotonic()
-        with pytest.raises(ConnectionError, match=f"no Ray cluster answers at '127.0.0.1:{port}' .*ray start --head"):
+        with pytest.raises(
+            ClusterUnreachable, match=f"no Ray cluster answers at '127.0.0.1:{port}' .*ray start --head"
+        ):
             check_address(f"127.0.0.1:{port}")
         assert time.monotonic() - begun < 5
 
