@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -184,6 +184,16 @@ class EpochMetrics:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def best_epoch(epochs: Sequence[EpochMetrics], objective: Objective) -> EpochMetrics | None:
+    """The first epoch with the best objective, as training keeps its weights; None if there is none."""
+    best, best_value = None, objective.worst
+    for metrics in epochs:
+        value = metrics.val[objective.metric]
+        if objective.better(value, best_value):
+            best, best_value = metrics, value
+    return best
 
 
 @dataclass(frozen=True)

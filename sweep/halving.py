@@ -7,8 +7,7 @@ if not. No checkpoint has to be brought back; in return, the first trials at a r
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from collections.abc import Iterable
 
 
 def rungs(grace_epochs: int, reduction_factor: int, max_epochs: int) -> tuple[int, ...]:
@@ -63,18 +62,3 @@ class Halving:
         own = rivals[-1]
         ahead = sum(rival > own if self._mode == "max" else rival < own for rival in rivals)
         return ahead < max(1, arrived // self._reduction_factor)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "reduction_factor": self._reduction_factor,
-            "mode": self._mode,
-            "rungs": [{"epoch": epoch, "values": list(recorded.items())} for epoch, recorded in self._recorded.items()],
-        }
-
-    @classmethod
-    def from_json(cls, state: Mapping[str, Any]) -> Self:
-        """An object that decides as the one `to_json` was called on would have."""
-        halving = cls([rung["epoch"] for rung in state["rungs"]], state["reduction_factor"], state["mode"])
-        for rung in state["rungs"]:
-            halving._recorded[rung["epoch"]].update(rung["values"])
-        return halving

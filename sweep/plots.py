@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from cxr_models.metrics import FloatArray
-from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult
+from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult, best_epoch
 from sweep.record import best_by_strategy, ranked, strategy_of
 
 METRIC_LABELS: Mapping[str, str] = {
@@ -54,19 +54,10 @@ def trial_curves(epochs: Sequence[EpochMetrics], objective: Objective, title: st
     figure = _figure(5.2 * len(metrics), 3.8)
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for panel, metric in zip(panels, metrics, strict=True):
-        _trial_panel(panel, epochs, metric, _best_epoch(epochs, objective))
+        _trial_panel(panel, epochs, metric, best_epoch(epochs, objective))
     figure.suptitle(title, fontsize=11)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
-
-
-def _best_epoch(epochs: Sequence[EpochMetrics], objective: Objective) -> EpochMetrics | None:
-    best: EpochMetrics | None = None
-    for metrics in epochs:
-        than = objective.worst if best is None else best.val[objective.metric]
-        if objective.better(metrics.val[objective.metric], than):
-            best = metrics
-    return best
 
 
 def _trial_panel(panel: Axes, epochs: Sequence[EpochMetrics], metric: str, best: EpochMetrics | None) -> None:

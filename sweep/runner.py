@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cxr_models.trial import EpochMetrics, Objective, Outcome, Suggestion, TrialConfig, TrialResult
+from cxr_models.trial import EpochMetrics, Outcome, Suggestion, TrialConfig, TrialResult, best_epoch
 from sweep.halving import Halving
 from sweep.search import Search
 from sweep.worker import TrialEnd, TrialEvents, TrialJob, Work
@@ -146,16 +146,6 @@ class Conductor:
             error=end.error,
             traceback=end.traceback,
         )
-
-
-def best_epoch(epochs: Sequence[EpochMetrics], objective: Objective) -> EpochMetrics | None:
-    """The first epoch with the best objective, as training keeps its weights; None if there is none."""
-    best, best_value = None, objective.worst
-    for metrics in epochs:
-        value = metrics.val[objective.metric]
-        if objective.better(value, best_value):
-            best, best_value = metrics, value
-    return best
 
 
 def run_inline(conductor: Conductor) -> None:

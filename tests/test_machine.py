@@ -1,5 +1,7 @@
 """How trials share a machine."""
 
+from pathlib import Path
+
 import psutil
 import pytest
 

@@ -151,6 +151,37 @@ def test_a_frozen_backbone_is_the_same_function_in_training(name):
     np.testing.assert_array_equal(inference, training)
 
 
+def test_dropout_inside_the_backbone_comes_back_when_its_layers_train():
+    config = config_of("efficientnet_b0")
+    built = build_network(config, classes=3, channels=1)
+    published = dict(built.dropout_rates)
+    assert len(published) == 9
+    assert min(published.values()) > 0
+    for freeze, expected in (("all", dict.fromkeys(published, 0.0)), ("none", published)):
+        built.enter(parse_strategy(freeze).phases[0], "frozen")
+        assert {name: built.backbone.get_layer(name).rate for name in published} == expected
+
+
+def test_fixed_statistics_are_the_same_function_in_inference(tmp_path):
+    """EfficientNet's input normalization computes with figures derived from its weights; they must be copied too."""
+    row = BACKBONES["efficientnet_b0"]
+    source = build_backbone(row, 32)
+    normalization = next(layer for layer in source.layers if type(layer).__name__ == "Normalization")
+    normalization.adapt_mean.assign(list(IMAGENET_MEAN))
+    normalization.adapt_variance.assign(list(IMAGENET_DEVIATION))
+    source.save_weights(tmp_path / "some.weights.h5")
+    images = small_batch(config_of("efficientnet_b0"))[0].astype(np.float32)
+    models = []
+    for batch_norm in ("frozen", "affine"):
+        keras.utils.set_random_seed(0)
+        config = config_of("efficientnet_b0", batch_norm=batch_norm)
+        built = build_network(config, classes=3, channels=1, weights=tmp_path / "some.weights.h5")
+        models += [built.model, export_model(built, config, classes=3)]
+    expected, *others = (model.predict(images, verbose=0) for model in models)
+    for found in others:
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_plan_and_network_count_the_same_parameters(name):
     config = config_of(name, hidden_units=(16,), pooling="flatten")

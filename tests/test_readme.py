@@ -1,5 +1,6 @@
 """The README's own commands, run on a tiny folder laid out as the data set it speaks of."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sweep.spec import read_spec
+from sweep.spec import json_schema, read_spec
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,3 +61,10 @@ def test_every_shipped_space_is_read_and_says_how_it_is_run(file):
     spec = read_spec(file)
     assert spec.name == file.stem
     assert f"python -m sweep.run search_spaces/{file.name}" in file.read_text()
+
+
+def test_the_shipped_schema_is_that_of_the_reader_and_fits_the_shipped_spaces():
+    schema = json.loads((ROOT / "search_spaces" / "schema.json").read_text())
+    assert schema == json.loads(json.dumps(json_schema())), "write it anew with sweep.spec.json_schema"
+    for file in (ROOT / "search_spaces").glob("*.yaml"):
+        assert file.read_text().startswith("# yaml-language-server: $schema=schema.json\n")

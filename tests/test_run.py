@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -180,6 +181,25 @@ def test_a_plan_loads_nothing_heavy_and_says_what_will_run(name, cache_dir):
     assert "410,208" in shown
     assert "600 images" in shown
     assert "trials" in shown
+
+
+def test_output_that_nobody_reads_any_more_does_not_end_a_sweep():
+    """`| head` closes the pipe; rich's own console would end the process, or the thread that runs the trials."""
+    code = (
+        "from sweep.run import _console; c = _console(); [c.print('x' * 1000) for _ in range(500)]; print('y' * 9999)"
+    )
+    command = f"{sys.executable} -c \"{code}; open('alive', 'w')\" | head -c 10"
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert Path(folder, "alive").exists()
 
 
 def test_an_interruption_keeps_the_finished_trials(tmp_path, space, cache_dir):

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from cxr_models.trial import EpochMetrics, Objective, Outcome
-from sweep.runner import Conductor, best_epoch, run_inline
+from cxr_models.trial import EpochMetrics, Objective, Outcome, best_epoch
+from sweep.runner import Conductor, run_inline
 from sweep.worker import TrialEnd
 from tests.programs import ODD_ONE, measured, value_of
 from tests.sweeps import Heard, fake_sweep
@@ -83,6 +83,16 @@ def test_the_last_epoch_is_never_an_early_stop(tmp_path):
     conductor, heard = fake_sweep(tmp_path, "quick", trials=6, epochs=3, rungs=(3,))
     run_inline(conductor)
     assert {result.outcome for result in heard.results.values()} == {Outcome.COMPLETED}
+
+
+def test_a_last_epoch_at_a_rung_counts_for_the_others(tmp_path):
+    """Short trials end at the rung by themselves; longer ones are judged against them all the same."""
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=8, epochs=2, rungs=(2,))
+    halving = conductor._halving
+    run_inline(conductor)
+    best = max(result.val["macro_f1"] for result in heard.results.values())
+    assert halving is not None
+    assert not halving.keep("longer", 2, best - 1.0)
 
 
 class InterruptAt(Heard):

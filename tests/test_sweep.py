@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,9 @@ space:
 
 
 def sweep(space: Path, out: Path, cache_dir: Path, *arguments: str) -> tuple[Path, str]:
-    command = [sys.executable, "-m", "sweep.run", str(space), "--out", str(out), "--cache-dir", str(cache_dir)]
+    # Relative folders, because Ray's workers run elsewhere.
+    relative = [os.path.relpath(path, ROOT) for path in (out, cache_dir)]
+    command = [sys.executable, "-m", "sweep.run", str(space), "--out", relative[0], "--cache-dir", relative[1]]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out / "small", done.stdout
