@@ -59,9 +59,9 @@ def read_point(raw: Any, space: Space, where: Where, document: Document) -> dict
     checked = {name: _checked(name, value, (*where, name), document) for name, value in raw.items() if name in AXES}
     point = {name: value for name, value in checked.items() if value is not None}
     misfits = {name: text for name in point if name in space.axes and (text := _misfit(name, point, space))}
+    narrowed = document.overridden(("space",)) and not document.overridden(where)
     for name, text in misfits.items():
-        narrowed = any(document.overridden(("space", axis)) for axis in space.dependencies(name))
-        if document.overridden(where) or not narrowed:
+        if not narrowed:
             document.add((*where, name), text)
     return None if misfits else point
 

@@ -152,7 +152,9 @@ def record_predictions(
     )
     with written_whole(folder.predictions) as scratch:
         frame.to_parquet(scratch, index=False)
-    write_json(folder.best_config, {"trial_id": result.trial_id, **result.config.to_json()})
+    # All that is needed to use the model: an image's side and channels, and which class a probability belongs to.
+    shape = {"classes": list(classes), "channels": best.channels}
+    write_json(folder.best_config, {"trial_id": result.trial_id, **shape, **result.config.to_json()})
 
 
 def evaluate_test(plan: Plan, best: BestModel, probabilities: NDArray[np.float32]) -> dict[str, Any]:

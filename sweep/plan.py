@@ -265,7 +265,7 @@ def _notes(
     if spec.data.source == PHANTOM:
         yield "phantom data: synthetic drawings to try the sweep on, a demonstration and not medicine"
     if manifest.unreadable:
-        yield f"{len(manifest.unreadable)} unreadable images are left out:"
+        yield f"unreadable images that are left out: {len(manifest.unreadable)}"
         yield from (f"  {bad.path}: {bad.reason}" for bad in manifest.unreadable[:20])
         if len(manifest.unreadable) > 20:
             yield f"  and {len(manifest.unreadable) - 20} more"
@@ -280,6 +280,11 @@ def _notes(
         )
     if manifest.patients < len(manifest.records) and not spec.data.patient and spec.data.source != PHANTOM:
         yield "patients follow from a CSV or from names as NIH and Kermany give them; data.patient: none ignores names"
+    if spec.dropped_points:
+        yield f"{spec.dropped_points} fixed points of the file lie outside the space that --set left, and are not run"
+    own = sum(record.patient == record.path for record in manifest.records)
+    if 0 < own < len(manifest.records):
+        yield f"the names of {own} images tell no patient: each of these counts as its own"
     if spec.search.halving and not marks:
         yield f"halving has no rung: grace_epochs {spec.search.halving.grace_epochs}, most epochs {max_epochs}"
 
@@ -299,7 +304,7 @@ def render_plan(plan: Plan) -> RenderableType:
         (
             "resources",
             f"{allotment.concurrency} trials at once, each {allotment.cpus_per_trial:g} CPU, {device}, "
-            f"{allotment.threads} threads",
+            f"{allotment.threads} {'thread' if allotment.threads == 1 else 'threads'}",
         ),
     ):
         facts.add_row(Text(name, style="bold"), Text(value))

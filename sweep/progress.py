@@ -87,7 +87,9 @@ class SweepProgress:
         if not self._console.is_terminal:
             yield
             return
-        with Live(self._table(), console=self._console, refresh_per_second=2, get_renderable=self._table) as live:
+        with Live(
+            self._table(), console=self._console, refresh_per_second=2, get_renderable=self._table, transient=True
+        ) as live:
             self._live = live
             yield
         self._live = None

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +23,7 @@ from sweep.machine import ClusterUnreachable, Machine, this_machine
 from sweep.plan import Plan, make_plan, render_plan
 from sweep.progress import StepProgress, duration
 from sweep.record import RunFolder, ranked
-from sweep.spec import SpecError, read_spec
+from sweep.spec import SpecError, checked_name, read_spec
 from sweep.weights import WeightsError
 
 DONE, UNFINISHED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     spec = read_spec(arguments.space, overrides(arguments))
+    if arguments.name:
+        spec = replace(spec, name=checked_name(arguments.name))
     # Absolute, because Ray's workers run in folders of their own.
     cache_dir = (arguments.cache_dir or user_cache_path("cxr-sweep")).expanduser().resolve()
     machine = _machine(arguments.address)
@@ -140,7 +143,7 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: dict[str,
         if result.error:
             console.print(Text(f"trial {result.trial_id} failed: {result.error}", style="red"))
     if not order:
-        console.print("no trial finished an epoch; see the errors above", style="red")
+        console.print("no trial finished an epoch", style="red")
         return
     console.print(_ranking(order, objective))
     console.print(_strategy_table(summary, objective))

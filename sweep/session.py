@@ -110,7 +110,7 @@ def run_sweep(
             _run_trials(conductor, plan, folder, inline=inline, address=address, progress=progress)
         if best := ranked(record.results, plan.spec.objective):
             with watch.time("evaluate"):
-                console.print("opening the test set for the best trial")
+                console.print("opening the test set for the best trial, then registering its model (some 20 seconds)")
                 _evaluate(plan, best[0], folder, pixels, tracker, tested)
     except KeyboardInterrupt:
         interrupted = True

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,11 +23,13 @@ __all__ = [
     "SpecError",
     "SweepSpec",
     "TrackingSpec",
+    "checked_name",
     "json_schema",
     "read_spec",
 ]
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+NAME_EXPECTED = "letters, digits, '-', '_' and '.', beginning with a letter or digit"
 SHORT_FORMS = {"data": "source", "objective": "metric"}
 TEXT_KEYS = ("data.patient", "data.source", "tracking.uri", "space.weights")
 
@@ -121,7 +123,11 @@ class ObjectiveSection(_Section):
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """A whole sweep, checked."""
+    """A whole sweep, checked.
+
+    Attributes:
+        dropped_points: how many fixed points of the file lie outside the space that `--set` left.
+    """
 
     name: str
     data: DataSpec
@@ -130,6 +136,7 @@ class SweepSpec:
     space: Space
     resources: ResourceSpec
     tracking: TrackingSpec
+    dropped_points: int = field(default=0, compare=False)
 
     def to_yaml(self) -> str:
         """The resolved file, with every default written out; `read_spec` reads it back equal."""
@@ -203,6 +210,17 @@ def json_schema() -> dict[str, Any]:
     }
 
 
+def checked_name(name: str) -> str:
+    """The name given on the command line in place of the file's.
+
+    Raises:
+        SpecError: it cannot name a folder and a model.
+    """
+    if not re.match(NAME_PATTERN, name):
+        raise SpecError("--name", [f"expected {NAME_EXPECTED}, got {shown(name)}"])
+    return name
+
+
 def _expand_short_forms(document: Document) -> None:
     for section, key in SHORT_FORMS.items():
         if section in document.values and not isinstance(document.values[section], dict | None):
@@ -247,6 +265,7 @@ def _resolve(document: Document) -> SweepSpec | None:
         space,
         resources,
         tracking,
+        dropped_points=_count_points(document) - len(fixed),
     )
 
 
@@ -254,8 +273,7 @@ def _name(document: Document) -> str | None:
     name = document.values.get("name")
     if isinstance(name, str) and re.match(NAME_PATTERN, name):
         return name
-    expected = "letters, digits, '-', '_' and '.', beginning with a letter or digit"
-    document.add(("name",), "missing" if name is None else f"expected {expected}, got {shown(name)}")
+    document.add(("name",), "missing" if name is None else f"expected {NAME_EXPECTED}, got {shown(name)}")
     return None
 
 
@@ -280,6 +298,12 @@ def _fixed(document: Document, space: Space) -> tuple[dict[str, Value], ...]:
         return ()
     read = (read_point(point, space, (*where, index), document) for index, point in enumerate(points))
     return tuple(point for point in read if point is not None)
+
+
+def _count_points(document: Document) -> int:
+    search = document.values.get("search")
+    points = search.get("fixed") if isinstance(search, dict) else None
+    return len(points) if isinstance(points, list) else 0
 
 
 def _check_grid(document: Document, space: Space) -> None:

@@ -39,6 +39,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 CHAMPION = "champion"
+# Without it MLflow's pages open with what they have for language models.
+EXPERIMENT_TAGS: Mapping[str, str] = {"mlflow.experimentKind": "custom_model_development"}
 OPENING_TIMEOUT_S = 60.0
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -264,7 +266,7 @@ class _Runs:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self._client.create_experiment(name, self._sweep.artifacts))
+                return str(self._client.create_experiment(name, self._sweep.artifacts, tags=EXPERIMENT_TAGS))
             except self._mlflow.MlflowException:  # another sweep may have made it meanwhile
                 found = self._client.get_experiment_by_name(name)
                 if found is None:

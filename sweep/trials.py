@@ -5,6 +5,7 @@ recorded is the conductor's business. Nothing in this file may raise into Ray's 
 whole sweep.
 """
 
+import gc
 import logging
 import os
 import secrets
@@ -80,7 +81,13 @@ def ray_cluster(address: str, *, cores: int, gpus: int) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        # While Ray shuts down, an object of its own that any thread's garbage collection frees ends the process.
+        gc.collect()
+        gc.disable()
+        try:
+            ray.shutdown()
+        finally:
+            gc.enable()
 
 
 def _connect(address: str) -> None:

@@ -96,7 +96,13 @@ def test_a_table_that_is_not_packaged_is_made_by_a_child_and_kept(tmp_path):
         layer_table(row, 60, tmp_path)
 
 
-MOVING = [(name, freeze, "frozen") for name in FAMILIES for freeze in ("all", "convs:1", "none")]
+# Three strategies for every family; those that take long to compile run with the slow tests.
+QUICK = {(name, "convs:1") for name in FAMILIES} | {("mobilenet_v2_0.35", "all"), ("mobilenet_v2_0.35", "none")}
+MOVING = [
+    pytest.param(name, freeze, "frozen", marks=() if (name, freeze) in QUICK else pytest.mark.slow)
+    for name in FAMILIES
+    for freeze in ("all", "convs:1", "none")
+]
 MOVING += [("mobilenet_v2_0.35", "convs:2", "train"), ("mobilenet_v2_0.35", "stages:1", "affine")]
 
 

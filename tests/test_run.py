@@ -150,6 +150,16 @@ def test_data_that_is_not_there(refuse, space, tmp_path):
     assert str(tmp_path / "nowhere") in refuse(space, "--data", tmp_path / "nowhere")
 
 
+def test_a_name_that_cannot_be_one(refuse, space):
+    assert "expected letters, digits" in refuse(space, "--name", "my run/1")
+
+
+def test_set_narrows_the_shipped_space_and_says_what_it_dropped(cache_dir, capsys):
+    shipped = str(ROOT / "search_spaces" / "freeze.yaml")
+    assert main([shipped, "--plan", "--set", "freeze=all", "--cache-dir", str(cache_dir)]) == 0
+    assert "fixed points of the file lie outside the space that --set left" in capsys.readouterr().out
+
+
 def test_an_output_folder_that_is_a_file(tmp_path, space, cache_dir, capsys):
     (tmp_path / "taken").write_text("")
     for arguments in (["--out", str(tmp_path / "taken")], ["--out", str(tmp_path), "--name", "taken"]):
@@ -220,7 +230,7 @@ def test_an_interruption_keeps_the_finished_trials(tmp_path, space, cache_dir):
     with log.open("w") as output:
         sweep = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT, start_new_session=True)
         try:
-            wait_for(lambda: "trial 2 completed" in log.read_text() or sweep.poll() is not None, timeout_s=180)
+            wait_for(lambda: "2 of 40 trials ended" in log.read_text() or sweep.poll() is not None, timeout_s=180)
             os.killpg(sweep.pid, signal.SIGINT)
             status = sweep.wait(timeout=90)
         finally:

@@ -1,8 +1,10 @@
 """One real sweep from end to end, on Ray, and what a user finds afterwards."""
 
+import ast
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +120,18 @@ def test_the_saved_model_predicts_what_was_recorded(on_ray, radiography_folder):
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     champion = mlflow.pyfunc.load_model("models:/small@champion")
     np.testing.assert_allclose(champion.predict(pixels), scores, atol=1e-5)
+
+
+def test_the_readme_shows_how_to_use_the_model(on_ray, radiography_folder, tmp_path):
+    folder, _ = on_ray
+    recorded = pd.read_parquet(folder / "predictions.parquet").iloc[0]
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    image = radiography_folder / recorded["image"]
+    snippet = snippet.replace("runs/radiography", str(folder)).replace("x-ray.png", str(image))
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, check=True, cwd=ROOT)
+    shown = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+    assert shown == pytest.approx({name: recorded[f"score:{name}"] for name in shown}, abs=2e-3)
+    assert len(shown) == 4
 
 
 def test_the_test_figures_come_from_the_predictions(on_ray):
