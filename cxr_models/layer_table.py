@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -111,30 +112,33 @@ def read_table(backbone: Backbone, model: keras.Model) -> LayerTable:
     return LayerTable(backbone.name, model.input_shape[1], tuple(map(row, model.layers)))
 
 
-def layer_table(backbone: Backbone, side: int, cache_dir: Path) -> LayerTable:
-    """The stored table: from the package, else from `cache_dir`, else made now by a child process.
+def layer_tables(wanted: Iterable[tuple[str, int]], cache_dir: Path) -> dict[tuple[str, int], LayerTable]:
+    """The tables of (backbone name, image side): from the package, else from `cache_dir`, else made now.
+
+    All that have to be made are made by one child process.
 
     Raises:
-        ValueError: the backbone cannot be built at this side.
+        ValueError: a backbone cannot be built at its side.
     """
-    if side < backbone.smallest_side:
-        raise ValueError(f"{backbone.name} needs an image side of at least {backbone.smallest_side}, but got {side}")
-    name = f"{backbone.name}-{side}.json"
-    cached = cache_dir / "layer_tables" / name
-    for stored in (PACKAGED / name, cached):
-        if stored.is_file():
-            return LayerTable.from_json(stored.read_text())
-    with written_whole(cached) as scratch:
-        make_tables([(backbone.name, side, scratch)])
-    return LayerTable.from_json(cached.read_text())
+    places: dict[tuple[str, int], Path] = {}
+    for name, side in wanted:
+        smallest = BACKBONES[name].smallest_side
+        if side < smallest:
+            raise ValueError(f"{name} needs an image side of at least {smallest}, but got {side}")
+        packaged = PACKAGED / f"{name}-{side}.json"
+        places[name, side] = packaged if packaged.is_file() else cache_dir / "layer_tables" / packaged.name
+    missing = {key: path for key, path in places.items() if not path.is_file()}
+    if missing:
+        with ExitStack() as stack:
+            _make_tables({key: stack.enter_context(written_whole(path)) for key, path in missing.items()})
+    return {key: LayerTable.from_json(path.read_text()) for key, path in places.items()}
 
 
-def make_tables(tables: Iterable[tuple[str, int, Path]]) -> None:
-    """Have one child process write the table of each (backbone name, side, file)."""
-    arguments = [str(part) for table in tables for part in table]
+def _make_tables(files: Mapping[tuple[str, int], Path]) -> None:
+    arguments = [str(part) for (name, side), path in files.items() for part in (name, side, path)]
     child = subprocess.run([sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, check=False)
     if child.returncode:
-        raise ValueError(f"Keras could not build {' '.join(arguments)}:\n{child.stderr[-2000:]}")
+        raise ValueError(f"Keras could not build {', '.join(map(str, files))}:\n{child.stderr[-2000:]}")
 
 
 def weight_problems(table: LayerTable, path: Path) -> str:

@@ -19,7 +19,7 @@ from cxr_models import network
 from cxr_models.backbones import BACKBONES
 from cxr_models.dataset import SPLIT_VERSION, Manifest, Progress, assign_splits, patients_on_two_sides, read_manifest
 from cxr_models.freezing import parse_strategy
-from cxr_models.layer_table import LayerTable, layer_table
+from cxr_models.layer_table import LayerTable, layer_tables
 from cxr_models.phantom import PATIENT_PATTERN, phantom_dataset
 from cxr_models.storage import written_whole
 from cxr_models.trial import SPLITS, TEST, TRAIN, VAL, TrialConfig, TrialData
@@ -138,7 +138,8 @@ def make_plan(
     manifest = read_data(spec, cache_dir, progress)
     splits = stored_splits(manifest, spec.data.seed, cache_dir)
     problems: list[str] = []
-    networks, tables = _networks(spec, cache_dir, problems)
+    networks = _networks(spec)
+    tables = layer_tables({(config.backbone, config.image_side) for config in networks}, cache_dir)
     weights = find_weights(networks, tables, weights_dir, problems)
     strategies = _strategies(networks, tables, len(manifest.classes), problems)
     trials = _trials(spec)
@@ -211,23 +212,11 @@ def _values(spec: SweepSpec, axis: str) -> Iterator[float]:
         yield from (domain.low, domain.high) if isinstance(domain, Range) else map(float, domain)  # type: ignore[arg-type]
 
 
-def _networks(
-    spec: SweepSpec, cache_dir: Path, problems: list[str]
-) -> tuple[list[TrialConfig], dict[tuple[str, int], LayerTable]]:
-    """Every network the space can build, and the layer tables they need."""
+def _networks(spec: SweepSpec) -> list[TrialConfig]:
+    """Every network the space can build."""
     axes = [axis for axis in SHAPING if axis in spec.space.axes]
-    configs, tables = [], {}
-    for values in sorted(spec.space.combinations(*axes), key=str):
-        config = TrialConfig.from_json(dict(zip(axes, values, strict=True)))
-        key = config.backbone, config.image_side
-        if key not in tables:
-            try:
-                tables[key] = layer_table(BACKBONES[config.backbone], config.image_side, cache_dir)
-            except ValueError as error:
-                problems.append(f"space.image_side: {error}")
-                continue
-        configs.append(config)
-    return configs, tables
+    points = sorted(spec.space.combinations(*axes), key=str)
+    return [TrialConfig.from_json(dict(zip(axes, values, strict=True))) for values in points]
 
 
 def _strategies(

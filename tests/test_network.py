@@ -10,7 +10,7 @@ import pytest
 from keras.src.applications import efficientnet
 from keras.src.legacy.saving import legacy_h5_format
 
-from cxr_models import network
+from cxr_models import layer_table, network
 from cxr_models.backbones import (
     BACKBONES,
     CENTRED_BGR_MEAN,
@@ -21,7 +21,7 @@ from cxr_models.backbones import (
     load_backbone_weights,
 )
 from cxr_models.freezing import decide, parse_strategy
-from cxr_models.layer_table import PACKAGED, LayerTable, layer_table, read_table, weight_problems
+from cxr_models.layer_table import PACKAGED, LayerTable, layer_tables, read_table, weight_problems
 from cxr_models.network import build_network, export_model
 from cxr_models.steps import Steps
 from cxr_models.training import make_optimizer
@@ -87,13 +87,14 @@ def test_packaged_tables_are_what_keras_builds(stored):
     assert table == read_table(row, build_backbone(row, table.image_side))
 
 
-def test_a_table_that_is_not_packaged_is_made_by_a_child_and_kept(tmp_path):
-    row = BACKBONES["vanilla_cnn"]
-    made = layer_table(row, 80, tmp_path)
-    assert made.image_side == 80
-    assert layer_table(row, 80, tmp_path) == made
+def test_tables_that_are_not_packaged_are_made_by_one_child_and_kept(tmp_path, monkeypatch):
+    wanted = [("vanilla_cnn", 80), ("vanilla_cnn", 88), ("vanilla_cnn", 96)]
+    made = layer_tables(wanted, tmp_path)
+    assert [table.image_side for table in made.values()] == [80, 88, 96]
+    monkeypatch.setattr(layer_table.subprocess, "run", None)  # nothing is made a second time
+    assert layer_tables(wanted, tmp_path) == made
     with pytest.raises(ValueError, match="needs an image side of at least 70, but got 60"):
-        layer_table(row, 60, tmp_path)
+        layer_tables([("vanilla_cnn", 60)], tmp_path)
 
 
 # Three strategies for every family; those that take long to compile run with the slow tests.
@@ -235,7 +236,7 @@ def test_weights_that_fit_and_weights_that_do_not(tmp_path):
     table = read_table(row, model)
     assert weight_problems(table, tmp_path / "new.weights.h5") == ""
     assert weight_problems(table, tmp_path / "legacy.h5") == ""
-    other = layer_table(BACKBONES["vanilla_cnn"], 96, tmp_path)
+    other = layer_tables([("vanilla_cnn", 96)], tmp_path)["vanilla_cnn", 96]
     assert "does not fit vanilla_cnn: it holds 104 layers with 410,208" in weight_problems(
         other, tmp_path / "legacy.h5"
     )
