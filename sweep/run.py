@@ -118,6 +118,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if ended.tracking_problem:
         console.print(Text(f"note: {ended.tracking_problem}", style="yellow"))
     console.print(f"\nreport: {folder.report}\nsee every trial: {ended.ui_command}", soft_wrap=True)
+    console.print(f"  and open {ended.ui_address}", soft_wrap=True)
     if ended.interrupted:
         console.print(f"interrupted: {len(ended.results)} finished trials are kept in {folder.path}", soft_wrap=True)
         return INTERRUPTED

@@ -50,7 +50,8 @@ class Ended:
         results: every ended trial, in the order of suggestion.
         failure: the traceback of what ended the sweep before its time, if anything did.
         tracking_problem: what kept MLflow from taking everything, if anything did.
-        ui_command: opens MLflow's pages.
+        ui_command: opens MLflow's pages, or where they are.
+        ui_address: the page of the sweep's runs.
     """
 
     summary: dict[str, Any]
@@ -59,6 +60,7 @@ class Ended:
     failure: str
     tracking_problem: str
     ui_command: str
+    ui_address: str
 
 
 class Stopwatch:
@@ -129,7 +131,7 @@ def run_sweep(
             test=tested or None,
         )
         _publish(plan, folder, summary, tracker, "KILLED" if interrupted else "FAILED" if failure else "FINISHED")
-    return Ended(summary, record.results, interrupted, failure, tracker.problem, tracker.ui_command)
+    return Ended(summary, record.results, interrupted, failure, tracker.problem, tracker.ui_command, tracker.ui_address)
 
 
 @contextmanager

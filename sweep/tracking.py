@@ -39,8 +39,6 @@ ENVIRONMENT: Mapping[str, str] = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 CHAMPION = "champion"
-# Without it MLflow's pages open with what they have for language models.
-EXPERIMENT_TAGS: Mapping[str, str] = {"mlflow.experimentKind": "custom_model_development"}
 OPENING_TIMEOUT_S = 60.0
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -93,6 +91,7 @@ class Tracker:
         sweep = _Sweep(folder, spec_name, self._uri, experiment, artifacts, objective, tuple(classes), dataset)
         self._problem = ""
         self._parent_run_id = ""
+        self._experiment_id = ""
         self._opened = Event()
         self._tasks: SimpleQueue[Callable[[_Runs], object] | None] = SimpleQueue()
         self._thread = Thread(target=self._write, args=(sweep,), name="mlflow-writer", daemon=True)
@@ -121,6 +120,14 @@ class Tracker:
             return shown
         # This Python's MLflow: the environment need not be activated, nor the only one.
         return f"{shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri {shlex.quote(shown)} --port 5000"
+
+    @property
+    def ui_address(self) -> str:
+        """The page of the sweep's runs; MLflow's own start page shows what it has for language models."""
+        self._opened.wait(OPENING_TIMEOUT_S)
+        shown = _without_password(self._uri)
+        server = shown.rstrip("/") if re.match(r"https?://", shown) else "http://127.0.0.1:5000"
+        return f"{server}/#/experiments/{self._experiment_id}/runs?workflowType=machine_learning"
 
     def opened(self) -> None:
         """Open the sweep's run; the run folder holds the spec and the split by now."""
@@ -172,6 +179,7 @@ class Tracker:
             except Exception as error:
                 self.note(_one_line(error))
             self._parent_run_id = runs.parent
+            self._experiment_id = runs.experiment_id
             self._opened.set()
             if not runs.parent:
                 runs = None  # without the sweep's run there is nothing to hang a trial on
@@ -201,13 +209,13 @@ class _Runs:
         self._sweep = sweep
         self._client = mlflow.MlflowClient(sweep.uri, registry_uri=sweep.uri)
         self._names = MetricNames(sweep.classes)
-        self._experiment_id = ""
+        self.experiment_id = ""
         self._trials: dict[str, _Trial] = {}
         self.parent = ""
 
     def open(self, at_ms: int) -> None:
         sweep = self._sweep
-        self._experiment_id = self._find_experiment()
+        self.experiment_id = self._find_experiment()
         tags = {"sweep": sweep.name, "objective": f"{sweep.objective.metric} ({sweep.objective.mode})"}
         self.parent = self._create_run(sweep.folder.path.name, at_ms, tags)
         self._log(self.parent, params=flat_params(yaml.safe_load(sweep.folder.spec.read_text(encoding="utf-8"))))
@@ -266,7 +274,7 @@ class _Runs:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self._client.create_experiment(name, self._sweep.artifacts, tags=EXPERIMENT_TAGS))
+                return str(self._client.create_experiment(name, self._sweep.artifacts))
             except self._mlflow.MlflowException:  # another sweep may have made it meanwhile
                 found = self._client.get_experiment_by_name(name)
                 if found is None:
@@ -275,7 +283,7 @@ class _Runs:
 
     def _create_run(self, name: str, at_ms: int, tags: Mapping[str, str]) -> str:
         common = {"mlflow.source.name": "sweep.run", "mlflow.source.type": "LOCAL", "cxr_sweep.version": _version()}
-        run = self._client.create_run(self._experiment_id, at_ms, {**common, **tags}, name)
+        run = self._client.create_run(self.experiment_id, at_ms, {**common, **tags}, name)
         return str(run.info.run_id)
 
     def _log(

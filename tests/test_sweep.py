@@ -93,6 +93,7 @@ def test_the_summary_says_what_the_record_says(on_ray):
         figure = summary["test"][name]
         assert figure["low"] <= figure["value"] <= figure["high"]
     assert "mlflow ui --backend-store-uri" in shown
+    assert "#/experiments/1/runs?workflowType=machine_learning" in shown
     assert str(folder / "report.html") in shown
 
 
