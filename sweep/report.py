@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from statistics import median
 from typing import Any
 
@@ -293,6 +293,8 @@ def _data_uri(svg: str) -> str:
 
 def _setting(config: TrialConfig, axis: str) -> str:
     value = getattr(config, axis)
+    if axis == "weights":
+        return PurePath(value).name  # of a file; its folder is in spec.yaml
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, Sequence) and not isinstance(value, str):
