@@ -60,6 +60,7 @@ def run_trial(
 
 
 def make_optimizer(config: TrialConfig, learning_rate: float) -> keras.Optimizer:
+    """A fresh optimizer of the trial's kind; `learning_rate` is that of the phase."""
     kinds = {
         "adam": keras.optimizers.Adam,
         "adamw": keras.optimizers.AdamW,

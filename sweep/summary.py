@@ -1,6 +1,5 @@
 """`summary.json`: a sweep in one file, for programs; the report is for people."""
 
-import os
 import platform
 import statistics
 from collections import Counter
@@ -53,7 +52,8 @@ def summarise(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
-            "cores": os.cpu_count(),
+            "cores": plan.machine.cores,
+            "gpus": plan.machine.gpus,
             "cpus_per_trial": plan.allotment.cpus_per_trial,
             "gpus_per_trial": plan.allotment.gpus_per_trial,
             "concurrency": plan.allotment.concurrency,

@@ -45,4 +45,5 @@ def radiography_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels[10 + 45 * top : 45 + 45 * top, 10 + 45 * left : 45 + 45 * left] += 120
             Image.fromarray(pixels).save(root / name / "images" / f"{name}-{index}.png")
             Image.fromarray(np.full((99, 99), 255, np.uint8)).save(root / name / "masks" / f"{name}-{index}.png")
+    (root / "COVID" / "images" / "broken.png").write_bytes(b"\x89PNG")  # real downloads have such files
     return root

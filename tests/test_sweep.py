@@ -104,6 +104,16 @@ def test_the_split_is_written_and_shares_no_patient(on_ray):
     assert set(split["split"]) == {"train", "val", "test"}
 
 
+def test_an_unreadable_image_is_named_and_left_out(on_ray):
+    folder, shown = on_ray
+    (left_out,) = pd.read_csv(folder / "unreadable.csv").to_dict("records")
+    assert left_out["path"] == "COVID/images/broken.png"
+    assert left_out["reason"]
+    assert "COVID/images/broken.png" in shown
+    assert json.loads((folder / "summary.json").read_text())["data"]["unreadable"] == 1
+    assert "COVID/images/broken.png" not in set(pd.read_csv(folder / "split.csv")["path"])
+
+
 def raw_pixels(folder: Path, data: Path, paths: list[str]) -> np.ndarray:
     images = [Image.open(data / path).resize((72, 72), Image.Resampling.BILINEAR) for path in paths]
     return np.stack([np.asarray(image, np.float32)[..., None] for image in images])
