@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cxr_models import freezing
 from cxr_models.backbones import (
@@ -19,12 +22,17 @@ from cxr_models.backbones import (
     build_backbone,
     load_backbone_weights,
 )
+from cxr_models.cuts import Cut
 from cxr_models.freezing import Phase
 from cxr_models.layer_table import LayerTable, read_table
 from cxr_models.trial import TrialConfig
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import keras
+
+    FirstWeight: TypeAlias = NDArray[np.generic] | keras.initializers.Initializer
 
 
 def output_units(config: TrialConfig, classes: int) -> int:
@@ -54,34 +62,87 @@ def count_parameters(config: TrialConfig, phase: Phase, table: LayerTable, class
     return trainable + head_parameters(config, table, classes), frozen
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Network:
-    """A model and the backbone inside it.
+    """A model and its parts. One network serves many trials: their weights are put in, see `reset`.
 
     Attributes:
         model: raw pixels 0 to 255, float32 (images, side, side, channels) -> class probabilities
             (images, classes), or (images, 1) with a sigmoid output.
         logits: the same layers without the final activation; training goes through it, because a saturated
             probability has no gradient.
+        scaled: raw pixels -> the backbone's input range.
         backbone: the part whose layers a freeze strategy decides.
+        head: the layers behind it, the pooling first, the logits last.
         table: the backbone's layers.
         dropout_rates: of the dropout layers inside the backbone, as it was built.
+        head_dropout: the rate of the head's dropout layers; a variable, so that another rate is no other program.
+        first_weights: every weight with its first value, or with the initializer that draws it.
     """
 
     model: keras.Model
     logits: keras.Model
+    scaled: keras.Model
     backbone: keras.Model
+    head: tuple[keras.Layer, ...]
     table: LayerTable
     dropout_rates: Mapping[str, float]
+    head_dropout: keras.Variable
+    first_weights: tuple[tuple[keras.Variable, FirstWeight], ...]
+
+    def reset(self, seed: int, dropout: float) -> None:
+        """Put a trial's first weights in: those of the file, and random ones that follow from the seed alone."""
+        for place, (variable, first) in enumerate(self.first_weights):
+            if isinstance(first, np.ndarray):
+                variable.assign(first)
+                continue
+            (key,) = np.random.SeedSequence((seed, place)).generate_state(1)
+            initializer = type(first).from_config({**first.get_config(), "seed": int(key)})
+            variable.assign(initializer(variable.shape, dtype=variable.dtype))
+        _settle(self.backbone)
+        self.head_dropout.assign(dropout)
+
+    def put_in(self, weights: Mapping[str, NDArray[np.generic]]) -> None:
+        """Replace some weights, named by their paths."""
+        own = {variable.path: variable for variable, _ in self.first_weights}
+        for path, value in weights.items():
+            own[path].assign(value)
+        _settle(self.backbone)
 
     def enter(self, phase: Phase, batch_norm: str) -> None:
         """Freeze and unfreeze for a phase. A step compiled before does not notice: compile after."""
         decision = freezing.decide(phase, BACKBONES[self.table.backbone], self.table, batch_norm)
         freezing.apply(decision, self.backbone, self.dropout_rates)
 
+    def prefix(self, cuts: Sequence[Cut]) -> keras.Model:
+        """Raw pixels -> a list of what is stored at each cut, in one pass."""
+        import keras
+
+        stages = keras.Model(self.backbone.inputs, [self.backbone.get_layer(cut.layer).output for cut in cuts])
+        inputs = keras.Input(self.scaled.input_shape[1:])
+        outputs = [
+            _pooling(cut.pooling)(found) if cut.pooling else found
+            for cut, found in zip(cuts, stages(self.scaled(inputs)), strict=True)
+        ]
+        return keras.Model(inputs, outputs)
+
+    def suffix(self, cut: Cut | None) -> keras.Model:
+        """What is stored at the cut -> logits, with the layers of this network; from the pixels without a cut."""
+        import keras
+
+        if cut is None:
+            return self.logits
+        inputs = x = keras.Input(cut.shape)
+        head = self.head[1:] if cut.pooling else self.head
+        if not cut.pooling and cut.layer != self.table.layers[-1].name:
+            x = keras.Model(self.backbone.get_layer(cut.layer).output, self.backbone.output)(x)
+        for layer in head:
+            x = layer(x)
+        return keras.Model(inputs, x)
+
 
 def build_network(config: TrialConfig, *, classes: int, channels: int, weights: Path | None = None) -> Network:
-    """Build the network of a trial; everything trains until a phase is entered.
+    """Build the network of a trial with its first weights; everything trains until a phase is entered.
 
     Args:
         config: the trial.
@@ -98,35 +159,105 @@ def build_network(config: TrialConfig, *, classes: int, channels: int, weights: 
         load_backbone_weights(row, backbone, weights)
     if config.batch_norm == "affine":
         backbone = _with_fixed_statistics(backbone)
-    inputs = keras.Input((config.image_side, config.image_side, channels), dtype="float32", name="pixels")
-    x = keras.layers.Concatenate(name="grey_to_rgb")([inputs] * 3) if channels == 1 else inputs
-    logits = _head(config, backbone(_scaled(x, row.input_range)), classes)
-    outputs = keras.layers.Activation(config.output, name="probabilities")(logits)
-    name = config.backbone.replace(".", "_")
-    rates = {layer.name: layer.rate for layer in backbone.layers if isinstance(layer, keras.layers.Dropout)}
-    return Network(keras.Model(inputs, outputs, name=name), keras.Model(inputs, logits), backbone, table, rates)
+    head_dropout = keras.Variable(config.dropout, dtype="float32", trainable=False, name="head_dropout")
+    head = _head(config, classes, _dropout_by_variable(head_dropout))
+    network = Network(
+        **_models(config, backbone, head, channels),
+        backbone=backbone,
+        head=head,
+        table=table,
+        dropout_rates={layer.name: layer.rate for layer in backbone.layers if isinstance(layer, keras.layers.Dropout)},
+        head_dropout=head_dropout,
+        first_weights=_first_weights(backbone, head, loaded=weights is not None),
+    )
+    network.reset(config.seed, config.dropout)
+    return network
 
 
 def export_model(network: Network, config: TrialConfig, classes: int) -> keras.Model:
     """The network as a model of Keras' own layers only, which loads without this package."""
-    if config.batch_norm != "affine":
-        return network.model
-    channels = network.model.input_shape[-1]
-    plain = build_network(replace(config, batch_norm="frozen"), classes=classes, channels=channels)
-    copy_weights(network.model, plain.model)
-    return plain.model
-
-
-def _head(config: TrialConfig, x: keras.KerasTensor, classes: int) -> keras.KerasTensor:
     import keras
 
-    x = _pooling(config.pooling)(x)
+    backbone = build_backbone(BACKBONES[config.backbone], config.image_side)
+    copy_weights(network.backbone, backbone)
+    head = _head(config, classes, lambda name: keras.layers.Dropout(config.dropout, name=name))
+    model = _models(config, backbone, head, network.model.input_shape[-1])["model"]
+    for ours, theirs in zip(network.head, head, strict=True):
+        theirs.set_weights(ours.get_weights())
+    return model
+
+
+def _models(
+    config: TrialConfig, backbone: keras.Model, head: Sequence[keras.Layer], channels: int
+) -> dict[str, keras.Model]:
+    """The models of a network, on the same layers."""
+    import keras
+
+    inputs = keras.Input((config.image_side, config.image_side, channels), dtype="float32", name="pixels")
+    x = keras.layers.Concatenate(name="grey_to_rgb")([inputs] * 3) if channels == 1 else inputs
+    scaled = _scaled(x, BACKBONES[config.backbone].input_range)
+    logits = backbone(scaled)
+    for layer in head:
+        logits = layer(logits)
+    outputs = keras.layers.Activation(config.output, name="probabilities")(logits)
+    return {
+        "model": keras.Model(inputs, outputs, name=config.backbone.replace(".", "_")),
+        "logits": keras.Model(inputs, logits),
+        "scaled": keras.Model(inputs, scaled),
+    }
+
+
+def _first_weights(
+    backbone: keras.Model, head: Sequence[keras.Layer], *, loaded: bool
+) -> tuple[tuple[keras.Variable, FirstWeight], ...]:
+    """Every weight with its first value, or with the initializer that draws it.
+
+    Raises:
+        RuntimeError: a layer has a kernel whose initializer is not found; it could not be drawn anew.
+    """
+    found: list[tuple[keras.Variable, FirstWeight]] = []
+    for layer in (*backbone.layers, *head):
+        for variable in layer.weights:
+            initializer = _initializer(layer, variable.name)
+            if initializer is None and variable.name.endswith("kernel"):
+                raise RuntimeError(f"expected {layer.name} to have an initializer of {variable.name}, found none")
+            drawn = initializer is not None and "seed" in initializer.get_config()
+            found.append((variable, initializer if drawn and (layer in head or not loaded) else np.array(variable)))
+    return tuple(found)
+
+
+def _initializer(layer: keras.Layer, weight: str) -> keras.initializers.Initializer | None:
+    """Keras calls the initializer of `depthwise_kernel`, and of a depthwise `kernel`, `depthwise_initializer`."""
+    names = [f"{weight}_initializer", f"{weight.removesuffix('_kernel')}_initializer"]
+    if weight == "kernel":
+        names.append("depthwise_initializer")
+    return next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
+
+
+def _head(config: TrialConfig, classes: int, dropout: Callable[[str], keras.Layer]) -> tuple[keras.Layer, ...]:
+    import keras
+
+    layers = [_pooling(config.pooling)]
     for index, units in enumerate(config.hidden_units, start=1):
-        x = keras.layers.Dense(units, activation="relu", name=f"head_{index}")(x)
-        x = keras.layers.Dropout(config.dropout, name=f"head_dropout_{index}")(x)
+        layers.append(keras.layers.Dense(units, activation="relu", name=f"head_{index}"))
+        layers.append(dropout(f"head_dropout_{index}"))
     if not config.hidden_units:
-        x = keras.layers.Dropout(config.dropout, name="head_dropout")(x)
-    return keras.layers.Dense(output_units(config, classes), name="logits")(x)
+        layers.append(dropout("head_dropout"))
+    return (*layers, keras.layers.Dense(output_units(config, classes), name="logits"))
+
+
+def _dropout_by_variable(rate: keras.Variable) -> Callable[[str], keras.Layer]:
+    """A maker of dropout layers that read their rate when they run; Keras' own compiles it in."""
+    import keras
+
+    class VariableDropout(keras.layers.Dropout):  # type: ignore[misc, name-defined, unused-ignore]
+        def call(self, inputs: object, training: bool = False) -> object:
+            if not training:
+                return inputs
+            drawn = keras.random.uniform(keras.ops.shape(inputs), seed=self.seed_generator)
+            return keras.ops.where(drawn >= rate, inputs / (1.0 - rate), 0.0)
+
+    return lambda name: VariableDropout(0.5, name=name)  # Keras makes no seed state for a rate of 0
 
 
 def _scaled(x: keras.KerasTensor, wanted: InputRange) -> keras.KerasTensor:
@@ -163,9 +294,14 @@ def _pooling(name: str) -> keras.Layer:
 def copy_weights(source: keras.Model, target: keras.Model) -> None:
     """Give `target`, of the same layers, the weights of `source`."""
     target.set_weights(source.get_weights())
-    for layer in target._flatten_layers():
+    _settle(target)
+
+
+def _settle(model: keras.Model) -> None:
+    """Let layers that compute with figures derived from their weights derive them anew."""
+    for layer in model._flatten_layers():
         if hasattr(layer, "finalize_state"):
-            layer.finalize_state()  # Normalization computes with figures derived from its weights
+            layer.finalize_state()
 
 
 def _with_fixed_statistics(backbone: keras.Model) -> keras.Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -10,9 +11,15 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from cxr_models.cuts import Cut
 from cxr_models.network import Network
 
-INFERENCE_BATCH = 64
+# Inference runs in batches of one shape, the last one padded: the results of some operations depend on the shape, and
+# below 8 images those of convolutions do. A CPU is fastest where a batch's activations stay near it, a GPU wants many.
+CPU_BATCH, GPU_BATCH = 16, 256
+CHUNK_BYTES = 64 * 1024**2  # of input that is gathered at once
+
+Array = NDArray[np.uint8] | NDArray[np.float32]
 
 
 def configure(threads: int) -> None:
@@ -25,6 +32,9 @@ def configure(threads: int) -> None:
     """
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
+    # It rewrites arithmetic by what surrounds it, so that a layer's output differs in its last bits between the whole
+    # network and a part of it (seen in EfficientNet). Without it, training from stored features gives the same bits.
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     for device in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(device, True)
 
@@ -36,60 +46,127 @@ def device() -> str:
     return f"GPU {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"
 
 
+def numerics() -> dict[str, str | int]:
+    """What the bits of a result depend on, beside the network and its input."""
+    return {
+        "keras": keras.__version__,
+        "tensorflow": tf.__version__,
+        "device": "GPU" if device() != "CPU" else "CPU",
+        "threads": tf.config.threading.get_intra_op_parallelism_threads(),
+        "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
+        "batch": inference_batch(),
+        "precision": keras.config.dtype_policy().name,
+    }
+
+
+def inference_batch() -> int:
+    """Images in one batch of inference."""
+    return CPU_BATCH if device() == "CPU" else GPU_BATCH
+
+
+class Prefix:
+    """The compiled frozen part of a network, up to one or several cuts."""
+
+    def __init__(self, network: Network, cuts: Sequence[Cut]) -> None:
+        model = network.prefix(cuts)
+        self._run = _in_batches(
+            lambda images: tf.nest.flatten(model(tf.cast(images, tf.float32), training=False)), len(cuts)
+        )
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """The output of each cut, (images, *cut.shape), of pixels (images, side, side, channels)."""
+        return self._run(pixels)
+
+
 class Steps:
-    """The compiled steps of one network in one phase.
+    """The compiled steps of one network in one phase, from one cut on; any number of trials may take them in turn.
 
     Args:
-        network: with the phase already entered; what trains is fixed here.
-        optimizer: fresh, because its state belongs to the weights that train.
+        network: with the phase entered whenever a shape of batch is first seen: what trains is compiled in.
+        cut: where the images have been run to; None for raw pixels.
+        optimizer: of its own, because its state belongs to the weights that train. Learning rate and weight decay
+            may change without a new compilation.
     """
 
-    def __init__(self, network: Network, optimizer: keras.Optimizer) -> None:
-        self._logits = network.logits
+    def __init__(self, network: Network, cut: Cut | None, optimizer: keras.Optimizer) -> None:
+        self._suffix = network.suffix(cut)
         self._optimizer = optimizer
-        self._trained = network.logits.trainable_variables
+        self._weight_decay = keras.Variable(0.0, dtype="float32", trainable=False, name="weight_decay")
+        optimizer.weight_decay = self._weight_decay
+        self._trained = self._suffix.trainable_variables
         optimizer.build(self._trained)
         self._dropout_seeds = [layer.seed_generator.state for layer in _random_layers(network)]
-        self._train = tf.function(self._train_step)
-        self._infer = tf.function(lambda images: self._scores(images, training=False))
+        self._programs: dict[tuple[int, ...], Callable[..., Any]] = {}
+        self._infer = _in_batches(lambda images: [self._scores(images, training=False)], 1)
+
+    @property
+    def dropout_seeds(self) -> int:
+        """How many pairs of numbers the dropout layers take in a step."""
+        return len(self._dropout_seeds)
+
+    def begin(self, learning_rate: float, weight_decay: float) -> None:
+        """Start a phase of a trial with a fresh optimizer."""
+        for variable in self._optimizer.variables:
+            variable.assign(tf.zeros_like(variable))
+        self._optimizer.learning_rate = learning_rate
+        self._weight_decay.assign(weight_decay)
 
     def train(
         self,
-        images: NDArray[np.uint8],
+        inputs: Array,
         labels: NDArray[np.int32],
         weights: NDArray[np.float32],
-        key: tuple[int, int, int],
+        seeds: NDArray[np.uint32],
     ) -> NDArray[np.float32]:
-        """Take one step and return the log-probabilities it was computed from, (images, classes).
+        """Take steps one after the other, and return the log-probabilities each was computed from.
 
         Args:
-            images: (images, side, side, channels).
-            labels: (images,).
-            weights: (images,) weight of each image in the loss; the loss is their weighted sum over the number of
-                images with a weight.
-            key: (seed, epoch, step): dropout masks follow from it alone, never from what ran before.
+            inputs: (steps, images, ...) pixels, or what is stored at the cut.
+            labels: (steps, images).
+            weights: (steps, images) weight of each image in the loss; the loss of a step is their weighted sum over
+                the number of images with a weight.
+            seeds: (steps, dropout_seeds, 2): dropout masks follow from them alone, never from what ran before.
+
+        Returns:
+            (steps, images, classes).
         """
-        seeds = np.random.SeedSequence(key).generate_state(2 * len(self._dropout_seeds)).reshape(-1, 2)
-        scores: NDArray[np.float32] = self._train(images, labels, weights, seeds).numpy()
+        batch = inputs.shape[1:]
+        if batch not in self._programs:
+            self._programs[batch] = tf.function(
+                self._train_steps,
+                input_signature=[
+                    tf.TensorSpec((None, *batch), inputs.dtype),
+                    tf.TensorSpec((None, batch[0]), tf.int32),
+                    tf.TensorSpec((None, batch[0]), tf.float32),
+                    tf.TensorSpec((None, self.dropout_seeds, 2), tf.uint32),
+                ],
+            )
+        scores: NDArray[np.float32] = self._programs[batch](inputs, labels, weights, seeds).numpy()
         return scores
 
-    def predict(self, pixels: NDArray[np.uint8], indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Log-probabilities (len(indices), classes) of the images at `indices`, in inference mode.
+    def predict(self, gather: Callable[[NDArray[np.int64]], Array], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Log-probabilities (len(rows), classes) in inference mode.
 
-        Batches have one shape, the last one padded: the results of some operations depend on the batch's size.
+        Args:
+            gather: images by their place in the data set -> pixels, or what is stored at the cut.
+            rows: the images.
         """
-        parts = []
-        for start in range(0, len(indices), INFERENCE_BATCH):
-            batch = indices[start : start + INFERENCE_BATCH]
-            padded = np.resize(batch, INFERENCE_BATCH)
-            parts.append(self._infer(pixels[padded]).numpy()[: len(batch)])
+        at_once = max(1, CHUNK_BYTES // gather(rows[:1]).nbytes)
+        parts = [self._infer(gather(rows[first : first + at_once]))[0] for first in range(0, len(rows), at_once)]
         return np.concatenate(parts)
 
     def _scores(self, images: Any, *, training: bool) -> Any:
-        logits = self._logits(tf.cast(images, tf.float32), training=training)
+        logits = self._suffix(tf.cast(images, tf.float32), training=training)
         if logits.shape[-1] == 1:  # one sigmoid unit
             return tf.concat([tf.math.log_sigmoid(-logits), tf.math.log_sigmoid(logits)], axis=1)
         return tf.nn.log_softmax(logits)
+
+    def _train_steps(self, inputs: Any, labels: Any, weights: Any, seeds: Any) -> Any:
+        def take(step: Any, found: Any) -> tuple[Any, Any]:
+            scores = self._train_step(inputs[step], labels[step], weights[step], seeds[step])
+            return step + 1, found.write(step, scores)
+
+        return _loop(tf.shape(labels)[0], take)
 
     def _train_step(self, images: Any, labels: Any, weights: Any, seeds: Any) -> Any:
         for index, state in enumerate(self._dropout_seeds):
@@ -102,6 +179,40 @@ class Steps:
         return scores
 
 
+def _loop(steps: Any, take: Callable[[Any, Any], tuple[Any, Any]]) -> Any:
+    """Run `take` inside the graph; stacks what it writes into its array."""
+    empty = tf.TensorArray(tf.float32, size=steps)
+    _, found = tf.while_loop(lambda step, _: step < steps, take, (0, empty), parallel_iterations=1)
+    return found.stack()
+
+
+def _in_batches(model: Callable[[Any], list[Any]], outputs: int) -> Callable[[Array], list[NDArray[np.float32]]]:
+    """Compile `model`, which has a list of outputs, to run over any number of images inside the graph."""
+
+    def run(batches: Any) -> Any:
+        def take(step: Any, *found: Any) -> tuple[Any, ...]:
+            given = model(batches[step])
+            return step + 1, *(array.write(step, one) for array, one in zip(found, given, strict=True))
+
+        steps = tf.shape(batches)[0]
+        empty = [tf.TensorArray(tf.float32, size=steps) for _ in range(outputs)]
+        _, *found = tf.while_loop(lambda step, *_: step < steps, take, (0, *empty), parallel_iterations=1)
+        return [array.stack() for array in found]
+
+    programs: dict[tuple[int, ...], Callable[[Any], Any]] = {}
+
+    def padded(inputs: Array) -> list[NDArray[np.float32]]:
+        size, image = inference_batch(), inputs.shape[1:]
+        if image not in programs:
+            programs[image] = tf.function(run, input_signature=[tf.TensorSpec((None, size, *image), inputs.dtype)])
+        batches = -(-len(inputs) // size)
+        filled = inputs[np.arange(batches * size) % len(inputs)]
+        found = programs[image](filled.reshape(batches, size, *image))
+        return [one.numpy().reshape(batches * size, *one.shape[2:])[: len(inputs)] for one in found]
+
+    return padded
+
+
 def _random_layers(network: Network) -> list[keras.Layer]:
-    layers = (*network.backbone.layers, *network.logits.layers)
+    layers = (*network.backbone.layers, *network.head)
     return [layer for layer in layers if getattr(layer, "seed_generator", None) is not None]

@@ -1,9 +1,9 @@
-"""One trial: build, train by phases, validate every epoch, keep the best weights."""
+"""One trial: put in its first weights, train by phases, validate every epoch, keep the best weights."""
 
 import math
 import time
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import keras
@@ -11,11 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_models import steps
-from cxr_models.freezing import parse_strategy
+from cxr_models.backbones import BACKBONES
+from cxr_models.cuts import Cut, choose_cut
+from cxr_models.features import NoRoomError
+from cxr_models.freezing import Phase, parse_strategy
+from cxr_models.inputs import Gather, Inputs, Progress
 from cxr_models.metrics import evaluate
-from cxr_models.network import Network, build_network, export_model
+from cxr_models.network import Network, build_network, export_model, head_parameters
 from cxr_models.storage import written_whole
 from cxr_models.trial import BEST_WEIGHTS, VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialData
+
+WARM_NETWORKS = 4  # of different shapes, in one process
+WARM_STEPS = 12
 
 
 class DivergedError(RuntimeError):
@@ -23,54 +30,79 @@ class DivergedError(RuntimeError):
 
 
 def run_trial(
-    trial_id: str, config: TrialConfig, data: TrialData, folder: Path, objective: Objective
+    trial_id: str,
+    config: TrialConfig,
+    data: TrialData,
+    folder: Path,
+    objective: Objective,
+    *,
+    decisions: Collection[int] = (),
+    progress: Progress | None = None,
 ) -> Generator[EpochMetrics, bool, None]:
     """Train one configuration, yielding what each epoch measured.
 
-    The caller answers each epoch with whether to go on: `send(True)` or `send(False)`. Whenever the objective
-    improves, the weights and the validation scores are written to `folder`.
+    The caller answers each epoch with whether to go on: `send(True)` or `send(False)`. The weights and the validation
+    scores of the best epoch are in `folder` when the trial ends, and after each epoch of `decisions`.
+
+    Networks and compiled steps stay for the next trial of the same shape in this process; what a trial gives does not
+    depend on what ran before it.
+
+    Args:
+        trial_id: name of the trial.
+        config: what is trained.
+        data: on which images; with a budget of features, frozen layers are run once for all trials.
+        folder: for what the trial leaves.
+        objective: which epoch is the best.
+        decisions: epochs after which the caller may end the trial and still rank it.
+        progress: told (done, total) images while features are computed.
 
     Raises:
         DivergedError: a loss is not finite.
     """
+    begun = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    keras.utils.set_random_seed(config.seed)
-    weights = data.weights.get((config.backbone, config.weights, config.image_side))
-    network = build_network(config, classes=len(data.classes), channels=data.channels, weights=weights)
-    loop = _EpochLoop(trial_id, config, data, network)
+    shape = _shape(config, data)
+    network = warm_network(*shape)
+    network.reset(config.seed, config.dropout)
     strategy = parse_strategy(config.freeze)
-    best, epoch = objective.worst, 0
+    best = _Best(folder, data, objective)
+    epoch = 0
     for index, (phase, epochs) in enumerate(zip(strategy.phases, strategy.epochs(config.epochs), strict=True)):
         network.enter(phase, config.batch_norm)
-        rate = config.learning_rate * phase.learning_rate_scale
-        compiled = steps.Steps(network, make_optimizer(config, rate))
+        best.watch(network, everything=shape[-1] is None)
+        loop = _EpochLoop(trial_id, config, data, network, strategy.phases[: index + 1], progress)
         lowest_loss, waited = math.inf, 0
-        for _ in range(epochs):
-            epoch += 1
-            metrics, scores = loop.run(compiled, epoch, index, rate)
-            if objective.better(metrics.val[objective.metric], best):
-                best = metrics.val[objective.metric]
-                _keep_best(network, folder, data, scores)
-            waited = 0 if metrics.val["loss"] < lowest_loss else waited + 1
-            lowest_loss = min(lowest_loss, metrics.val["loss"])
-            if not (yield metrics):
-                return
-            if config.patience and waited >= config.patience:
-                break  # ends the phase; the trial goes on if another follows
+        try:
+            for _ in range(epochs):
+                epoch += 1
+                metrics, scores = loop.run(epoch, begun)
+                best.offer(metrics, scores)
+                waited = 0 if metrics.val["loss"] < lowest_loss else waited + 1
+                lowest_loss = min(lowest_loss, metrics.val["loss"])
+                ends = bool(config.patience) and waited >= config.patience
+                if epoch in decisions or epoch == config.epochs or ends:
+                    best.write()
+                if not (yield metrics):
+                    best.write()
+                    return
+                if ends:
+                    break  # ends the phase; the trial goes on if another follows
+        finally:
+            loop.close()
 
 
-def make_optimizer(config: TrialConfig, learning_rate: float) -> keras.Optimizer:
-    """A fresh optimizer of the trial's kind; `learning_rate` is that of the phase."""
-    kinds = {
-        "adam": keras.optimizers.Adam,
-        "adamw": keras.optimizers.AdamW,
-        "rmsprop": keras.optimizers.RMSprop,
-        "sgd": keras.optimizers.SGD,
-    }
-    momentum = {"momentum": 0.9} if config.optimizer == "sgd" else {}
-    # Keras reads a weight decay of 0 as 0 in AdamW only; elsewhere None is none.
-    decay = config.weight_decay if config.weight_decay or config.optimizer == "adamw" else None
-    return kinds[config.optimizer](learning_rate=learning_rate, weight_decay=decay, **momentum)
+def make_optimizer(kind: str) -> keras.Optimizer:
+    """An optimizer as `TrialConfig` names it; learning rate and weight decay are set when a phase begins."""
+    match kind:
+        case "adam":
+            return keras.optimizers.Adam()
+        case "adamw":
+            return keras.optimizers.AdamW()
+        case "rmsprop":
+            return keras.optimizers.RMSprop()
+        case "sgd":
+            return keras.optimizers.SGD(momentum=0.9)
+    raise ValueError(f"expected an optimizer of trial.CHOICES, but got {kind!r}")
 
 
 def class_weights(config: TrialConfig, labels: NDArray[np.int32], classes: int) -> NDArray[np.float32]:
@@ -81,75 +113,185 @@ def class_weights(config: TrialConfig, labels: NDArray[np.int32], classes: int) 
     return (len(labels) / (classes * counts)).astype(np.float32)
 
 
-@dataclass
+Shape = tuple[TrialConfig, int, int, Path | None]
+
+
+def _shape(config: TrialConfig, data: TrialData) -> Shape:
+    """What trials must have in common to be trained by the same network, one after the other."""
+    shaping = TrialConfig(
+        config.backbone,
+        weights=config.weights,
+        image_side=config.image_side,
+        batch_norm="affine" if config.batch_norm == "affine" else "train",
+        pooling=config.pooling,
+        hidden_units=config.hidden_units,
+        output=config.output,
+    )
+    weights = data.weights.get((config.backbone, config.weights, config.image_side))
+    return shaping, len(data.classes), data.channels, weights
+
+
+@lru_cache(maxsize=WARM_NETWORKS)
+def warm_network(shaping: TrialConfig, classes: int, channels: int, weights: Path | None) -> Network:
+    """The network of a shape, built once in a process."""
+    return build_network(shaping, classes=classes, channels=channels, weights=weights)
+
+
+@lru_cache(maxsize=WARM_STEPS)
+def _warm_steps(
+    network: Network, phase: tuple[str, float], batch_norm: str, cut: Cut | None, optimizer: str
+) -> steps.Steps:
+    """The compiled steps of a network in a phase, which is entered; made once in a process."""
+    return steps.Steps(network, cut, make_optimizer(optimizer))
+
+
 class _EpochLoop:
-    """Runs the epochs of one trial over its pixels."""
+    """Runs the epochs of one phase of a trial."""
 
-    trial_id: str
-    config: TrialConfig
-    data: TrialData
-    network: Network
-
-    def __post_init__(self) -> None:
-        self._pixels = np.load(self.data.pixels[self.config.image_side], mmap_mode="r")
-        self._weights = class_weights(self.config, self.data.labels[self.data.train], len(self.data.classes))
+    def __init__(
+        self,
+        trial_id: str,
+        config: TrialConfig,
+        data: TrialData,
+        network: Network,
+        phases: Sequence[Phase],
+        progress: Progress | None,
+    ) -> None:
+        self._trial_id = trial_id
+        self._config = config
+        self._data = data
+        self._phase = len(phases) - 1
+        self._rate = config.learning_rate * phases[-1].learning_rate_scale
+        self._weights = class_weights(config, data.labels[data.train], len(data.classes))
+        start = time.perf_counter()
+        cut = _kept_cut(config, data, network, phases)
+        self._source = cut.name if cut else "pixels"
+        try:
+            self._inputs = Inputs(data, config, network, cut, pristine=len(phases) == 1, progress=progress)
+        except NoRoomError as error:
+            cut, self._source = None, f"pixels: {error}"
+            self._inputs = Inputs(data, config, network, None)
+        self._features_seconds = time.perf_counter() - start
+        key = phases[-1].rule, phases[-1].amount
+        self._steps = _warm_steps(network, key, config.batch_norm, cut, config.optimizer)
+        self._steps.begin(self._rate, config.weight_decay)
         self._device = steps.device()
 
-    def run(
-        self, compiled: steps.Steps, epoch: int, phase: int, rate: float
-    ) -> tuple[EpochMetrics, NDArray[np.float32]]:
-        """One epoch; returns its metrics and the validation scores (validation images, classes)."""
+    def run(self, epoch: int, begun: float) -> tuple[EpochMetrics, NDArray[np.float32]]:
+        """One epoch of a trial that began at `begun`; its metrics and validation scores (images, classes)."""
         start = time.perf_counter()
-        train = self._train(compiled, epoch)
+        gather = self._inputs.training(epoch)
+        waited = self._features_seconds + time.perf_counter() - start
+        self._features_seconds = 0.0
+        start = time.perf_counter()
+        train = self._train(epoch, gather)
         trained = time.perf_counter()
-        scores = compiled.predict(self._pixels, self.data.val)
-        val = evaluate(self.data.labels[self.data.val], scores, self.data.classes)
+        scores = self._steps.predict(self._inputs.validation(), self._data.val)
+        val = evaluate(self._data.labels[self._data.val], scores, self._data.classes)
         if not (math.isfinite(train["loss"]) and math.isfinite(val["loss"])):
             raise DivergedError(
                 f"diverged in epoch {epoch}: training loss {train['loss']}, validation loss {val['loss']}; "
-                f"a lower learning rate than {rate:g} usually helps"
+                f"a lower learning rate than {self._rate:g} usually helps"
             )
         metrics = EpochMetrics(
-            trial_id=self.trial_id,
+            trial_id=self._trial_id,
             epoch=epoch,
-            phase=phase,
-            learning_rate=rate,
+            phase=self._phase,
+            learning_rate=self._rate,
             train=train,
             val=val,
             seconds=time.perf_counter() - start,
-            images_per_second=len(self.data.train) / (trained - start),
+            images_per_second=len(self._data.train) / (trained - start),
             device=self._device,
+            source=self._source,
+            features_seconds=waited,
+            trial_seconds=time.perf_counter() - begun,
         )
         return metrics, scores
 
-    def _train(self, compiled: steps.Steps, epoch: int) -> Mapping[str, float]:
-        size = self.config.batch_size
-        order = np.random.default_rng((self.config.seed, epoch)).permutation(self.data.train)
-        labels = self.data.labels[order]
-        scores = np.empty((len(order), len(self.data.classes)), np.float32)
-        for step, start in enumerate(range(0, len(order), size)):
-            # Batches have one shape, or each shape would be compiled. What fills up the last one, images of the same
-            # epoch, weighs nothing in the loss; in the statistics of batch norms that train it counts as they do.
-            chosen = np.arange(start, start + size) % len(order)
-            fresh = np.arange(start, start + size) < len(order)
-            weights = np.where(fresh, self._weights[labels[chosen]], 0.0).astype(np.float32)
-            key = (self.config.seed, epoch, step)
-            found = compiled.train(self._pixels[order[chosen]], labels[chosen], weights, key)
-            scores[chosen[fresh]] = found[fresh]
-        return evaluate(labels, scores, self.data.classes)
+    def close(self) -> None:
+        self._inputs.close()
+
+    def _train(self, epoch: int, gather: Gather) -> Mapping[str, float]:
+        batch, seed = self._config.batch_size, self._config.seed
+        order = np.random.default_rng((seed, epoch)).permutation(self._data.train)
+        steps_taken = -(-len(order) // batch)
+        # Batches have one shape, or each shape would be compiled. What fills up the last one, images of the same
+        # epoch, weighs nothing in the loss; in the statistics of batch norms that train it counts as they do.
+        filled = order[np.arange(steps_taken * batch) % len(order)].reshape(steps_taken, batch)
+        labels = self._data.labels[filled]
+        weights = self._weights[labels]
+        weights.flat[len(order) :] = 0.0
+        pairs = self._steps.dropout_seeds
+        seeds = np.stack([dropout_seeds((seed, epoch, step), pairs) for step in range(steps_taken)])
+        at_once = max(1, steps.CHUNK_BYTES // (batch * gather(order[:1]).nbytes))
+        scores = []
+        for first in range(0, steps_taken, at_once):
+            some = slice(first, first + at_once)
+            inputs = gather(filled[some].ravel())
+            inputs = inputs.reshape(-1, batch, *inputs.shape[1:])
+            scores.append(self._steps.train(inputs, labels[some], weights[some], seeds[some]))
+        found = np.concatenate(scores).reshape(-1, len(self._data.classes))[: len(order)]
+        return evaluate(self._data.labels[order], found, self._data.classes)
 
 
-def _keep_best(network: Network, folder: Path, data: TrialData, scores: NDArray[np.float32]) -> None:
-    with written_whole(folder / BEST_WEIGHTS) as scratch:
-        network.model.save_weights(scratch)
-    with written_whole(folder / VALIDATION_SCORES) as scratch, scratch.open("wb") as file:
-        np.savez(file, index=data.val, labels=data.labels[data.val], scores=scores)
+def dropout_seeds(key: tuple[int, int, int], pairs: int) -> NDArray[np.uint32]:
+    """(pairs, 2) numbers that follow from (seed, epoch, step) alone, never from what ran before."""
+    return np.random.SeedSequence(key).generate_state(2 * pairs).astype(np.uint32).reshape(-1, 2)
 
 
-def restore_best(config: TrialConfig, folder: Path, *, classes: int, channels: int, model_path: Path) -> keras.Model:
+def _kept_cut(config: TrialConfig, data: TrialData, network: Network, phases: Sequence[Phase]) -> Cut | None:
+    """The cut of a phase, if its features may be kept."""
+    if data.features is None:
+        return None
+    head = head_parameters(config, network.table, len(data.classes))
+    row = BACKBONES[config.backbone]
+    cut = choose_cut(phases, row, network.table, pooling=config.pooling, head_parameters=head)
+    return cut if cut in data.features.cuts.get((config.backbone, config.weights, config.image_side), ()) else None
+
+
+class _Best:
+    """Keeps the weights that have moved and the validation scores of the best epoch; `write` puts them on disk."""
+
+    def __init__(self, folder: Path, data: TrialData, objective: Objective) -> None:
+        self._folder = folder
+        self._data = data
+        self._objective = objective
+        self._value = objective.worst
+        self._moving: dict[str, keras.Variable] = {}
+        self._found: tuple[dict[str, NDArray[np.generic]], NDArray[np.float32]] | None = None
+
+    def watch(self, network: Network, *, everything: bool) -> None:
+        """Keep what moves in the phase that is entered too; `everything` where no file holds the first weights."""
+        for layer in (*network.backbone.layers, *network.head):
+            if everything or layer.trainable:
+                self._moving |= {weight.path: weight for weight in layer.weights}
+
+    def offer(self, metrics: EpochMetrics, scores: NDArray[np.float32]) -> None:
+        """Note the weights as they are now if no epoch was better."""
+        value = metrics.val[self._objective.metric]
+        if self._objective.better(value, self._value):
+            self._value = value
+            self._found = {path: weight.numpy() for path, weight in self._moving.items()}, scores
+
+    def write(self) -> None:
+        """Put on disk what is not there yet."""
+        if self._found is None:
+            return
+        weights, scores = self._found
+        with written_whole(self._folder / BEST_WEIGHTS) as scratch, scratch.open("wb") as file:
+            np.savez(file, **weights)  # type: ignore[arg-type]
+        with written_whole(self._folder / VALIDATION_SCORES) as scratch, scratch.open("wb") as file:
+            np.savez(file, index=self._data.val, labels=self._data.labels[self._data.val], scores=scores)
+        self._found = None
+
+
+def restore_best(
+    config: TrialConfig, folder: Path, *, classes: int, channels: int, weights: Path | None, model_path: Path
+) -> keras.Model:
     """Rebuild a trial's network with its best weights and save it whole, preprocessing inside, to `model_path`."""
-    network = build_network(config, classes=classes, channels=channels)
-    network.model.load_weights(folder / BEST_WEIGHTS)
+    network = build_network(config, classes=classes, channels=channels, weights=weights)
+    network.put_in(np.load(folder / BEST_WEIGHTS))
     model = export_model(network, config, classes)
     with written_whole(model_path) as scratch:
         model.save(scratch)
@@ -158,9 +300,10 @@ def restore_best(config: TrialConfig, folder: Path, *, classes: int, channels: i
 
 def predict(model: keras.Model, pixels: NDArray[np.uint8], indices: NDArray[np.int64]) -> NDArray[np.float32]:
     """Class probabilities (len(indices), classes) of a saved model, from raw pixels."""
+    size = steps.inference_batch()
     batches = [
-        model.predict_on_batch(pixels[indices[start : start + steps.INFERENCE_BATCH]].astype(np.float32))
-        for start in range(0, len(indices), steps.INFERENCE_BATCH)
+        model.predict_on_batch(pixels[indices[start : start + size]].astype(np.float32))
+        for start in range(0, len(indices), size)
     ]
     found = np.concatenate(batches)
     return np.concatenate([1.0 - found, found], axis=1) if found.shape[1] == 1 else found

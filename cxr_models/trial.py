@@ -12,11 +12,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cxr_models.features import FeatureBudget
+
 TRAIN, VAL, TEST = SPLITS = ("train", "val", "test")
 
-# What a trial leaves in its folder: the weights of its best epoch, and its validation scores there (arrays `index`,
-# `labels` and `scores`, which are log-probabilities).
-BEST_WEIGHTS = "best.weights.h5"
+# What a trial leaves in its folder: the weights of its best epoch that had moved, by their paths in the network, and
+# its validation scores there (arrays `index`, `labels` and `scores`, which are log-probabilities).
+BEST_WEIGHTS = "best.npz"
 VALIDATION_SCORES = "validation.npz"
 
 # Metric -> which way is better. Every epoch reports each of them for the training and the validation images.
@@ -35,6 +37,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "output": ("softmax", "sigmoid"),
     "optimizer": ("adam", "adamw", "rmsprop", "sgd"),
     "class_weights": ("none", "balanced"),
+    "augmentation": ("none", "light", "strong"),
 }
 
 
@@ -67,7 +70,10 @@ class TrialConfig:
         epochs: the most epochs over all phases.
         patience: epochs without a lower validation loss before the trial ends by itself; 0 never.
         class_weights: `balanced` weighs each class inversely to its share of the training images.
-        seed: of initial weights, image order and dropout.
+        augmentation: how far the training images are changed at random, see `augmentation.AUGMENTATIONS`.
+        augmented_views: of each image. 0 gives every epoch a view of its own; N reuses N views in turn, which is
+            cheaper to keep and not the same training. Without augmentation it means nothing.
+        seed: of initial weights, image order, dropout and augmentation.
     """
 
     backbone: str
@@ -86,13 +92,16 @@ class TrialConfig:
     epochs: int = 10
     patience: int = 0
     class_weights: str = "none"
+    augmentation: str = "none"
+    augmented_views: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, but got {getattr(self, name)!r}")
-        for name, low in (("image_side", 1), ("batch_size", 1), ("epochs", 1), ("patience", 0), ("seed", 0)):
+        least = {"image_side": 1, "batch_size": 1, "epochs": 1, "patience": 0, "augmented_views": 0, "seed": 0}
+        for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, but got {getattr(self, name)}")
         if not 0.0 <= self.dropout < 1.0:
@@ -170,6 +179,10 @@ class EpochMetrics:
         seconds: of training and validation in this epoch, without checkpoints; a phase's first epoch compiles too.
         images_per_second: training images per second of the epoch's training.
         device: what the trial's process sees: `CPU` or `GPU <ids>`.
+        source: what the epoch was given of each image: the name of the cut whose features were stored, or `pixels`,
+            followed by the reason where features could not be kept.
+        features_seconds: that were spent computing features for this epoch, or waiting for them.
+        trial_seconds: from the trial's start in its process to the end of this epoch.
     """
 
     trial_id: str
@@ -181,6 +194,9 @@ class EpochMetrics:
     seconds: float
     images_per_second: float
     device: str = "CPU"
+    source: str = "pixels"
+    features_seconds: float = 0.0
+    trial_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -243,6 +259,8 @@ class TrialData:
         channels: 1 where every image of the data set is grey, else 3.
         pixels: image side -> `.npy` file, uint8 (images, side, side, channels).
         weights: (backbone, weights, image_side) of a `TrialConfig` -> file; what starts from scratch is absent.
+        image_ids: (images,) follow from the contents of each image; augmentation is keyed by them.
+        features: which outputs of frozen layers are stored, and where; None stores none.
     """
 
     classes: tuple[str, ...]
@@ -252,3 +270,5 @@ class TrialData:
     channels: int
     pixels: Mapping[int, Path]
     weights: Mapping[tuple[str, str, int], Path] = field(default_factory=dict)
+    image_ids: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    features: FeatureBudget | None = None

@@ -40,6 +40,7 @@ class BestModel:
     classes: int
     channels: int
     pixels: Path
+    weights: Path | None
     indices: NDArray[np.int64]
     model: Path
     threads: int
@@ -98,7 +99,12 @@ def save_and_predict(best: BestModel) -> NDArray[np.float32]:
 
     steps.configure(best.threads)
     model = training.restore_best(
-        best.config, best.trial_folder, classes=best.classes, channels=best.channels, model_path=best.model
+        best.config,
+        best.trial_folder,
+        classes=best.classes,
+        channels=best.channels,
+        weights=best.weights,
+        model_path=best.model,
     )
     return training.predict(model, np.load(best.pixels, mmap_mode="r"), best.indices)
 
@@ -116,12 +122,15 @@ def register_champion(best: BestModel, uri: str, run_id: str, name: str) -> str:
 
 def best_model(plan: Plan, result: TrialResult, folder: RunFolder, pixels: Mapping[int, Path]) -> BestModel:
     """The best trial's model with the validation and test images, in this order."""
+    config = result.config
+    weights = plan.weights.get((config.backbone, config.weights, config.image_side))
     return BestModel(
-        config=result.config,
+        config=config,
         trial_folder=folder.trial(result.trial_id),
         classes=len(plan.manifest.classes),
         channels=1 if plan.manifest.grey else 3,
-        pixels=pixels[result.config.image_side],
+        pixels=pixels[config.image_side],
+        weights=weights.path if weights else None,
         indices=np.concatenate([plan.indices(VAL), plan.indices(TEST)]),
         model=folder.model,
         threads=plan.allotment.threads,

@@ -6,26 +6,33 @@ Everything here is checked against the data and the machine, and imports neither
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from cxr_models import network
 from cxr_models.backbones import BACKBONES
-from cxr_models.dataset import SPLIT_VERSION, Manifest, Progress, assign_splits, patients_on_two_sides, read_manifest
+from cxr_models.dataset import SPLIT_VERSION, Manifest, Progress, assign_splits, read_manifest
 from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import LayerTable, layer_tables
 from cxr_models.phantom import PATIENT_PATTERN, phantom_dataset
 from cxr_models.storage import written_whole
 from cxr_models.trial import SPLITS, TEST, TRAIN, VAL, TrialConfig, TrialData
+from sweep.caching import (
+    KEEPING,
+    CachePlan,
+    CacheRules,
+    PhaseCache,
+    default_limit_bytes,
+    group_of,
+    plan_cache,
+)
 from sweep.halving import rungs
 from sweep.machine import Allotment, Machine, allot
-from sweep.space import Constant, Range
+from sweep.space import Range
 from sweep.spec import SpecError, SweepSpec
 from sweep.weights import WeightsFile, find_weights
 
@@ -41,6 +48,7 @@ class Strategy:
 
     Attributes:
         trainable, frozen: (fewest, most) for each phase.
+        caches: what is kept in each phase, for each of these heads and image sides.
     """
 
     backbone: str
@@ -48,6 +56,7 @@ class Strategy:
     batch_norm: str
     trainable: tuple[tuple[int, int], ...]
     frozen: tuple[tuple[int, int], ...]
+    caches: tuple[tuple[PhaseCache, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,8 @@ class Plan:
     machine: Machine
     allotment: Allotment
     tables: dict[tuple[str, int], LayerTable]
+    cache: CachePlan
+    rules: CacheRules
     notes: tuple[str, ...]
 
     def parameters(self, config: TrialConfig) -> tuple[int, int]:
@@ -81,6 +92,12 @@ class Plan:
         table = self.tables[config.backbone, config.image_side]
         phase = parse_strategy(config.freeze).phases[-1]
         return network.count_parameters(config, phase, table, len(self.manifest.classes))
+
+    def order(self, config: TrialConfig) -> tuple[Any, ...]:
+        """Sort key by which trials that share a prefix, and then a program, follow each other, long ones first."""
+        phases = self.rules.phases(config, self.cache.budget)
+        cuts = tuple(phase.cut.name if phase.cut else "" for phase in phases)
+        return (*group_of(config), -max(phase.epoch_work for phase in phases), cuts, config.batch_size, -config.epochs)
 
     def indices(self, part: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Positions of a part's images in the manifest."""
@@ -98,6 +115,8 @@ class Plan:
             channels=1 if self.manifest.grey else 3,
             pixels=pixels,
             weights={key: file.path for key, file in self.weights.items()},
+            image_ids=np.array([int(record.sha256[:16], 16) for record in self.manifest.records], np.uint64),
+            features=self.cache.budget,
         )
 
     def class_counts(self) -> dict[str, Counter[str]]:
@@ -119,6 +138,7 @@ def make_plan(
     source: str,
     cache_dir: Path,
     weights_dir: Path | None = None,
+    cache_bytes: int | None = None,
     progress: Callable[[str], Progress] | None = None,
 ) -> Plan:
     """Read the data, split it, and check the space against data, weights and machine.
@@ -129,6 +149,7 @@ def make_plan(
         source: the file of the spec, for messages.
         cache_dir: for what need not be made twice.
         weights_dir: where files of ImageNet weights may lie, beside Keras' own folder.
+        cache_bytes: that features of frozen layers may take; 0 keeps none, None takes a share of the free disk.
         progress: given a description, where to report it.
 
     Raises:
@@ -141,7 +162,12 @@ def make_plan(
     networks = _networks(spec)
     tables = layer_tables({(config.backbone, config.image_side) for config in networks}, cache_dir)
     weights = find_weights(networks, tables, weights_dir, problems)
-    strategies = _strategies(networks, tables, len(manifest.classes), problems)
+    counts = Counter(splits)
+    rules = CacheRules(tables, len(manifest.classes), counts[TRAIN], counts[VAL])
+    max_epochs = max(int(epochs) for epochs in _values(spec, "epochs"))
+    limit = default_limit_bytes(cache_dir) if cache_bytes is None else cache_bytes
+    cache = plan_cache(rules, [replace(config, epochs=max_epochs) for config in networks], cache_dir, limit)
+    strategies = _strategies(networks, rules, cache, problems)
     trials = _trials(spec)
     try:
         allotment = allot(spec.resources, machine, trials)
@@ -149,7 +175,6 @@ def make_plan(
         problems.append(f"resources: {error}")
     if problems:
         raise SpecError(source, list(dict.fromkeys(problems)))
-    max_epochs = max(int(epochs) for epochs in _values(spec, "epochs"))
     halving = spec.search.halving
     marks = rungs(halving.grace_epochs, halving.reduction_factor, max_epochs) if halving else ()
     return Plan(
@@ -165,7 +190,9 @@ def make_plan(
         machine=machine,
         allotment=allotment,
         tables=tables,
-        notes=(*allotment.notes, *_notes(spec, manifest, networks, max_epochs, marks)),
+        cache=cache,
+        rules=rules,
+        notes=(*allotment.notes, *cache.notes, *_notes(spec, manifest, networks, max_epochs, marks)),
     )
 
 
@@ -214,31 +241,34 @@ def _values(spec: SweepSpec, axis: str) -> Iterator[float]:
 
 def _networks(spec: SweepSpec) -> list[TrialConfig]:
     """Every network the space can build."""
-    axes = [axis for axis in SHAPING if axis in spec.space.axes]
+    axes = [axis for axis in (*SHAPING, *KEEPING) if axis in spec.space.axes]
     points = sorted(spec.space.combinations(*axes), key=str)
     return [TrialConfig.from_json(dict(zip(axes, values, strict=True))) for values in points]
 
 
 def _strategies(
-    configs: Sequence[TrialConfig], tables: dict[tuple[str, int], LayerTable], classes: int, problems: list[str]
+    configs: Sequence[TrialConfig], rules: CacheRules, cache: CachePlan, problems: list[str]
 ) -> tuple[Strategy, ...]:
     counts: dict[tuple[str, str, str], list[list[tuple[int, int]]]] = {}
+    caches: dict[tuple[str, str, str], list[tuple[PhaseCache, ...]]] = {}
     for config in configs:
         try:
-            network.output_units(config, classes)
+            network.output_units(config, rules.classes)
         except ValueError as error:
             problems.append(f"space.output: {error}")
             continue
-        table = tables[config.backbone, config.image_side]
+        table = rules.tables[config.backbone, config.image_side]
         phases = parse_strategy(config.freeze).phases
-        counted = [network.count_parameters(config, phase, table, classes) for phase in phases]
-        counts.setdefault((config.backbone, config.freeze, config.batch_norm), []).append(counted)
+        counted = [network.count_parameters(config, phase, table, rules.classes) for phase in phases]
+        key = config.backbone, config.freeze, config.batch_norm
+        counts.setdefault(key, []).append(counted)
+        caches.setdefault(key, []).append(rules.phases(config, cache.budget))
     strategies = []
-    for (backbone, freeze, batch_norm), networks in counts.items():
+    for key, networks in counts.items():
         by_phase = [([t for t, _ in phase], [f for _, f in phase]) for phase in zip(*networks, strict=True)]
         trainable = tuple((min(found), max(found)) for found, _ in by_phase)
         frozen = tuple((min(found), max(found)) for _, found in by_phase)
-        strategies.append(Strategy(backbone, freeze, batch_norm, trainable, frozen))
+        strategies.append(Strategy(*key, trainable, frozen, tuple(caches[key])))
     return tuple(sorted(strategies, key=lambda row: (row.backbone, row.trainable[-1], row.freeze)))
 
 
@@ -276,77 +306,3 @@ def _notes(
         yield f"the names of {own} images tell no patient: each of these counts as its own"
     if spec.search.halving and not marks:
         yield f"halving has no rung: grace_epochs {spec.search.halving.grace_epochs}, most epochs {max_epochs}"
-
-
-def render_plan(plan: Plan) -> RenderableType:
-    """The plan as a person reads it."""
-    spec, allotment = plan.spec, plan.allotment
-    halving = ", ".join(map(str, plan.rungs)) if plan.rungs else "none"
-    device = f"{allotment.gpus_per_trial:g} GPU" if allotment.gpus_per_trial else "no GPU"
-    facts = Table.grid(padding=(0, 2))
-    for name, value in (
-        ("data", f"{spec.data.source} ({plan.manifest.layout}), {len(plan.manifest.records)} images"),
-        ("patients", f"{plan.manifest.patients}, {_two_sides(plan)}"),
-        ("objective", f"validation {spec.objective.metric}, {spec.objective.mode}imum"),
-        ("search", f"{spec.search.algorithm}, {plan.trials} trials, at most {plan.max_epochs} epochs each"),
-        ("rungs", f"after epochs {halving}" if plan.rungs else "none: every trial runs to its end"),
-        (
-            "resources",
-            f"{allotment.concurrency} trials at once, each {allotment.cpus_per_trial:g} CPU, {device}, "
-            f"{allotment.threads} {'thread' if allotment.threads == 1 else 'threads'}",
-        ),
-    ):
-        facts.add_row(Text(name, style="bold"), Text(value))
-    notes = [Text(f"note: {note}", style="yellow") for note in plan.notes]
-    return Group(facts, _split_table(plan), _axis_table(plan), _constants(plan), _strategy_table(plan), *notes)
-
-
-def _split_table(plan: Plan) -> Table:
-    table = Table(title="Images by part", title_justify="left")
-    table.add_column("part")
-    for name in (*plan.manifest.classes, "all", "patients"):
-        table.add_column(name, justify="right")
-    for part, counts in plan.class_counts().items():
-        own = [f"{counts[name]:,}" for name in plan.manifest.classes]
-        table.add_row(part, *own, f"{counts.total():,}", f"{plan.patients(part):,}")
-    return table
-
-
-def _axis_table(plan: Plan) -> Table:
-    table = Table(title="Search space", title_justify="left")
-    for name in ("axis", "values", "where"):
-        table.add_column(name)
-    for axis in plan.spec.space.axes.values():
-        if not axis.cases and isinstance(axis.domain, Constant):
-            continue
-        for case in axis.cases:
-            table.add_row(axis.name, Text(str(case.domain)), Text(case.text))
-        table.add_row(axis.name, Text(str(axis.domain)), "otherwise" if axis.cases else "")
-    return table
-
-
-def _two_sides(plan: Plan) -> str:
-    astray = patients_on_two_sides(plan.manifest, plan.splits)
-    return f"{len(astray)} ON TWO SIDES of the given split" if astray else "none on two sides of the split"
-
-
-def _constants(plan: Plan) -> Text:
-    axes = plan.spec.space.axes.values()
-    fixed = (f"{axis.name} {axis.domain}" for axis in axes if not axis.cases and isinstance(axis.domain, Constant))
-    return Text(f"the same in every trial: {', '.join(fixed)}")
-
-
-def _strategy_table(plan: Plan) -> Table:
-    table = Table(title="Strategies and their parameters", title_justify="left")
-    for name in ("backbone", "freeze", "batch norm"):
-        table.add_column(name, overflow="fold")
-    for name in ("trainable", "frozen"):
-        table.add_column(name, justify="right")
-    for row in plan.strategies:
-        table.add_row(row.backbone, row.freeze, row.batch_norm, _counts(row.trainable), _counts(row.frozen))
-    return table
-
-
-def _counts(phases: tuple[tuple[int, int], ...]) -> str:
-    spans = [f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in phases]
-    return ", then ".join(spans)

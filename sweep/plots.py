@@ -1,24 +1,22 @@
-"""Figures for MLflow and the report: learning curves, confusion matrices, strategies side by side.
+"""Figures for the report: learning curves, confusion matrices, strategies side by side.
 
-Figures are made without pyplot, which keeps global state: any thread may draw. Colours are Okabe and Ito's, which
-colour-blind readers can tell apart.
+Figures are made without pyplot, which keeps global state. Colours are Okabe and Ito's, which colour-blind readers can
+tell apart.
 """
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from cxr_models.metrics import FloatArray
-from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult, best_epoch
+from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult
 from sweep.record import best_by_strategy, ranked, strategy_of
 
 METRIC_LABELS: Mapping[str, str] = {
@@ -34,46 +32,12 @@ GREY, PALE = "#595959", "#D9D9D9"
 Style = tuple[str, str]  # (colour, line)
 
 
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
-
-
 def svg(figure: Figure) -> str:
     """An `<svg>` element to stand in a page, without the XML declaration."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
-
-
-def trial_curves(epochs: Sequence[EpochMetrics], objective: Objective, title: str = "") -> Figure:
-    """Loss and objective of one trial by epoch, over training and validation images; the best epoch is ringed."""
-    metrics = tuple(dict.fromkeys(("loss", objective.metric)))
-    figure = _figure(5.2 * len(metrics), 3.8)
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-    for panel, metric in zip(panels, metrics, strict=True):
-        _trial_panel(panel, epochs, metric, best_epoch(epochs, objective))
-    figure.suptitle(title, fontsize=11)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    return figure
-
-
-def _trial_panel(panel: Axes, epochs: Sequence[EpochMetrics], metric: str, best: EpochMetrics | None) -> None:
-    steps = [metrics.epoch for metrics in epochs]
-    train, val = [m.train[metric] for m in epochs], [m.val[metric] for m in epochs]
-    panel.plot(steps, train, color=COLOURS[0], linestyle="--", marker="s", markersize=3.5, label="training")
-    panel.plot(steps, val, color=COLOURS[1], marker="o", markersize=4, label="validation")
-    if best is not None:
-        label = f"best epoch ({best.epoch})"
-        panel.plot(best.epoch, best.val[metric], "o", color="black", markersize=11, fillstyle="none", label=label)
-    _style(panel, "Epoch", METRIC_LABELS[metric])
-    for before, after in pairwise(epochs):
-        if after.phase != before.phase:
-            panel.axvline(before.epoch + 0.5, color=GREY, linewidth=0.8, linestyle=":")
-            place = (before.epoch + 0.5, 1.0), ("data", "axes fraction")
-            _note(panel, f"phase {after.phase + 1}", *place, xytext=(3, -10), textcoords="offset points")
 
 
 def sweep_curves(epochs: Iterable[EpochMetrics], results: Sequence[TrialResult], objective: Objective) -> Figure:

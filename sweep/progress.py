@@ -16,6 +16,7 @@ from cxr_models.dataset import Progress
 from cxr_models.trial import EpochMetrics, Objective, Outcome, Suggestion, TrialResult
 
 SHOWN_TRIALS = 12
+LINE_INTERVAL_S = 5.0
 
 
 class StepProgress:
@@ -47,8 +48,6 @@ class _Bar:
 class _Lines:
     """A line every few seconds."""
 
-    INTERVAL_S = 5.0
-
     def __init__(self, console: Console, description: str) -> None:
         self._console = console
         self._description = description
@@ -56,7 +55,7 @@ class _Lines:
 
     def update(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._shown < self.INTERVAL_S:
+        if now - self._shown < LINE_INTERVAL_S:
             return
         self._shown = now
         left = (now - self._started) * (total - done) / max(1, done)
@@ -74,16 +73,18 @@ class SweepProgress:
         self._trials = trials
         self._max_epochs = max_epochs
         self._expects_gpu = gpus_per_trial > 0
-        self._begun = time.monotonic()
         self._running: dict[str, tuple[Suggestion, EpochMetrics | None]] = {}
-        self._results: list[TrialResult] = []
+        self._told: dict[str, float] = {}
+        self._outcomes: Counter[Outcome] = Counter()
+        self._best: TrialResult | None = None
+        self._best_val = objective.worst
         self._epochs = 0
+        self._first: tuple[float, float] | None = None
         self._live: Live | None = None
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Keep the table on the terminal for the length of the block."""
-        self._begun = time.monotonic()
         if not self._console.is_terminal:
             yield
             return
@@ -96,6 +97,7 @@ class SweepProgress:
 
     def started(self, suggestion: Suggestion) -> None:
         self._running[suggestion.trial_id] = suggestion, None
+        self._told[suggestion.trial_id] = time.monotonic()
         self._say(f"trial {suggestion.number + 1} of {self._trials} starts: {describe(suggestion)}")
 
     def epoch(self, metrics: EpochMetrics) -> None:
@@ -108,16 +110,28 @@ class SweepProgress:
         if metrics.trial_id in self._running:
             suggestion, _ = self._running[metrics.trial_id]
             self._running[metrics.trial_id] = suggestion, metrics
-            name = self._objective.metric
-            self._say(
-                f"trial {suggestion.number + 1} epoch {metrics.epoch}: train loss {metrics.train['loss']:.3f}, "
-                f"val loss {metrics.val['loss']:.3f}, val {name} {metrics.val[name]:.3f}, {metrics.seconds:.1f} s"
-            )
+            self._tell_epoch(suggestion, metrics)
+        if self._first is None:
+            self._first = time.monotonic(), self._done()
+
+    def _tell_epoch(self, suggestion: Suggestion, metrics: EpochMetrics) -> None:
+        """A line a trial every few seconds: more would take longer to write than a short epoch."""
+        now, name = time.monotonic(), self._objective.metric
+        if now - self._told[metrics.trial_id] < LINE_INTERVAL_S:
+            return
+        self._told[metrics.trial_id] = now
+        self._say(
+            f"trial {suggestion.number + 1} epoch {metrics.epoch}: train loss {metrics.train['loss']:.3f}, "
+            f"val loss {metrics.val['loss']:.3f}, val {name} {metrics.val[name]:.3f}, {metrics.seconds:.1f} s"
+        )
 
     def ended(self, number: int, result: TrialResult) -> None:
         self._running.pop(result.trial_id, None)
-        self._results.append(result)
+        self._told.pop(result.trial_id, None)
+        self._outcomes[result.outcome] += 1
         value = result.val.get(self._objective.metric)
+        if value is not None and result.outcome is not Outcome.FAILED and self._objective.better(value, self._best_val):
+            self._best, self._best_val = result, value
         found = result.error or (f"val {self._objective.metric} {value:.3f}" if value is not None else "no epoch")
         self._say(f"trial {number + 1} {result.outcome.replace('_', ' ')} after {result.epochs} epochs: {found}")
         self._say(self._status().plain)
@@ -127,30 +141,27 @@ class SweepProgress:
             self._console.print(line, highlight=False, markup=False)
 
     def _status(self) -> Text:
-        states = Counter(result.outcome for result in self._results)
-        parts = [f"{len(self._results)} of {self._trials} trials ended ({self._epochs} epochs)"]
+        states = self._outcomes
+        parts = [f"{states.total()} of {self._trials} trials ended ({self._epochs} epochs)"]
         parts += [f"{states[outcome]} {outcome.replace('_', ' ')}" for outcome in Outcome if states[outcome]]
-        if best := self._best():
-            parts.append(f"best val {self._objective.metric} {best.val[self._objective.metric]:.3f}")
+        if self._best:
+            parts.append(f"best val {self._objective.metric} {self._best_val:.3f}")
         if left := self._seconds_left():
             parts.append(f"about {duration(left)} left")
         return Text(", ".join(parts))
 
-    def _best(self) -> TrialResult | None:
-        best, value = None, self._objective.worst
-        for result in self._results:
-            found = result.val.get(self._objective.metric)
-            if result.outcome is not Outcome.FAILED and found is not None and self._objective.better(found, value):
-                best, value = result, found
-        return best
+    def _done(self) -> float:
+        """Trials: those that ended, and the running ones by their epochs."""
+        epochs = sum(metrics.epoch for _, metrics in list(self._running.values()) if metrics)
+        return self._outcomes.total() + epochs / self._max_epochs
 
     def _seconds_left(self) -> float:
-        """Ended trials tell how long one takes; the running ones count by their epochs."""
-        halves = sum(metrics.epoch / self._max_epochs for _, metrics in list(self._running.values()) if metrics)
-        done = len(self._results) + halves
-        if not self._results:
+        """By the pace since the first epoch: what came before it, such as starting the workers, comes only once."""
+        if self._first is None or not self._outcomes:
             return 0.0
-        return (time.monotonic() - self._begun) * (self._trials - done) / done
+        begun, before = self._first
+        done = self._done()
+        return (time.monotonic() - begun) * (self._trials - done) / (done - before) if done > before else 0.0
 
     def _table(self) -> RenderableType:
         table = Table(title="Running", title_justify="left")
@@ -162,8 +173,7 @@ class SweepProgress:
                 row += [f"{metrics.epoch}/{suggestion.config.epochs}", f"{metrics.train['loss']:.3f}"]
                 row += [f"{metrics.val['loss']:.3f}", f"{metrics.val[self._objective.metric]:.3f}"]
             table.add_row(*map(Text, row))
-        best = self._best()
-        lines = [Text(f"best so far: {describe_result(best, self._objective)}")] if best else []
+        lines = [Text(f"best so far: {describe_result(self._best, self._objective)}")] if self._best else []
         return Group(table, *lines, self._status())
 
 

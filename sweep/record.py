@@ -7,13 +7,13 @@ Ray's and MLflow's own files are never read back.
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cxr_models.storage import written_whole
-from cxr_models.trial import AXES, METRICS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
+from cxr_models.trial import AXES, BEST_WEIGHTS, METRICS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
 
 
 @dataclass(frozen=True)
@@ -136,17 +136,23 @@ class RunFolder:
 
 
 class Record:
-    """Writes the record of a sweep, and keeps the weights of each strategy's best trial."""
+    """Writes the record of a sweep, and keeps the weights of each strategy's best trial.
+
+    What a trial's end costs does not grow with the number of trials before it. `trials.csv` has every ended trial at
+    once, in the order of their ends until `close`.
+    """
 
     def __init__(self, folder: RunFolder, objective: Objective) -> None:
         self._folder = folder
         self._objective = objective
         self._results: dict[int, TrialResult] = {}
+        self._columns: tuple[str, ...] = ()
+        self._leaders: dict[tuple[str, str], dict[int, TrialResult]] = {}
 
     @property
     def results(self) -> tuple[TrialResult, ...]:
         """Every ended trial, in the order of suggestion."""
-        return tuple(self._results[number] for number in sorted(self._results))
+        return _in_order(self._results)
 
     def started(self, suggestion: Suggestion) -> None:
         entry = {"number": suggestion.number, "trial_id": suggestion.trial_id, "config": suggestion.config.to_json()}
@@ -158,15 +164,41 @@ class Record:
     def ended(self, number: int, result: TrialResult) -> None:
         self._results[number] = result
         append_line(self._folder.trial_record, {"number": number, **result.to_json()})
-        write_trials_csv(self._folder.trials, self.results)
-        self._drop_beaten_weights()
+        self._add_to_table(result)
+        self._drop_beaten_weights(number, result)
 
-    def _drop_beaten_weights(self) -> None:
+    def close(self) -> None:
+        """Bring `trials.csv` into the order of suggestion, and drop weights that a trial left after its end."""
+        write_trials_csv(self._folder.trials, self.results)
         kept = {result.trial_id for result in best_by_strategy(self.results, self._objective)}
         for result in self.results:
             if result.trial_id not in kept:
-                for weights in self._folder.trial(result.trial_id).glob("*.weights.h5"):
-                    weights.unlink()
+                self._drop_weights(result)
+
+    def _add_to_table(self, result: TrialResult) -> None:
+        columns = _table_metrics((*self._columns, *result.val))
+        if columns != self._columns:  # the first trial, or the first that has metrics
+            self._columns = columns
+            write_trials_csv(self._folder.trials, self.results)
+        else:
+            with self._folder.trials.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow(_table_row(result, columns))
+
+    def _drop_beaten_weights(self, number: int, result: TrialResult) -> None:
+        contenders = {**self._leaders.get(strategy_of(result), {}), number: result}
+        first = ranked(_in_order(contenders), self._objective)[:1]
+        for other, contender in contenders.items():
+            if contender in first:
+                self._leaders[strategy_of(result)] = {other: contender}
+            else:
+                self._drop_weights(contender)
+
+    def _drop_weights(self, result: TrialResult) -> None:
+        (self._folder.trial(result.trial_id) / BEST_WEIGHTS).unlink(missing_ok=True)
+
+
+def _in_order(results: Mapping[int, TrialResult]) -> tuple[TrialResult, ...]:
+    return tuple(results[number] for number in sorted(results))
 
 
 def ranked(results: tuple[TrialResult, ...], objective: Objective) -> tuple[TrialResult, ...]:
@@ -190,20 +222,27 @@ def best_by_strategy(results: tuple[TrialResult, ...], objective: Objective) -> 
 
 
 def write_trials_csv(path: Path, results: tuple[TrialResult, ...]) -> None:
-    recalls = sorted({name for result in results for name in result.val if name not in METRICS})
-    metrics = (*METRICS, *recalls)
+    metrics = _table_metrics(name for result in results for name in result.val)
     with written_whole(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         # `epochs` is how many the trial ran; the axis of that name is the most it may run, as in --max-epochs.
         axes = ("max_epochs" if axis == "epochs" else axis for axis in AXES)
         header = ["trial_id", "outcome", "error", *axes, "epochs", "best_epoch", *(f"val_{name}" for name in metrics)]
         writer.writerow([*header, "trainable_parameters", "frozen_parameters", "train_seconds"])
-        for result in results:
-            config = result.config.to_json()
-            how = (result.trial_id, result.outcome, result.error, *(config[axis] for axis in AXES))
-            found = (result.epochs, result.best_epoch, *(result.val.get(name, "") for name in metrics))
-            size = (result.trainable_parameters, result.frozen_parameters, round(result.train_seconds, 2))
-            writer.writerow([*how, *found, *size])
+        writer.writerows(_table_row(result, metrics) for result in results)
+
+
+def _table_metrics(names: Iterable[str]) -> tuple[str, ...]:
+    """The metrics of `trials.csv` in the order of its columns; those of `METRICS` are always among them."""
+    return (*METRICS, *sorted({*names} - METRICS.keys()))
+
+
+def _table_row(result: TrialResult, metrics: Sequence[str]) -> list[Any]:
+    config = result.config.to_json()
+    how = (result.trial_id, result.outcome, result.error, *(config[axis] for axis in AXES))
+    found = (result.epochs, result.best_epoch, *(result.val.get(name, "") for name in metrics))
+    size = (result.trainable_parameters, result.frozen_parameters, round(result.train_seconds, 2))
+    return [*how, *found, *size]
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

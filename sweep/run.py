@@ -4,6 +4,7 @@ Exit status: 0 done; 1 the sweep could not finish; 2 the file, an argument or th
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -20,7 +21,8 @@ from rich.text import Text
 from cxr_models.dataset import DataError
 from cxr_models.trial import METRICS, Objective, TrialResult
 from sweep.machine import ClusterUnreachable, Machine, this_machine
-from sweep.plan import Plan, make_plan, render_plan
+from sweep.plan import Plan, make_plan
+from sweep.plan_view import render_plan
 from sweep.progress import StepProgress, duration
 from sweep.record import RunFolder, ranked
 from sweep.spec import SpecError, checked_name, read_spec
@@ -46,6 +48,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where run folders lie (runs)")
     found.add_argument("--name", metavar="NAME", help="of the run folder; refused if it exists")
     found.add_argument("--cache-dir", type=Path, metavar="DIR", help="for decoded images and other work to keep")
+    found.add_argument(
+        "--cache-gb", type=_gigabytes, metavar="X", help="of stored features, at most (a quarter of the free disk)"
+    )
+    found.add_argument("--no-cache", action="store_true", help="store no features: run frozen layers in every epoch")
     found.add_argument("--weights-dir", type=Path, metavar="DIR", help="where files of ImageNet weights lie")
     found.add_argument("--tracking-uri", metavar="URI", help="MLflow server (a SQLite store in the run folder)")
     found.add_argument("--cpus-per-trial", type=float, metavar="X", help="CPUs a trial gets")
@@ -54,6 +60,16 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--plan", action="store_true", help="show what would run, and stop")
     found.add_argument("--inline", action="store_true", help="run in this process, without Ray: for debugging")
     found.add_argument("--address", default="", metavar="ADDR", help="of a running Ray cluster, or auto")
+    return found
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"expected GB above 0 (--no-cache keeps nothing), but got {text!r}")
     return found
 
 
@@ -100,6 +116,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         source=str(arguments.space),
         cache_dir=cache_dir,
         weights_dir=arguments.weights_dir,
+        cache_bytes=0 if arguments.no_cache else arguments.cache_gb and int(arguments.cache_gb * 1e9),
         progress=StepProgress(console),
     )
     console.print(render_plan(plan))

@@ -29,7 +29,6 @@ class _Running:
     started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     epochs: list[EpochMetrics] = field(default_factory=list)
-    abandoned: bool = False
 
 
 class Conductor:
@@ -96,7 +95,6 @@ class Conductor:
         if metrics.epoch == running.suggestion.config.epochs:
             return True  # its own last; it counts at a rung for the others, but there is nothing left to end
         if self.interrupted:
-            running.abandoned = True
             return False
         if keep:
             return True
@@ -104,10 +102,10 @@ class Conductor:
         return False
 
     def ended(self, trial_id: str, end: TrialEnd) -> None:
-        """A trial came to its own end, well or badly."""
+        """A trial came to its own end, well or badly; not for one that was told to end."""
         running = self._running.get(trial_id)
-        if running is None or running.abandoned:
-            return
+        if running is None:
+            return  # its end was decided before
         if not end.error and best_epoch(running.epochs, self.work.objective) is None:
             what = f"a validation {self.work.objective.metric}" if running.epochs else "an epoch"
             end = TrialEnd(f"the trial ended without {what}")
@@ -152,7 +150,9 @@ def run_inline(conductor: Conductor) -> None:
     """Run every trial in this process, one after the other: breakpoints work, and nothing else is needed."""
     while (job := conductor.next_job()) is not None:
         trial = TrialEvents(job)
-        event = trial.begin()
+        event, go_on = trial.begin(), True
         while isinstance(event, EpochMetrics):
-            event = trial.answer(conductor.epoch(event))
-        conductor.ended(job.trial_id, event)
+            go_on = conductor.epoch(event)
+            event = trial.answer(go_on)
+        if go_on:
+            conductor.ended(job.trial_id, event)

@@ -1,26 +1,44 @@
 """The Optuna study behind a sweep: what to try next, and what became of it."""
 
+import heapq
 import json
 import math
+import time
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from itertools import chain, islice
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.storages import JournalStorage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from cxr_models.trial import Outcome, Suggestion, TrialConfig
 from sweep.space import Choice, Constant, Domain, Space, Value
 from sweep.spec import SearchSpec, SweepSpec
 
+Order = Callable[[TrialConfig], tuple[Any, ...]]
+
 MAX_STARTUP_TRIALS = 10
+
+# The sampler looks at no more ended trials than this, so that a suggestion costs the same after 10,000 trials as after
+# some hundred. Beyond it, the best and the most recent go on into a new study. TPE takes at most its 25 best for good
+# (Optuna's default gamma); were more of the best kept, they would stand for what is bad and push it away from them.
+HISTORY = 300
+BEST_KEPT = 25
+RECENT_KEPT = 225
+
+# Ends of trials are written to the journal as they happen, what is between them at most this often.
+JOURNAL_INTERVAL_S = 1.0
 
 
 class Search:
@@ -31,6 +49,9 @@ class Search:
     Args:
         spec: what is searched, and how.
         journal: file that records the study as it goes, which Optuna's dashboard can read; in memory only if None.
+        order: sort key of a configuration. Trials that do not depend on the results of others (a grid's, random ones,
+            TPE's first) are given out in this order, fixed points still before the rest. The same trials run with
+            every order.
 
     Raises:
         FileExistsError: the journal is there already; a study of another sweep must not flow into this one.
@@ -39,20 +60,16 @@ class Search:
         total: how many trials there will be: `search.trials`, or fewer where a grid has fewer points.
     """
 
-    def __init__(self, spec: SweepSpec, journal: Path | None = None) -> None:
+    def __init__(self, spec: SweepSpec, journal: Path | None = None, *, order: Order | None = None) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._space = spec.space
-        points = _grid(spec) if spec.search.algorithm == "grid" else list(spec.search.fixed)
-        self._points: Iterator[Mapping[str, Value]] = iter(points)
-        self.total = len(points) if spec.search.algorithm == "grid" else spec.search.trials
-        self._study = optuna.create_study(
-            study_name=spec.name,
-            storage=_storage(journal),
-            sampler=_sampler(spec.search),
-            direction="maximize" if spec.objective.mode == "max" else "minimize",
-        )
-        self._open: dict[int, optuna.Trial] = {}
-        self._reported: dict[int, set[int]] = {}
+        self._spec = spec
+        self._order = order
+        self._fixed, self._rest = _points(spec)
+        self.total = len(self._fixed) + len(self._rest) if spec.search.algorithm == "grid" else spec.search.trials
+        self._model = _Model(spec)
+        self._journal = _Journal(journal, spec) if journal else None
+        self._ahead: deque[_Drawn] | None = None
+        self._open: dict[int, _Drawn] = {}
         self._given_out = 0
         self._repeats: Counter[str] = Counter()
 
@@ -60,16 +77,18 @@ class Search:
         """The next trial: fixed points first, then what the algorithm finds; None once all were given out."""
         if self._given_out == self.total:
             return None
+        if self._ahead is None:
+            self._ahead = deque(self._draw_ahead())
+        drawn = self._ahead.popleft() if self._ahead else self._model.draw()
+        number = self._given_out
         self._given_out += 1
-        if (point := next(self._points, None)) is not None:
-            self._study.enqueue_trial(_parameters(self._space, point))
-        trial = self._study.ask()
-        self._open[trial.number] = trial
-        self._reported[trial.number] = set()
-        config = TrialConfig(**_values(self._space, trial))
-        self._repeats[config.digest] += 1
-        repeat = self._repeats[config.digest]
-        return Suggestion(trial.number, config.digest if repeat == 1 else f"{config.digest}-{repeat}", config)
+        self._open[number] = drawn
+        if self._journal:
+            self._journal.begin(number, drawn)
+        self._repeats[drawn.config.digest] += 1
+        repeat = self._repeats[drawn.config.digest]
+        digest = drawn.config.digest
+        return Suggestion(number, digest if repeat == 1 else f"{digest}-{repeat}", drawn.config)
 
     def report(self, number: int, epoch: int, value: float) -> None:
         """Note the objective after an epoch. A trial that was retried may report an epoch again; the first counts.
@@ -78,9 +97,10 @@ class Search:
             ValueError: no such trial is open.
         """
         trial = self._trial(number)
-        if math.isfinite(value) and epoch not in self._reported[number]:
-            self._reported[number].add(epoch)
-            trial.report(value, step=epoch)
+        if math.isfinite(value) and epoch not in trial.reported:
+            trial.reported[epoch] = value
+            if self._journal:
+                self._journal.report(number, epoch, value)
 
     def finish(self, number: int, outcome: Outcome, value: float | None) -> None:
         """Note how a trial ended.
@@ -97,50 +117,210 @@ class Search:
         if outcome is Outcome.COMPLETED and value is None:
             raise ValueError(f"trial {number} completed, but got no value of the objective")
         if outcome is Outcome.FAILED or (value is not None and not math.isfinite(value)):
-            self._study.tell(trial, state=TrialState.FAIL)
+            state, told = TrialState.FAIL, None
         elif outcome is Outcome.STOPPED_EARLY:
-            self._study.tell(trial, state=TrialState.PRUNED)
+            state, told = TrialState.PRUNED, trial.last_reported
         else:
-            self._study.tell(trial, value)
-        del self._open[number], self._reported[number]
+            state, told = TrialState.COMPLETE, value
+        self._model.finish(trial, state, told)
+        if self._journal:
+            self._journal.finish(number, state, told)
+        del self._open[number]
 
-    def _trial(self, number: int) -> optuna.Trial:
+    def _trial(self, number: int) -> "_Drawn":
         if number not in self._open:
             raise ValueError(f"trial {number} is not open; open are: {sorted(self._open)}")
         return self._open[number]
 
+    def _draw_ahead(self) -> "list[_Drawn]":
+        """All trials that no result can change, in the order they are given out."""
+        search = self._spec.search
+        rest: Iterable[Mapping[str, Value] | None] = self._rest
+        if search.algorithm != "grid":
+            without_results = search.trials if search.algorithm == "random" else _startup_trials(search)
+            rest = [None] * (without_results - len(self._fixed))
+        groups = ([self._model.draw(point) for point in points] for points in (self._fixed, rest))
+        return [drawn for group in groups for drawn in self._sorted(group)]
 
-def _storage(journal: Path | None) -> BaseStorage | None:
-    if journal is None:
-        return None
-    if journal.exists():
-        raise FileExistsError(f"expected a journal that does not exist yet, got {journal}")
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(journal)))
+    def _sorted(self, trials: "list[_Drawn]") -> "list[_Drawn]":
+        order = self._order
+        return trials if order is None else sorted(trials, key=lambda drawn: order(drawn.config))
 
 
-def _sampler(search: SearchSpec) -> BaseSampler:
+@dataclass(eq=False)
+class _Drawn:
+    """A trial the sampler has drawn, and what came of it so far.
+
+    Attributes:
+        params: what it drew, by Optuna's names.
+        asked: the trial's number in the model's present study.
+        reported: epoch -> objective.
+    """
+
+    config: TrialConfig
+    params: dict[str, Any]
+    distributions: dict[str, BaseDistribution]
+    asked: int
+    reported: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def last_reported(self) -> float | None:
+        return self.reported[max(self.reported)] if self.reported else None
+
+    def frozen(self, state: TrialState, value: float | None = None) -> FrozenTrial:
+        """The trial in Optuna's words."""
+        return optuna.trial.create_trial(
+            state=state,
+            value=value,
+            params=self.params,
+            distributions=self.distributions,
+            intermediate_values=self.reported,
+        )
+
+
+class _Model:
+    """What the sampler knows: a study in memory, of bounded size."""
+
+    def __init__(self, spec: SweepSpec) -> None:
+        self._spec = spec
+        self._generation = 0
+        self._study = self._new_study()
+        self._open: list[_Drawn] = []
+        self._ended: list[FrozenTrial] = []
+
+    def draw(self, point: Mapping[str, Value] | None = None) -> _Drawn:
+        """A new trial; it has the values `point` names."""
+        if len(self._ended) > HISTORY:
+            self._renew()
+        if point:
+            self._study.enqueue_trial(_parameters(self._spec.space, point))
+        trial = self._study.ask()
+        config = TrialConfig(**_values(self._spec.space, trial))
+        self._open.append(_Drawn(config, trial.params, trial.distributions, trial.number))
+        return self._open[-1]
+
+    def finish(self, drawn: _Drawn, state: TrialState, value: float | None) -> None:
+        """Learn from a trial's end; nothing is learned from a failure."""
+        self._open.remove(drawn)
+        self._study.tell(drawn.asked, state=TrialState.FAIL)
+        if state is not TrialState.FAIL:
+            self._ended.append(drawn.frozen(state, value))
+            self._study.add_trial(self._ended[-1])
+
+    def _renew(self) -> None:
+        """Go on with the best and the most recent trials; the others are forgotten."""
+        older, recent = self._ended[:-RECENT_KEPT], self._ended[-RECENT_KEPT:]
+        best = heapq.nsmallest(BEST_KEPT, range(len(older)), key=lambda index: self._rank(older[index]))
+        self._ended = [*(older[index] for index in sorted(best)), *recent]
+        self._generation += 1
+        self._study = self._new_study()
+        self._study.add_trials(self._ended)
+        for drawn in self._open:
+            drawn.asked = len(self._study.get_trials(deepcopy=False))
+            self._study.add_trial(drawn.frozen(TrialState.RUNNING))
+
+    def _rank(self, trial: FrozenTrial) -> tuple[float, ...]:
+        """Lower is better, as TPE ranks: completed before pruned, and among pruned ones the later before the better."""
+        sign = -1.0 if self._spec.objective.mode == "max" else 1.0
+        value = math.inf if trial.value is None else sign * trial.value
+        return (0, value) if trial.state is TrialState.COMPLETE else (1, -(trial.last_step or 0), value)
+
+    def _new_study(self) -> optuna.Study:
+        return optuna.create_study(
+            sampler=_sampler(self._spec.search, self._generation), direction=_direction(self._spec)
+        )
+
+
+class _Journal:
+    """The whole study as a file, which Optuna's dashboard can read while it grows."""
+
+    def __init__(self, path: Path, spec: SweepSpec) -> None:
+        if path.exists():
+            raise FileExistsError(f"expected a journal that does not exist yet, got {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = _BatchedFile(path)
+        self._storage = JournalStorage(self._file)
+        self._study = self._storage.create_new_study([_direction(spec)], spec.name)
+        self._ids: dict[int, int] = {}
+        self._file.write()
+
+    def begin(self, number: int, drawn: _Drawn) -> None:
+        self._ids[number] = self._storage.create_new_trial(self._study, drawn.frozen(TrialState.RUNNING))
+        self._file.write_if_due()
+
+    def report(self, number: int, epoch: int, value: float) -> None:
+        self._storage.set_trial_intermediate_value(self._ids[number], epoch, value)
+        self._file.write_if_due()
+
+    def finish(self, number: int, state: TrialState, value: float | None) -> None:
+        self._storage.set_trial_state_values(self._ids.pop(number), state, None if value is None else [value])
+        self._file.write()
+
+
+class _BatchedFile(BaseJournalBackend):
+    """Optuna's journal file for one writer: entries are read from memory, and reach the disk together."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = JournalFileBackend(str(path))
+        self._entries: list[dict[str, Any]] = []
+        self._written = 0
+        self._written_at = -math.inf
+
+    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        return self._entries[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self._entries.extend(logs)
+
+    def write(self) -> None:
+        """Write what is not on the disk yet, and wait until it is."""
+        self._file.append_logs(self._entries[self._written :])
+        self._written = len(self._entries)
+        self._written_at = time.monotonic()
+
+    def write_if_due(self) -> None:
+        if time.monotonic() > self._written_at + JOURNAL_INTERVAL_S:
+            self.write()
+
+
+def _direction(spec: SweepSpec) -> StudyDirection:
+    return StudyDirection.MAXIMIZE if spec.objective.mode == "max" else StudyDirection.MINIMIZE
+
+
+def _startup_trials(search: SearchSpec) -> int:
+    """How many trials TPE draws at random before it learns."""
+    return max(1, min(MAX_STARTUP_TRIALS, search.trials // 3))
+
+
+def _sampler(search: SearchSpec, generation: int) -> BaseSampler:
+    """The sampler of the model's n-th study. The first study's random numbers are those of the seed itself."""
+    seed = (
+        search.seed if generation == 0 else int(np.random.SeedSequence((search.seed, generation)).generate_state(1)[0])
+    )
     if search.algorithm != "tpe":
-        return RandomSampler(seed=search.seed)
+        return RandomSampler(seed=seed)
     with warnings.catch_warnings():
         # `group` is experimental in name; without it, Optuna samples conditional parameters independently.
         warnings.simplefilter("ignore", ExperimentalWarning)
         return TPESampler(
-            n_startup_trials=max(1, min(MAX_STARTUP_TRIALS, search.trials // 3)),
+            n_startup_trials=_startup_trials(search),
             multivariate=True,
             group=True,
             constant_liar=True,
-            seed=search.seed,
+            seed=seed,
         )
 
 
-def _grid(spec: SweepSpec) -> list[dict[str, Value]]:
-    """The points of the grid in the order they run: those the fixed points name first, none twice."""
-    first: list[dict[str, Value]] = []
+def _points(spec: SweepSpec) -> tuple[list[Mapping[str, Value]], list[Mapping[str, Value]]]:
+    """What runs first, as the fixed points say, and what of a grid follows; no point of a grid twice."""
+    trials = spec.search.trials
+    if spec.search.algorithm != "grid":
+        return list(spec.search.fixed[:trials]), []
+    first: list[Mapping[str, Value]] = []
     for fixed in spec.search.fixed:
         first.extend(islice((point for point in spec.space.points(fixed) if point not in first), 1))
     rest = (point for point in spec.space.points() if point not in first)
-    return list(islice(chain(first, rest), spec.search.trials))
+    return first[:trials], list(islice(rest, max(0, trials - len(first))))
 
 
 def _values(space: Space, trial: optuna.Trial) -> dict[str, Any]:

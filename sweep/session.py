@@ -35,6 +35,7 @@ from sweep.report import write_report
 from sweep.runner import Conductor, Listener, SweepFailed, run_inline
 from sweep.search import Search
 from sweep.summary import summarise
+from sweep.timeline import Timeline
 from sweep.tracking import DatasetInfo, RunStatus, Tracker
 from sweep.weights import fetch_weights
 from sweep.worker import Work
@@ -102,7 +103,8 @@ def run_sweep(
         max_epochs=plan.max_epochs,
         gpus_per_trial=plan.allotment.gpus_per_trial,
     )
-    conductor = _conductor(plan, folder, pixels, (record, tracker, progress))
+    timeline = Timeline()
+    conductor = _conductor(plan, folder, pixels, (record, tracker, progress, timeline))
     tested: dict[str, Any] = {}
     failure, interrupted = "", False
     try:
@@ -122,10 +124,15 @@ def run_sweep(
         failure = traceback.format_exc()
     with _uninterrupted():
         conductor.close()
+        record.close()
         summary = summarise(
             plan,
             record.results,
-            seconds={**watch.seconds, "train": sum(result.train_seconds for result in record.results)},
+            seconds={
+                **watch.seconds,
+                **timeline.seconds,
+                "train": sum(result.train_seconds for result in record.results),
+            },
             epochs_run=conductor.epochs_run,
             interrupted=interrupted or bool(failure),
             test=tested or None,
@@ -195,11 +202,17 @@ def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> dict[int, Pa
 
 def _conductor(plan: Plan, folder: RunFolder, pixels: Mapping[int, Path], listeners: tuple[Listener, ...]) -> Conductor:
     spec = plan.spec
-    work = Work(plan.trial_data(pixels), spec.objective, folder.state / "trials", plan.allotment.threads)
+    work = Work(
+        plan.trial_data(pixels),
+        spec.objective,
+        folder.state / "trials",
+        plan.allotment.threads,
+        decisions=frozenset(plan.rungs),
+    )
     halving = None
     if plan.rungs and spec.search.halving:
         halving = Halving(plan.rungs, spec.search.halving.reduction_factor, spec.objective.mode)
-    return Conductor(work, Search(spec, folder.study), halving, plan.parameters, listeners)
+    return Conductor(work, Search(spec, folder.study, order=plan.order), halving, plan.parameters, listeners)
 
 
 def _run_trials(

@@ -1,16 +1,21 @@
 """What MLflow is shown of a sweep: names, figures and files, made without MLflow."""
 
+import html
 import json
 import re
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cxr_models.metrics import classification_report, confusion_matrix
-from cxr_models.trial import VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialResult
+from cxr_models.metrics import FloatArray, classification_report, confusion_matrix
+from cxr_models.trial import VALIDATION_SCORES, EpochMetrics, Suggestion, TrialConfig, TrialResult
 
 MAX_CLASS_NAME_LENGTH = 200  # MLflow takes metric names of 250 characters
 
@@ -40,9 +45,10 @@ class DatasetInfo:
         return json.dumps(counts, ensure_ascii=False)
 
 
-def run_name(trial_id: str, config: TrialConfig) -> str:
+def run_name(trial: Suggestion | TrialResult) -> str:
     """`mobilenet_v2_0.35 convs:1 lr 3e-03 · 1a2b3c4d`"""
-    return f"{config.backbone} {config.freeze} lr {config.learning_rate:.0e} · {trial_id}"
+    config = trial.config
+    return f"{config.backbone} {config.freeze} lr {config.learning_rate:.0e} · {trial.trial_id}"
 
 
 def flat_params(spec: Mapping[str, Any]) -> dict[str, str]:
@@ -76,8 +82,10 @@ class MetricNames:
             self._classes[class_name] = allowed if allowed not in self._classes.values() else f"{allowed}_{index}"
 
     def of_epoch(self, metrics: EpochMetrics) -> dict[str, float]:
+        """Recall by class of the validation images alone: every row costs the store time, and training's say little."""
+        overall = {name: value for name, value in metrics.train.items() if "/" not in name}
         return {
-            **self._named("train", metrics.train),
+            **self._named("train", overall),
             **self._named("val", metrics.val),
             "learning_rate": metrics.learning_rate,
             "epoch_seconds": metrics.seconds,
@@ -114,43 +122,119 @@ class MetricNames:
         return f"{kind}/{self._classes[class_name]}" if slash else kind
 
 
-def trial_files(
-    epochs: Sequence[EpochMetrics], result: TrialResult, folder: Path, classes: Sequence[str], objective: Objective
-) -> dict[str, bytes]:
-    """Name -> content of what an ended trial leaves to look at.
+@cache
+def own_tags() -> Mapping[str, str]:
+    """What made a run, for every run."""
+    try:
+        own = version("cxr-sweep")
+    except PackageNotFoundError:
+        own = "not installed"  # run from a checkout
+    return {"mlflow.source.name": "sweep.run", "mlflow.source.type": "LOCAL", "cxr_sweep.version": own}
+
+
+def trial_tags(suggestion: Suggestion, sweep: str, parent_run_id: str) -> dict[str, str]:
+    return {
+        "mlflow.parentRunId": parent_run_id,
+        "sweep": sweep,
+        "trial_id": suggestion.trial_id,
+        "trial_number": str(suggestion.number),
+        "backbone": suggestion.config.backbone,
+        "strategy": suggestion.config.freeze,
+    }
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, without MLflow's traceback of retries."""
+    if re.search("Max retries exceeded|timed out|Connection aborted", str(error)):
+        return "it cannot be reached"
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def ui_command(uri: str) -> str:
+    """What to type to see the runs, or where to look if they lie on a server. A password in the URI is masked."""
+    shown = without_password(uri)
+    if re.match(r"https?://", shown):
+        return shown
+    # This Python's MLflow: the environment need not be activated, nor the only one.
+    return f"{shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri {shlex.quote(shown)} --port 5000"
+
+
+def ui_address(uri: str, experiment_id: str) -> str:
+    """The page of an experiment's runs; MLflow's own start page shows what it has for language models."""
+    shown = without_password(uri)
+    server = shown.rstrip("/") if re.match(r"https?://", shown) else "http://127.0.0.1:5000"
+    return f"{server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+
+
+def without_password(text: str) -> str:
+    """The text with the password of every address in it masked."""
+    return re.sub(r"//([^:/@\s]*):[^/@\s]*@", r"//\1:***@", text)
+
+
+def result_tags(result: TrialResult) -> dict[str, str]:
+    tags = {"outcome": str(result.outcome), "device": result.device, "error": result.error}
+    return {name: text for name, text in tags.items() if text}
+
+
+def trial_files(result: TrialResult, folder: Path, classes: Sequence[str]) -> dict[str, str]:
+    """Name -> content of what an ended trial leaves to look at; its curves are drawn by MLflow from the metrics.
 
     Args:
-        epochs: of the trial, in order.
         result: of the trial.
         folder: where the trial kept its validation scores.
         classes: class names; a label is an index into them.
-        objective: which curve stands beside the loss.
     """
-    from sweep import plots
-
-    files: dict[str, bytes] = {}
-    if epochs:
-        title = run_name(result.trial_id, result.config)
-        files["curves.png"] = plots.png(plots.trial_curves(epochs, objective, title))
-    if result.error:
-        files["error.txt"] = (result.traceback or result.error).encode()
+    files = {"error.txt": result.traceback or result.error} if result.error else {}
     scores_file = folder / VALIDATION_SCORES
     if result.best_epoch and scores_file.is_file():
-        files |= _validation_files(scores_file, classes, f"Validation images, epoch {result.best_epoch}")
+        with np.load(scores_file) as kept:
+            labels, scores = kept["labels"], kept["scores"]
+        report = classification_report(labels, scores, classes)
+        title = f"Validation images, epoch {result.best_epoch} of {run_name(result)}"
+        files["confusion_matrix.html"] = matrix_page(confusion_matrix(labels, scores), classes, title)
+        files["classification_report.json"] = json.dumps(report, indent=2, ensure_ascii=False)
+        files["classification_report.txt"] = report_text(report)
     return files
 
 
-def _validation_files(scores_file: Path, classes: Sequence[str], title: str) -> dict[str, bytes]:
-    from sweep import plots
+PAGE = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 14px system-ui, sans-serif; margin: 16px; }} table {{ border-collapse: collapse; }}
+th, td {{ padding: 8px 14px; text-align: right; }} th {{ font-weight: 600; color: #595959; }}
+td {{ border: 1px solid #fff; min-width: 64px; }} td span {{ display: block; font-size: 12px; }}
+</style></head><body><p>{title}</p>
+<table><tr><th>True class ↓ (images), predicted →</th>{head}</tr>
+{rows}
+</table></body></html>
+"""
 
-    with np.load(scores_file) as kept:
-        labels, scores = kept["labels"], kept["scores"]
-    report = classification_report(labels, scores, classes)
-    return {
-        "confusion_matrix.png": plots.png(plots.confusion_matrix(confusion_matrix(labels, scores), classes, title)),
-        "classification_report.json": json.dumps(report, indent=2, ensure_ascii=False).encode(),
-        "classification_report.txt": report_text(report).encode(),
-    }
+
+def matrix_page(matrix: FloatArray, classes: Sequence[str], title: str) -> str:
+    """A confusion matrix with each row's shares in percent, as HTML: a figure would take longer than a short trial.
+
+    Args:
+        matrix: (classes, classes), true class by row; see `metrics.confusion_matrix`.
+        classes: names of the classes.
+        title: above the matrix.
+    """
+    names = [html.escape(name) for name in classes]
+    rows = []
+    for name, row in zip(names, matrix.tolist(), strict=True):
+        total = sum(row)
+        cells = "".join(_matrix_cell(count, count / total if total else None) for count in row)
+        rows.append(f"<tr><th>{name} ({total:.0f})</th>{cells}</tr>")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return PAGE.format(title=html.escape(title), head=head, rows="\n".join(rows))
+
+
+def _matrix_cell(count: float, share: float | None) -> str:
+    if share is None:
+        return f"<td>{count:.0f}<span>–</span></td>"
+    ink = "#fff" if share > 0.55 else "#000"
+    style = f"background: rgba(8, 48, 107, {share:.3f}); color: {ink}"
+    return f'<td style="{style}">{count:.0f}<span>{100 * share:.1f} %</span></td>'
 
 
 def report_text(report: Mapping[str, Any]) -> str:
@@ -167,13 +251,10 @@ def report_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary_files(summary: Mapping[str, Any]) -> dict[str, bytes]:
+def summary_files(summary: Mapping[str, Any]) -> dict[str, str]:
     """The test set's confusion matrix, once there is one."""
-    from sweep import plots
-
     test = summary.get("test") or {}
     if "confusion_matrix" not in test:
         return {}
     matrix = np.asarray(test["confusion_matrix"], dtype=float)
-    figure = plots.confusion_matrix(matrix, test["classes"], "Test images")
-    return {"test_confusion_matrix.png": plots.png(figure)}
+    return {"test_confusion_matrix.html": matrix_page(matrix, test["classes"], "Test images")}

@@ -6,27 +6,39 @@ MLflow shows a sweep; the record in the run folder is the truth. Whatever goes w
 import json
 import logging
 import os
-import re
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from cxr_models.trial import EpochMetrics, Objective, Outcome, Suggestion, TrialConfig, TrialResult
+from cxr_models.trial import EpochMetrics, Objective, Outcome, Suggestion, TrialResult
+from sweep.backlog import Backlog, TrackedTrial
 from sweep.record import RunFolder
 from sweep.tracked import DatasetInfo as DatasetInfo
-from sweep.tracked import MetricNames, config_params, flat_params, run_name, summary_files, trial_files
+from sweep.tracked import (
+    MetricNames,
+    config_params,
+    flat_params,
+    one_line,
+    own_tags,
+    result_tags,
+    run_name,
+    summary_files,
+    trial_files,
+    trial_tags,
+    ui_address,
+    ui_command,
+    without_password,
+)
 
 # Read by MLflow when it is imported; what the user has set stays.
 ENVIRONMENT: Mapping[str, str] = {
@@ -40,7 +52,10 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 CHAMPION = "champion"
 OPENING_TIMEOUT_S = 60.0
+# While trials run, the writer rests this many times as long as it computed: a fifth of one core at most.
+REST = 4.0
 
+_T = TypeVar("_T")
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -61,7 +76,9 @@ class _Sweep:
 class Tracker:
     """Writes a sweep to MLflow from a thread of its own: no method waits for MLflow or raises because of it.
 
-    Only `parent_run_id` and `close` wait, and no longer than they say.
+    Only `parent_run_id`, `ui_address` and `close` wait, and no longer than they say. A running trial is up to date
+    within seconds. Where many short ones end faster than a fifth of a core can write them down, MLflow falls behind
+    and catches up once no trial runs, so that training has the cores.
 
     Args:
         folder: of the sweep; the store lies in it unless a URI is given.
@@ -92,6 +109,7 @@ class Tracker:
         self._problem = ""
         self._parent_run_id = ""
         self._experiment_id = ""
+        self._rested = 0.0  # when the writer may go on
         self._opened = Event()
         self._tasks: SimpleQueue[Callable[[_Runs], object] | None] = SimpleQueue()
         self._thread = Thread(target=self._write, args=(sweep,), name="mlflow-writer", daemon=True)
@@ -114,20 +132,12 @@ class Tracker:
 
     @property
     def ui_command(self) -> str:
-        """What to type to see the runs, or where to look if they lie on a server. A password in the URI is masked."""
-        shown = _without_password(self._uri)
-        if re.match(r"https?://", shown):
-            return shown
-        # This Python's MLflow: the environment need not be activated, nor the only one.
-        return f"{shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri {shlex.quote(shown)} --port 5000"
+        return ui_command(self._uri)
 
     @property
     def ui_address(self) -> str:
-        """The page of the sweep's runs; MLflow's own start page shows what it has for language models."""
         self._opened.wait(OPENING_TIMEOUT_S)
-        shown = _without_password(self._uri)
-        server = shown.rstrip("/") if re.match(r"https?://", shown) else "http://127.0.0.1:5000"
-        return f"{server}/#/experiments/{self._experiment_id}/runs?workflowType=machine_learning"
+        return ui_address(self._uri, self._experiment_id)
 
     def opened(self) -> None:
         """Open the sweep's run; the run folder holds the spec and the split by now."""
@@ -135,16 +145,16 @@ class Tracker:
         self._tasks.put(lambda runs: runs.open(at))
 
     def started(self, suggestion: Suggestion) -> None:
-        at, number, trial_id, config = _now_ms(), suggestion.number, suggestion.trial_id, suggestion.config
-        self._tasks.put(lambda runs: runs.start_trial(number, trial_id, config, at))
+        at, now = _now_ms(), time.monotonic()
+        self._tasks.put(lambda runs: runs.backlog.started(suggestion, at, now))
 
     def epoch(self, metrics: EpochMetrics) -> None:
         at = _now_ms()
-        self._tasks.put(lambda runs: runs.log_epoch(metrics, at))
+        self._tasks.put(lambda runs: runs.backlog.epoch(metrics, at))
 
     def ended(self, number: int, result: TrialResult) -> None:
         at = _now_ms()
-        self._tasks.put(lambda runs: runs.end_trial(number, result, at))
+        self._tasks.put(lambda runs: runs.backlog.ended(number, result, at))
 
     def finished(self, summary: Mapping[str, Any], artifacts: Sequence[Path], status: RunStatus = "FINISHED") -> None:
         """End the sweep's run, and as killed those of trials still open.
@@ -155,10 +165,12 @@ class Tracker:
             status: of the sweep's run.
         """
         at = _now_ms()
+        self._tasks.put(self._write_all)
         self._tasks.put(lambda runs: runs.end(summary, artifacts, status, at))
 
     def close(self, timeout_s: float) -> None:
         """Wait until everything is written, but no longer than `timeout_s`; what is left then is lost."""
+        self._tasks.put(self._write_all)
         self._tasks.put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -169,33 +181,47 @@ class Tracker:
         try:
             runs = _Runs(sweep)
         except Exception as error:
-            self.note(_one_line(error))
-        while (task := self._tasks.get()) is not None:
+            self.note(one_line(error))
+        while (task := self._next_task(runs)) is not None:
             if runs is None:
                 self._opened.set()
                 continue
-            try:
-                task(runs)
-            except Exception as error:
-                self.note(_one_line(error))
+            self._attempt(task, runs)
             self._parent_run_id = runs.parent
             self._experiment_id = runs.experiment_id
             self._opened.set()
             if not runs.parent:
                 runs = None  # without the sweep's run there is nothing to hang a trial on
 
+    def _next_task(self, runs: "_Runs | None") -> "Callable[[_Runs], object] | None":
+        """What was asked for next; while nothing is, the trials that are due are written."""
+        while True:
+            now = time.monotonic()
+            found = runs.backlog.next(now) if runs else None
+            try:
+                return self._tasks.get(timeout=max(0.0, found[1] - now, self._rested - now) if found else None)
+            except Empty:
+                pass
+            if runs and found:
+                begun = time.thread_time()
+                self._attempt(runs.write, found[0])
+                rest = REST * (time.thread_time() - begun) if runs.backlog.running else 0.0
+                self._rested = time.monotonic() + rest
+
+    def _write_all(self, runs: "_Runs") -> None:
+        for trial in runs.backlog.unwritten():
+            self._attempt(runs.write, trial)
+
+    def _attempt(self, function: Callable[[_T], object], argument: _T) -> None:
+        try:
+            function(argument)
+        except Exception as error:
+            self.note(one_line(error))
+
     def note(self, cause: str) -> None:
         """Remember what went wrong; the first cause is the one that is shown."""
-        where = _without_password(f"MLflow at {self._uri}: {cause}")
+        where = without_password(f"MLflow at {self._uri}: {cause}")
         self._problem = self._problem or f"{where}; the sweep goes on, its own record is complete"
-
-
-@dataclass
-class _Trial:
-    """An open child run, and the epochs logged to it."""
-
-    run_id: str
-    epochs: list[EpochMetrics] = field(default_factory=list)
 
 
 class _Runs:
@@ -209,64 +235,59 @@ class _Runs:
         self._sweep = sweep
         self._client = mlflow.MlflowClient(sweep.uri, registry_uri=sweep.uri)
         self._names = MetricNames(sweep.classes)
+        self.backlog = Backlog()
         self.experiment_id = ""
-        self._trials: dict[str, _Trial] = {}
-        self.parent = ""
+        self.parent = self._parent_artifacts = ""
 
     def open(self, at_ms: int) -> None:
         sweep = self._sweep
         self.experiment_id = self._find_experiment()
         tags = {"sweep": sweep.name, "objective": f"{sweep.objective.metric} ({sweep.objective.mode})"}
-        self.parent = self._create_run(sweep.folder.path.name, at_ms, tags)
+        self.parent, self._parent_artifacts = self._create_run(sweep.folder.path.name, at_ms, tags)
         self._log(self.parent, params=flat_params(yaml.safe_load(sweep.folder.spec.read_text(encoding="utf-8"))))
         self._log_dataset()
         for path in (sweep.folder.spec, sweep.folder.split):
             self._client.log_artifact(self.parent, str(path))
 
-    def start_trial(self, number: int, trial_id: str, config: TrialConfig, at_ms: int) -> _Trial:
-        tags = {
-            "mlflow.parentRunId": self.parent,
-            "sweep": self._sweep.name,
-            "trial_id": trial_id,
-            "trial_number": str(number),
-            "backbone": config.backbone,
-            "strategy": config.freeze,
-        }
-        trial = _Trial(self._create_run(run_name(trial_id, config), at_ms, tags))
-        self._trials[trial_id] = trial
-        self._log(trial.run_id, params=config_params(config))
-        return trial
-
-    def log_epoch(self, metrics: EpochMetrics, at_ms: int) -> None:
-        trial = self._trials.get(metrics.trial_id)
-        if trial is None:
-            raise LookupError(f"an epoch of trial {metrics.trial_id} came in, but no run is open for it")
-        trial.epochs.append(metrics)
-        self._log(trial.run_id, metrics=self._names.of_epoch(metrics), at_ms=at_ms, step=metrics.epoch)
-
-    def end_trial(self, number: int, result: TrialResult, at_ms: int) -> None:
-        # A trial whose start MLflow missed is still shown, without its epochs.
-        trial = self._trials.get(result.trial_id) or self.start_trial(number, result.trial_id, result.config, at_ms)
-        sweep, folder = self._sweep, self._sweep.folder.trial(result.trial_id)
+    def write(self, trial: TrackedTrial) -> None:
+        """Bring a trial's run up to date, and end it if the trial has ended."""
+        self.backlog.take(trial, time.monotonic())
+        result = trial.result
+        ending = result_tags(result) if result else {}
+        if not trial.run_id:
+            tags = {**trial_tags(trial.suggestion, self._sweep.name, self.parent), **ending}
+            trial.run_id, trial.artifact_uri = self._create_run(run_name(trial.suggestion), trial.begun_ms, tags)
+            ending = {}
         try:
-            self._log_result(trial.run_id, result, at_ms)
-            self._log_files(trial.run_id, trial_files(trial.epochs, result, folder, sweep.classes, sweep.objective))
+            params = {} if trial.described else config_params(trial.suggestion.config)
+            self._log(trial.run_id, metrics=self._news(trial), params=params, tags=ending)
+            trial.described = True
+            trial.epochs.clear()
+            if result:
+                folder = self._sweep.folder.trial(result.trial_id)
+                self._log_files(trial.artifact_uri, trial_files(result, folder, self._sweep.classes))
         finally:
-            status = "FAILED" if result.outcome is Outcome.FAILED else "FINISHED"
-            self._client.set_terminated(trial.run_id, status, at_ms)
-            del self._trials[result.trial_id]
+            if result:
+                status = "FAILED" if result.outcome is Outcome.FAILED else "FINISHED"
+                self._client.set_terminated(trial.run_id, status, trial.ended_ms)
+
+    def _news(self, trial: TrackedTrial) -> list[Any]:
+        names = self._names
+        news = [entry for at, each in trial.epochs for entry in self._metrics(names.of_epoch(each), at, each.epoch)]
+        return news + (self._metrics(names.of_result(trial.result), trial.ended_ms) if trial.result else [])
 
     def end(self, summary: Mapping[str, Any], artifacts: Iterable[Path], status: RunStatus, at_ms: int) -> None:
         try:
-            self._log(self.parent, metrics=self._names.of_summary(summary), at_ms=at_ms)
-            if best := summary.get("best"):
-                self._log(self.parent, tags={"best_trial_id": best["trial_id"]})
+            best = summary.get("best")
+            metrics = self._metrics(self._names.of_summary(summary), at_ms)
+            self._log(self.parent, metrics=metrics, tags={"best_trial_id": best["trial_id"]} if best else {})
             for path in artifacts:
                 self._client.log_artifact(self.parent, str(path))
-            self._log_files(self.parent, summary_files(summary))
+            self._log_files(self._parent_artifacts, summary_files(summary))
         finally:
-            for trial in self._trials.values():
-                self._client.set_terminated(trial.run_id, "KILLED", at_ms)
+            for trial in self.backlog.running:
+                if trial.run_id:
+                    self._client.set_terminated(trial.run_id, "KILLED", at_ms)
             self._client.set_terminated(self.parent, status, at_ms)
 
     def _find_experiment(self) -> str:
@@ -281,51 +302,49 @@ class _Runs:
                     raise
         return str(found.experiment_id)
 
-    def _create_run(self, name: str, at_ms: int, tags: Mapping[str, str]) -> str:
-        common = {"mlflow.source.name": "sweep.run", "mlflow.source.type": "LOCAL", "cxr_sweep.version": _version()}
-        run = self._client.create_run(self.experiment_id, at_ms, {**common, **tags}, name)
-        return str(run.info.run_id)
+    def _create_run(self, name: str, at_ms: int, tags: Mapping[str, str]) -> tuple[str, str]:
+        """A new run's id and the address of its files."""
+        info = self._client.create_run(self.experiment_id, at_ms, {**own_tags(), **tags}, name).info
+        return str(info.run_id), str(info.artifact_uri)
+
+    def _metrics(self, values: Mapping[str, float], at_ms: int, step: int = 0) -> list[Any]:
+        metric = self._mlflow.entities.Metric
+        return [metric(name, float(value), at_ms, step) for name, value in values.items()]
 
     def _log(
         self,
         run_id: str,
         *,
-        metrics: Mapping[str, float] | None = None,
+        metrics: Sequence[Any] = (),
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
-        at_ms: int = 0,
-        step: int = 0,
     ) -> None:
         entities = self._mlflow.entities
         self._client.log_batch(
             run_id,
-            metrics=[entities.Metric(name, float(value), at_ms, step) for name, value in (metrics or {}).items()],
+            metrics=metrics,
             params=[entities.Param(name, value) for name, value in (params or {}).items()],
             tags=[entities.RunTag(name, value) for name, value in (tags or {}).items()],
         )
 
     def _log_dataset(self) -> None:
         entities, data = self._mlflow.entities, self._sweep.dataset
-        dataset = entities.Dataset(
-            name=data.name,
-            digest=data.digest[:36],  # MLflow takes no more
-            source_type="local",
-            source=json.dumps({"uri": data.source}),
-            profile=data.profile,
-        )
+        digest = data.digest[:36]  # MLflow takes no more
+        source = json.dumps({"uri": data.source})
+        dataset = entities.Dataset(data.name, digest, "local", source, profile=data.profile)
         context = entities.InputTag("mlflow.data.context", "training")
         self._client.log_inputs(self.parent, [entities.DatasetInput(dataset, [context])])
 
-    def _log_result(self, run_id: str, result: TrialResult, at_ms: int) -> None:
-        tags = {"outcome": str(result.outcome), "device": result.device, "error": result.error}
-        given = {name: text for name, text in tags.items() if text}
-        self._log(run_id, metrics=self._names.of_result(result), tags=given, at_ms=at_ms)
+    def _log_files(self, artifact_uri: str, files: Mapping[str, str]) -> None:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    def _log_files(self, run_id: str, files: Mapping[str, bytes]) -> None:
+        if not files:
+            return
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
-                Path(folder, name).write_bytes(content)
-            self._client.log_artifacts(run_id, folder)
+                Path(folder, name).write_text(content, encoding="utf-8")
+            # The client would load the whole run first, to find out the address.
+            get_artifact_repository(artifact_uri, self._sweep.uri).log_artifacts(folder)
 
 
 def log_champion(model: Any, example: NDArray[np.float32], *, uri: str, run_id: str, name: str) -> str:
@@ -375,24 +394,6 @@ def log_champion(model: Any, example: NDArray[np.float32], *, uri: str, run_id: 
 def _set_environment() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-
-
-def _one_line(error: Exception) -> str:
-    if re.search("Max retries exceeded|timed out|Connection aborted", str(error)):
-        return "it cannot be reached"
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"//([^:/@\s]*):[^/@\s]*@", r"//\1:***@", text)
-
-
-def _version() -> str:
-    try:
-        return version("cxr-sweep")
-    except PackageNotFoundError:
-        return "not installed"  # run from a checkout
 
 
 def _now_ms() -> int:

@@ -6,6 +6,7 @@ whole sweep.
 """
 
 import gc
+import json
 import logging
 import os
 import secrets
@@ -27,6 +28,8 @@ os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
+# Ray's own state, every trial of it each time, is written at the end only: it is never read back.
+os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**6)
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 import ray
@@ -197,7 +200,7 @@ def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder
             storage_path=str(folder),
             verbose=0,
             progress_reporter=_Silent(),
-            callbacks=[_Interruption(reference)],
+            callbacks=[_Ends(reference)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
@@ -242,12 +245,12 @@ class _RayTrial(tune.Trainable):  # type: ignore[misc]
         return True
 
     def _start(self, config: dict[str, Any]) -> None:
-        trial = TrialConfig.from_json(config["config"])
+        trial = TrialConfig.from_json(json.loads(config["config"]))
         self._process.start(TrialJob(config["trial_id"], trial, self._work))
 
     def step(self) -> dict[str, Any]:
-        event = self._process.next()
-        return {"event": event, "done": isinstance(event, TrialEnd)}
+        events = self._process.next()
+        return {"events": events, "done": isinstance(events[-1], TrialEnd)}
 
     def cleanup(self) -> None:
         self._process.close()
@@ -306,7 +309,8 @@ class _ConductorSearcher(Searcher):  # type: ignore[misc]
         job = self._reference.next_job()
         if job is None:
             return Searcher.FINISHED
-        return {"trial_id": job.trial_id, "config": job.config.to_json()}
+        # As text, because Ray walks through every value of a configuration again and again.
+        return {"trial_id": job.trial_id, "config": json.dumps(job.config.to_json())}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass  # the scheduler hears of it, with the trial's configuration
@@ -319,22 +323,15 @@ class _ConductorSearcher(Searcher):  # type: ignore[misc]
 
 
 class _ConductorScheduler(FIFOScheduler):  # type: ignore[misc]
-    """Tells the conductor of every epoch and end."""
+    """Tells the conductor of every epoch of a trial that goes on, and of workers that were lost."""
 
     def __init__(self, reference: _Reference) -> None:
         super().__init__()
         self._reference = reference
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        event = result.get("event")
-        if isinstance(event, EpochMetrics) and not self._reference.epoch(event):
-            return str(FIFOScheduler.STOP)
-        return str(FIFOScheduler.CONTINUE)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        event = result.get("event")
-        if isinstance(event, TrialEnd):
-            self._reference.ended(trial.config["trial_id"], event)
+        go_on = [self._reference.epoch(metrics) for metrics in result["events"]]
+        return str(FIFOScheduler.CONTINUE if go_on[-1] else FIFOScheduler.STOP)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         text = trial.get_ray_actor_error() if hasattr(trial, "get_ray_actor_error") else None
@@ -342,11 +339,24 @@ class _ConductorScheduler(FIFOScheduler):  # type: ignore[misc]
         self._reference.ended(trial.config["trial_id"], TrialEnd(f"the Ray worker failed: {cause}"))
 
 
-class _Interruption(tune.Callback):  # type: ignore[misc]
-    """Ends Ray's loop when an interruption has waited long enough: what a callback raises ends the sweep."""
+class _Ends(tune.Callback):  # type: ignore[misc]
+    """Tells the conductor of trials that came to their end, and ends Ray's loop when an interruption waited too long.
+
+    What a callback raises ends the sweep.
+    """
 
     def __init__(self, reference: _Reference) -> None:
         self._reference = reference
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        # Ray keeps every trial's last result to the end of the sweep, and would keep the epochs with it.
+        *epochs, end = result.pop("events")
+        if isinstance(end, TrialEnd):  # the scheduler is not asked about it
+            for metrics in epochs:
+                self._reference.epoch(metrics)
+            self._reference.ended(trial.config["trial_id"], end)
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         interrupted_at = self._reference.interrupted_at

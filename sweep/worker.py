@@ -11,12 +11,12 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
@@ -24,9 +24,11 @@ from cxr_models.trial import EpochMetrics, Objective, TrialConfig, TrialData
 
 Program = Callable[["TrialJob"], Generator[EpochMetrics, bool, None]]
 
-# A child above this is replaced before its next trial: Keras leaks tens of MB a trial in one process.
-MEMORY_BOUND_BYTES = 2 * 1024**3
+# Epochs of a fraction of a second are handed on in batches of this span: whoever schedules has work with each batch.
+BATCH_SPAN_S = 0.2
+# How long an order to end may take, for a child that waits for orders and for one that is training.
 STOP_TIMEOUT_S = 10.0
+STOP_GRACE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Work:
         threads: of TensorFlow's operations.
         program: `module:function`, the generator that trains.
         preload: modules it needs that are slow to import; a worker's fork server imports them once.
+        decisions: epochs after which a trial waits to hear whether it goes on. After all others it trains on.
+        memory_bound_bytes: a child above this is replaced before its next trial: Keras leaks tens of MB a trial in
+            one process.
     """
 
     data: TrialData
@@ -46,6 +51,8 @@ class Work:
     threads: int
     program: str = "sweep.worker:train"
     preload: tuple[str, ...] = ("cxr_models.training",)
+    decisions: frozenset[int] = frozenset()
+    memory_bound_bytes: int = 2 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,10 @@ class TrialJob:
     @property
     def folder(self) -> Path:
         return self.work.folder / self.trial_id
+
+    def waits_after(self, epoch: int) -> bool:
+        """Whether the trial waits for a decision there. After its own last epoch there is nothing left to decide."""
+        return epoch in self.work.decisions and epoch < self.config.epochs
 
 
 @dataclass(frozen=True)
@@ -132,46 +143,43 @@ class TrialProcess:
         self._context.set_forkserver_preload(["sweep.worker", *preload])
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
-        self._child: Literal["idle", "training", "waiting"] = "idle"  # waiting for the order to go on or end
+        self._trial: TrialJob | None = None  # the running one
+        self._waiting = False  # the child, for a decision
 
     def start(self, job: TrialJob) -> None:
         """Begin a trial; one that is still running is stopped first."""
         self.stop()
-        if self._process is not None and _resident_bytes(self._process.pid) > MEMORY_BOUND_BYTES:
+        if self._process is not None and _resident_bytes(self._process.pid) > job.work.memory_bound_bytes:
             self.close()
         if self._process is None or not self._process.is_alive():
             self._spawn()
         self._send(job)
-        self._child = "training"
+        self._trial = job
 
-    def next(self) -> EpochMetrics | TrialEnd:
-        """Wait for the trial's next epoch, or its end. Asking for another epoch is the order to go on."""
-        if self._child == "idle" or self._connection is None:
-            return TrialEnd("the trial was not started")
-        if self._child == "waiting":
+    def next(self) -> list[EpochMetrics | TrialEnd]:
+        """Wait for what the trial does next: at least one event, and those that follow within a fraction of a second.
+
+        A batch ends with the trial or where it waits for a decision; asking for another batch is the order to go on.
+        """
+        if self._trial is None or self._connection is None:
+            return [TrialEnd("the trial was not started")]
+        if self._waiting:
+            self._waiting = False
             self._send(True)
-        try:
-            event: EpochMetrics | TrialEnd = self._connection.recv()
-        except (EOFError, ConnectionError):
-            return self._died()
-        self._child = "waiting" if isinstance(event, EpochMetrics) else "idle"
-        return event
+        events = [self._receive(self._connection)]
+        until = time.monotonic() + BATCH_SPAN_S
+        while self._trial and not self._waiting and self._connection.poll(max(0.0, until - time.monotonic())):
+            events.append(self._receive(self._connection))
+        return events
 
     def stop(self) -> None:
         """End the running trial after the epoch it reported; a child in the middle of one, or silent, is killed."""
-        if self._child == "idle":
+        if self._trial is None or self._connection is None:
             return
-        if self._child == "training" or self._connection is None:
-            self.close()
-            return
-        self._child = "idle"
+        timeout_s = STOP_TIMEOUT_S if self._waiting else STOP_GRACE_S
+        self._trial, self._waiting = None, False
         self._send(False)
-        try:
-            if self._connection.poll(STOP_TIMEOUT_S):
-                self._connection.recv()
-            else:
-                self.close()
-        except (EOFError, ConnectionError):
+        if not _ends(self._connection, timeout_s):
             self.close()
 
     def close(self) -> None:
@@ -181,8 +189,8 @@ class TrialProcess:
             self._process.join()
         if self._connection is not None:
             self._connection.close()
-        self._process = self._connection = None
-        self._child = "idle"
+        self._process = self._connection = self._trial = None
+        self._waiting = False
 
     def _spawn(self) -> None:
         self.close()
@@ -197,6 +205,17 @@ class TrialProcess:
                 self._connection.send(message)
         except ConnectionError:
             pass  # the child is gone; the next `recv` finds out and says how it died
+
+    def _receive(self, connection: Connection) -> EpochMetrics | TrialEnd:
+        try:
+            event: EpochMetrics | TrialEnd = connection.recv()
+        except (EOFError, OSError):
+            return self._died()
+        if isinstance(event, TrialEnd):
+            self._trial = None
+        else:
+            self._waiting = self._trial is not None and self._trial.waits_after(event.epoch)
+        return event
 
     def _died(self) -> TrialEnd:
         if self._process is None:
@@ -216,8 +235,9 @@ def serve(connection: Connection, log: Path) -> None:
     redirect_output(log)
     while True:
         try:
-            job = connection.recv()
-            _serve_trial(connection, job)
+            message = connection.recv()
+            if isinstance(message, TrialJob):  # else an order to end that came after the end
+                _serve_trial(connection, message)
         except (EOFError, ConnectionError):
             return
 
@@ -227,8 +247,21 @@ def _serve_trial(connection: Connection, job: TrialJob) -> None:
     event = trial.begin()
     while isinstance(event, EpochMetrics):
         connection.send(event)
-        event = trial.answer(connection.recv())
+        told = job.waits_after(event.epoch) or connection.poll()
+        event = trial.answer(connection.recv() if told else True)
     connection.send(event)
+
+
+def _ends(connection: Connection, timeout_s: float) -> bool:
+    """Whether the trial at the other side ends in time; epochs it still reports are dropped."""
+    until = time.monotonic() + timeout_s
+    try:
+        while connection.poll(max(0.0, until - time.monotonic())):
+            if isinstance(connection.recv(), TrialEnd):
+                return True
+    except (EOFError, OSError):
+        pass  # it died, and a new child is started when one is needed
+    return False
 
 
 def _die_with_parent() -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,22 @@ def slow(job: TrialJob) -> Epochs:
     return told_epochs(job, lambda epoch: time.sleep(0.2))
 
 
+def brisk(job: TrialJob) -> Epochs:
+    """Epochs as short as those of a head over stored features."""
+    return told_epochs(job, lambda epoch: time.sleep(0.01))
+
+
+def noting(job: TrialJob) -> Epochs:
+    """Writes down each epoch that it begins, whether or not anybody asks."""
+    job.folder.mkdir(parents=True)
+
+    def happens(epoch: int) -> None:
+        with (job.folder / "begun").open("a") as file:
+            file.write(f"{epoch}\n")
+
+    return told_epochs(job, happens)
+
+
 def meeting(job: TrialJob) -> Epochs:
     """Waits until as many trials run at once as the file `peers` says, and writes down when and on which device."""
     wanted = int((job.work.folder / "peers").read_text())
@@ -120,12 +136,14 @@ def undefined(job: TrialJob) -> Epochs:
     yield measured(job, 1, math.nan)
 
 
-def work(folder: Path, program: str) -> Work:
+def work(folder: Path, program: str, decisions: Iterable[int] = ()) -> Work:
     """What the trials of a fake sweep have in common; there are no images."""
     nothing = np.zeros(0, np.int64)
     data = TrialData(("a", "b"), nothing.astype(np.int32), nothing, nothing, 1, {})
-    return Work(data, Objective("macro_f1", "max"), folder, 1, f"tests.programs:{program}", preload=())
+    objective = Objective("macro_f1", "max")
+    return Work(data, objective, folder, 1, f"tests.programs:{program}", preload=(), decisions=frozenset(decisions))
 
 
-def job(folder: Path, program: str, seed: int = 0, epochs: int = 3) -> TrialJob:
-    return TrialJob(f"t{seed}", TrialConfig("vanilla_cnn", epochs=epochs, seed=seed), work(folder, program))
+def job(folder: Path, program: str, seed: int = 0, epochs: int = 3, decisions: Iterable[int] = ()) -> TrialJob:
+    config = TrialConfig("vanilla_cnn", epochs=epochs, seed=seed)
+    return TrialJob(f"t{seed}", config, work(folder, program, decisions))

@@ -76,7 +76,7 @@ def fake_sweep(
     heard = heard or Heard()
     halving = Halving(rungs, 2, "max") if rungs else None
     search = Search(read_spec(path))
-    return Conductor(work(folder / "trials", program), search, halving, parameters, [heard]), heard
+    return Conductor(work(folder / "trials", program, rungs), search, halving, parameters, [heard]), heard
 
 
 def parameters(config: TrialConfig) -> tuple[int, int]:

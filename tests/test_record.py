@@ -2,7 +2,9 @@
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +51,23 @@ def leave_files(folder: RunFolder, trial_id: str) -> Path:
     weights.touch()
     (weights.parent / VALIDATION_SCORES).touch()
     return weights
+
+
+def rows(folder: RunFolder) -> list[dict[str, str]]:
+    with folder.trials.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def trial_ids(folder: RunFolder) -> list[str]:
+    return [row["trial_id"] for row in rows(folder)]
+
+
+def counted(method: Callable[..., Any], touched: list[Path]) -> Callable[..., Any]:
+    def call(path: Path, *arguments: Any, **options: Any) -> Any:
+        touched.append(path)
+        return method(path, *arguments, **options)
+
+    return call
 
 
 class TestCreate:
@@ -119,6 +138,34 @@ class TestRecord:
         assert running.exists()
         assert all((path.parent / VALIDATION_SCORES).exists() for path in weights.values())
 
+    def test_of_equals_the_one_suggested_first_keeps_its_weights(self, folder):
+        record = Record(folder, OBJECTIVE)
+        weights = {name: leave_files(folder, name) for name in ("first", "second", "third")}
+        for number, name in ((1, "second"), (0, "first"), (2, "third")):
+            record.ended(number, result(name, 0.5))
+        assert {name for name, path in weights.items() if path.exists()} == {"first"}
+
+    def test_weights_written_after_a_trials_end_are_dropped_at_the_close(self, folder):
+        record = Record(folder, OBJECTIVE)
+        for number, value in enumerate((0.7, 0.6)):
+            record.ended(number, result(f"t{number}", value))
+        best, late = leave_files(folder, "t0"), leave_files(folder, "t1")
+        record.close()
+        assert best.exists()
+        assert not late.exists()
+
+    def test_an_end_touches_no_more_files_after_many_trials_than_after_few(self, folder, monkeypatch):
+        record = Record(folder, OBJECTIVE)
+        touched: list[Path] = []
+        for name in ("open", "unlink", "replace"):
+            monkeypatch.setattr(Path, name, counted(getattr(Path, name), touched))
+        per_end = []
+        for number in range(40):
+            touched.clear()
+            record.ended(number, result(f"t{number}", 0.5 + number / 100, freeze=("all", "none")[number % 2]))
+            per_end.append(len(touched))
+        assert len(set(per_end[2:])) == 1
+
     def test_the_table_of_trials(self, folder):
         record = Record(folder, OBJECTIVE)
         record.ended(1, result("bb", None, failed=True))
@@ -143,6 +190,16 @@ class TestRecord:
         for number in range(3):
             record.ended(number, result(f"t{number}", 0.5))
             assert len(folder.trials.read_text().splitlines()) == number + 2
+
+    def test_the_table_is_complete_without_a_close_and_in_order_after_it(self, folder):
+        record = Record(folder, OBJECTIVE)
+        for number in (2, 0, 3, 1):
+            record.ended(number, result(f"t{number}", None if number == 2 else 0.5, failed=number == 2))
+        assert sorted(trial_ids(folder)) == ["t0", "t1", "t2", "t3"]
+        interrupted = rows(folder)
+        record.close()
+        assert trial_ids(folder) == ["t0", "t1", "t2", "t3"]
+        assert sorted(rows(folder), key=str) == sorted(interrupted, key=str)
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):

@@ -135,6 +135,15 @@ class TestInterruption:
         _, heard = interrupted(3)
         assert [result.outcome for result in heard.results.values()] == [Outcome.COMPLETED] * 3
 
+    def test_a_trial_that_had_ended_by_then_is_finished(self, tmp_path):
+        """Epochs come in batches: an interruption may be noticed when the trial is over."""
+        conductor, heard = fake_sweep(tmp_path, "quick", trials=2, epochs=9)
+        job = conductor.next_job()
+        conductor.interrupt()
+        assert not any(conductor.epoch(measured(job, epoch, 0.5)) for epoch in (1, 2))
+        conductor.ended(job.trial_id, TrialEnd())
+        assert (heard.results[0].outcome, heard.results[0].epochs) == (Outcome.COMPLETED, 2)
+
     def test_no_trial_is_given_out_afterwards(self, tmp_path):
         conductor, heard = fake_sweep(tmp_path, "quick")
         conductor.interrupt()

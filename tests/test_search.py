@@ -1,19 +1,21 @@
 """Suggestions are reproducible, respect conditions, and the study learns what became of them."""
 
 import math
+import os
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import optuna
 import pytest
+from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from cxr_models.backbones import BACKBONES
 from cxr_models.trial import Outcome, TrialConfig
+from sweep import search as search_module
 from sweep.search import Search, Suggestion
 from sweep.spec import SweepSpec, read_spec
 
@@ -150,15 +152,127 @@ class TestSuggestions:
         tpe, chance = ([best(algorithm, seed) for seed in range(7)] for algorithm in ("tpe", "random"))
         assert statistics.median(tpe) > statistics.median(chance)
 
-    def test_asking_stays_cheap(self, spec):
-        search = Search(spec("search.trials=300"))
-        seconds = []
-        for _ in range(300):
-            start = time.perf_counter()
-            suggestion = search.suggest()
-            seconds.append(time.perf_counter() - start)
-            search.finish(suggestion.number, Outcome.COMPLETED, toy(suggestion.config))
-        assert statistics.median(seconds[-50:]) < 5 * statistics.median(seconds[30:80])
+
+def by_rate(config: TrialConfig) -> tuple:
+    """Trials of one backbone follow each other, and the largest learning rate comes first."""
+    return config.backbone, -config.learning_rate
+
+
+class TestOrder:
+    @pytest.mark.parametrize(("algorithm", "text"), [("grid", GRID), ("random", SPEC)])
+    def test_the_same_trials_in_the_order_asked_for(self, spec, algorithm, text):
+        searched = spec(f"search.algorithm={algorithm}", text=text)
+        as_drawn, ordered, again = (run(Search(searched, order=order), toy) for order in (None, by_rate, by_rate))
+        assert ordered == again == sorted(as_drawn, key=by_rate)
+        assert ordered != as_drawn
+
+    @pytest.mark.parametrize(("algorithm", "text"), [("grid", GRID), ("random", SPEC), ("tpe", SPEC)])
+    def test_fixed_points_stay_before_the_rest(self, spec, algorithm, text):
+        fixed = [
+            f"{{backbone: {backbone}, freeze: {freeze}, learning_rate: {rate}}}"
+            for backbone, freeze, rate in (
+                ("vanilla_cnn", "none", 1e-4 if algorithm == "grid" else 1e-6),
+                ("mobilenet_v2_0.35", "all", 1e-4),
+                ("mobilenet_v2_0.35", "all", 1e-3),
+            )
+        ]
+        searched = spec(f"search.algorithm={algorithm}", f"search.fixed=[{', '.join(fixed)}]", text=text)
+        configs = run(Search(searched, order=by_rate), toy)
+        assert [config.learning_rate for config in configs[:3]] == [1e-3, 1e-4, 1e-4 if algorithm == "grid" else 1e-6]
+        ahead = configs[3 : 10 if algorithm == "tpe" else None]
+        assert ahead == sorted(ahead, key=by_rate)
+        unordered = run(Search(searched), toy)
+        assert set(configs[:3]) == set(unordered[:3])
+        assert set(ahead) == set(unordered[3 : 3 + len(ahead)])
+
+    def test_only_what_no_result_can_change_is_drawn_ahead(self, spec):
+        """Of 30 trials TPE draws 10 at random; every later one depends on results."""
+        good, bad = (run(Search(spec(), order=by_rate), objective) for objective in (toy, lambda config: -toy(config)))
+        assert good[:10] == bad[:10] == sorted(good[:10], key=by_rate)
+        assert not set(good[10:]) & set(bad[10:])
+
+    def test_numbers_are_those_of_the_journal(self, spec, tmp_path):
+        search = Search(spec("search.algorithm=random"), tmp_path / "journal.log", order=by_rate)
+        given = list(suggestions(search))
+        for suggestion in reversed(given):
+            search.finish(suggestion.number, Outcome.COMPLETED, suggestion.config.dropout)
+        assert [suggestion.number for suggestion in given] == list(range(30))
+        assert [trial.number for trial in journal_of(tmp_path / "journal.log")] == list(range(30))
+        assert [trial.value for trial in journal_of(tmp_path / "journal.log")] == [
+            suggestion.config.dropout for suggestion in given
+        ]
+
+
+class TestManyTrials:
+    @pytest.fixture
+    def looked_at(self, monkeypatch) -> list[list[optuna.trial.FrozenTrial]]:
+        """The ended trials TPE had before it, suggestion by suggestion; costs grow with nothing else."""
+        seen = []
+        sample = TPESampler.sample_relative
+
+        def spy(self: TPESampler, study: optuna.Study, *rest: object) -> dict:
+            ended = (TrialState.COMPLETE, TrialState.PRUNED)
+            seen.append(study.get_trials(deepcopy=False, states=ended))
+            return sample(self, study, *rest)
+
+        monkeypatch.setattr(TPESampler, "sample_relative", spy)
+        return seen
+
+    def test_a_suggestion_costs_the_same_after_many(self, spec, looked_at, monkeypatch):
+        monkeypatch.setattr(search_module, "HISTORY", 60)
+        monkeypatch.setattr(search_module, "RECENT_KEPT", 20)
+        monkeypatch.setattr(search_module, "BEST_KEPT", 20)
+        run(Search(spec("search.trials=200")), toy)
+        assert len(looked_at) == 200
+        assert max(map(len, looked_at)) == 60
+        assert [len(trials) for trials in looked_at[:62]] == [*[0] * 10, *range(10, 61), 40]
+
+    def test_the_product_looks_at_few_hundred(self):
+        assert search_module.BEST_KEPT + search_module.RECENT_KEPT < search_module.HISTORY <= 300
+
+    def test_the_best_and_the_most_recent_are_remembered(self, spec, looked_at, monkeypatch):
+        monkeypatch.setattr(search_module, "HISTORY", 40)
+        monkeypatch.setattr(search_module, "RECENT_KEPT", 10)
+        monkeypatch.setattr(search_module, "BEST_KEPT", 5)
+        values = []
+        search = Search(spec("search.trials=42"))
+        for suggestion in suggestions(search):
+            values.append(toy(suggestion.config))
+            if suggestion.number % 4:
+                search.finish(suggestion.number, Outcome.COMPLETED, values[-1])
+            else:
+                search.report(suggestion.number, 1, 10.0)  # pruned ones rank behind those that ran to their end
+                search.finish(suggestion.number, Outcome.STOPPED_EARLY, None)
+        recent = [10.0 if number % 4 == 0 else values[number] for number in range(31, 41)]
+        assert [trial.value for trial in looked_at[41][-10:]] == recent
+        best = sorted((values[n] for n in range(31) if n % 4), reverse=True)[:5]
+        assert sorted((trial.value for trial in looked_at[41][:-10]), reverse=True) == best
+
+    def test_trials_that_are_open_meanwhile_count_when_they_end(self, spec, looked_at, monkeypatch, tmp_path):
+        monkeypatch.setattr(search_module, "HISTORY", 30)
+        monkeypatch.setattr(search_module, "RECENT_KEPT", 10)
+        monkeypatch.setattr(search_module, "BEST_KEPT", 10)
+        search = Search(spec("search.trials=100"), tmp_path / "journal.log")
+        waiting = [search.suggest() for _ in range(8)]
+        for suggestion in suggestions(search):
+            waiting.append(suggestion)
+            ended = waiting.pop(0)
+            search.finish(ended.number, Outcome.COMPLETED, toy(ended.config))
+            assert ended.number + 8 == suggestion.number
+        for ended in waiting:
+            search.finish(ended.number, Outcome.COMPLETED, toy(ended.config))
+        assert max(map(len, looked_at)) == 30
+        trials = journal_of(tmp_path / "journal.log")
+        assert len(trials) == 100
+        assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+
+    def test_the_same_seed_leads_to_the_same_trials(self, spec, monkeypatch):
+        monkeypatch.setattr(search_module, "HISTORY", 30)
+        monkeypatch.setattr(search_module, "RECENT_KEPT", 10)
+        monkeypatch.setattr(search_module, "BEST_KEPT", 10)
+        first, second = (run(Search(spec("search.trials=100")), toy) for _ in range(2))
+        assert first == second
+        assert len(set(first)) > 90  # a new study does not begin the random numbers again
 
 
 class TestGrid:
@@ -246,6 +360,30 @@ class TestOutcomes:
         search = Search(spec())
         with pytest.raises(ValueError, match="trial 0 completed, but got no value"):
             search.finish(search.suggest().number, Outcome.COMPLETED, None)
+
+    def test_the_journal_shows_trials_that_run(self, spec, tmp_path, monkeypatch):
+        monkeypatch.setattr(search_module, "JOURNAL_INTERVAL_S", 0.0)
+        search = Search(spec(), tmp_path / "journal.log")
+        suggestion = search.suggest()
+        search.report(suggestion.number, 1, 0.3)
+        (trial,) = journal_of(tmp_path / "journal.log")
+        assert trial.state is TrialState.RUNNING
+        assert trial.intermediate_values == {1: 0.3}
+        assert trial.params["dropout"] == pytest.approx(suggestion.config.dropout)
+
+    def test_epochs_do_not_wait_for_the_disk(self, spec, tmp_path, monkeypatch):
+        monkeypatch.setattr(search_module, "JOURNAL_INTERVAL_S", 3600.0)
+        search = Search(spec(), tmp_path / "journal.log")
+        synced = []
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda file: (synced.append(file), fsync(file)))
+        number = search.suggest().number
+        for epoch in range(1, 21):
+            search.report(number, epoch, 0.3)
+        assert not synced
+        search.finish(number, Outcome.COMPLETED, 0.3)
+        assert len(synced) == 1
+        assert len(journal_of(tmp_path / "journal.log")[0].intermediate_values) == 20
 
     def test_the_journal_of_another_sweep_is_refused(self, spec, tmp_path):
         Search(spec(), tmp_path / "journal.log")

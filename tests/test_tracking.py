@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from cxr_models.trial import METRICS, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from sweep import backlog, tracking
 from sweep.record import RunFolder
-from sweep.tracked import MetricNames, flat_params
+from sweep.tracked import MetricNames, flat_params, matrix_page
 from sweep.tracking import DatasetInfo, Tracker
 
 mlflow = pytest.importorskip("mlflow")
@@ -202,23 +203,43 @@ def test_epochs_are_steps(tracked):
     assert history("val_recall/Focal opacity") == history("val_macro_f1")
     assert history("epoch_seconds") == [(1, 2.5), (2, 2.5), (3, 2.5)]
     assert {"learning_rate", "images_per_second"} <= set(run.data.metrics)
+    assert not [name for name in run.data.metrics if name.startswith("train_recall")]
 
 
-def test_a_trial_ends_with_its_best_epoch_and_pictures(tracked):
+def test_a_trial_ends_with_its_best_epoch_confusion_matrix_and_report(tracked):
     run = tracked.children[suggested(0).trial_id]
     assert run.data.metrics["best_val_macro_f1"] == 0.8
     assert run.data.metrics["best_epoch"] == 2
     assert run.data.metrics["trainable_parameters"] == 1200
     assert run.data.metrics["frozen_parameters"] == 410_000
-    pictures = {"curves.png", "confusion_matrix.png"}
-    assert tracked.artifacts(run.info.run_id) == pictures | {"classification_report.json", "classification_report.txt"}
-    for name in pictures:
-        assert tracked.artifact(run.info.run_id, name).read_bytes().startswith(b"\x89PNG")
+    reports = {"classification_report.json", "classification_report.txt"}
+    assert tracked.artifacts(run.info.run_id) == reports | {"confusion_matrix.html"}
+    page = tracked.artifact(run.info.run_id, "confusion_matrix.html").read_text()
+    assert cells(page) == [
+        ["1 50.0 %", "1 50.0 %", "0 0.0 %"],
+        ["0 0.0 %", "2 100.0 %", "0 0.0 %"],
+        ["0 0.0 %", "0 0.0 %", "2 100.0 %"],
+    ]
     report = json.loads(tracked.artifact(run.info.run_id, "classification_report.json").read_text())
     assert report["COVID-like"]["recall"] == 0.5
     assert report["accuracy"] == pytest.approx(5 / 6)
     text = tracked.artifact(run.info.run_id, "classification_report.txt").read_text()
     assert re.search(r"COVID-like +1\.000 +0\.500 +0\.667 +2\n", text)
+
+
+def cells(page: str) -> list[list[str]]:
+    """The cells of a table without its headings, as a reader sees them."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page, flags=re.DOTALL)[1:]
+    found = [re.findall(r"<td.*?>(.*?)</td>", row) for row in rows]
+    return [[re.sub(r"<.*?>", " ", cell).strip() for cell in row] for row in found]
+
+
+def test_a_confusion_matrix_shows_names_as_they_are_and_rows_without_images():
+    page = matrix_page(np.array([[3.0, 1.0], [0.0, 0.0]]), ["<b>", "Säuglinge"], "a & b")
+    assert cells(page) == [["3 75.0 %", "1 25.0 %"], ["0 –", "0 –"]]
+    assert "&lt;b&gt; (4)" in page
+    assert "a &amp; b" in page
+    assert "<b>" not in page
 
 
 def test_a_failed_trial_keeps_its_traceback(tracked):
@@ -237,12 +258,12 @@ def test_the_sweep_ends_with_test_figures_and_their_intervals(tracked):
     assert metrics["test_recall/Normal"] == 0.9
     assert "test_recall/Normal_low" not in metrics
     assert tracked.parent.data.tags["best_trial_id"] == suggested(0).trial_id
-    assert {"summary.json", "test_confusion_matrix.png"} <= tracked.artifacts(tracked.parent.info.run_id)
+    assert {"summary.json", "test_confusion_matrix.html"} <= tracked.artifacts(tracked.parent.info.run_id)
 
 
 def test_everything_lies_in_the_run_folder(tracked):
     assert tracked.tracker.uri == f"sqlite:///{tracked.folder.tracking_database}"
-    assert list(tracked.folder.tracking_artifacts.rglob("curves.png"))
+    assert list(tracked.folder.tracking_artifacts.rglob("confusion_matrix.html"))
     command = shlex.split(tracked.tracker.ui_command)
     assert command == [
         *f"{sys.executable} -m mlflow ui --backend-store-uri".split(),
@@ -291,6 +312,96 @@ def test_a_trial_whose_start_was_missed_is_still_shown(tmp_path, tracked):
     run = read_back(folder, target).children[suggested(4).trial_id]
     assert run.info.status == "FINISHED"
     assert run.data.metrics["best_val_macro_f1"] == 0.5
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The MLflow calls of every client, by the name of the method."""
+    made: list[str] = []
+
+    def counted(name: str):
+        method = getattr(mlflow.MlflowClient, name)
+
+        def call(*arguments, **options):
+            made.append(name)
+            return method(*arguments, **options)
+
+        return call
+
+    for name in ("create_run", "log_batch", "set_terminated", "log_artifacts", "get_run"):
+        monkeypatch.setattr(mlflow.MlflowClient, name, counted(name))
+    return made
+
+
+def test_a_short_trial_is_written_in_three_calls_however_many_epochs_it_has(tmp_path, tracked, calls):
+    folder = run_folder(tmp_path)
+    target = tracker(folder, uri=tracked.tracker.uri)
+    target.opened()
+    assert target.parent_run_id
+    calls.clear()
+    values = [number / 20 for number in range(20)]
+    for number in range(3):
+        run_trial(target, folder, suggested(number), values)
+        target.ended(number, result(suggested(number), Outcome.COMPLETED, values))
+    target.close(DEADLINE_S)
+    assert target.problem == ""
+    assert calls == ["create_run", "log_batch", "set_terminated"] * 3
+    found = read_back(folder, target)
+    for run in found.children.values():
+        history = found.client.get_metric_history(run.info.run_id, "val_macro_f1")
+        assert [(metric.step, metric.value) for metric in history] == list(enumerate(values, start=1))
+        assert run.data.tags["outcome"] == "completed"
+
+
+def test_the_curves_of_a_running_trial_are_shown_while_it_runs(tmp_path, tracked, monkeypatch):
+    monkeypatch.setattr(backlog, "INTERVAL_S", 0.05)
+    folder = run_folder(tmp_path)
+    target = tracker(folder, uri=tracked.tracker.uri)
+    target.opened()
+    run_trial(target, folder, suggested(0), [0.5, 0.8])
+    shown = await_epochs(folder, target, 2)
+    assert shown.info.status == "RUNNING"
+    assert shown.data.params["freeze"] == "convs:1"
+    target.epoch(epoch(suggested(0), 3, 0.7))
+    await_epochs(folder, target, 3)
+    target.ended(0, result(suggested(0), Outcome.COMPLETED, [0.5, 0.8, 0.7]))
+    target.close(DEADLINE_S)
+    assert target.problem == ""
+    (run,) = read_back(folder, target).children.values()
+    assert (run.info.status, run.data.metrics["best_val_macro_f1"]) == ("FINISHED", 0.8)
+
+
+def await_epochs(folder: RunFolder, target: Tracker, epochs: int) -> "mlflow.entities.Run":
+    """The only trial's run, once MLflow has as many of its epochs."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        found = read_back(folder, target)
+        for run in found.children.values():
+            if len(found.client.get_metric_history(run.info.run_id, "val_macro_f1")) == epochs:
+                return run
+        time.sleep(0.05)
+    raise AssertionError(f"MLflow did not get {epochs} epochs")
+
+
+def test_the_writer_rests_while_trials_run_and_catches_up_at_the_end(tmp_path, tracked, monkeypatch, calls):
+    monkeypatch.setattr(tracking, "REST", 1e6)
+    folder = run_folder(tmp_path)
+    target = tracker(folder, uri=tracked.tracker.uri)
+    target.opened()
+    assert target.parent_run_id
+    calls.clear()
+    target.started(suggested(9))  # runs all the time
+    for number in range(3):
+        run_trial(target, folder, suggested(number), [0.5])
+        target.ended(number, result(suggested(number), Outcome.COMPLETED, [0.5]))
+    time.sleep(0.5)
+    assert calls.count("create_run") <= 1
+    target.finished({}, [])
+    target.close(DEADLINE_S)
+    found = read_back(folder, target)
+    statuses = {name: run.info.status for name, run in found.children.items()}
+    ended = {suggested(number).trial_id: "FINISHED" for number in range(3)}
+    assert statuses == {**ended, suggested(9).trial_id: "KILLED"}
 
 
 def test_two_sweeps_at_once_have_two_stores(tmp_path):

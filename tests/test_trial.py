@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from cxr_models.trial import AXES, METRICS, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from cxr_models.trial import AXES, LATER_AXES, METRICS, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 
 CONFIG = TrialConfig("mobilenet_v2_0.35", freeze="all>stages:1", hidden_units=(1024, 512), learning_rate=3e-4, seed=7)
 
@@ -22,6 +22,8 @@ CONFIG = TrialConfig("mobilenet_v2_0.35", freeze="all>stages:1", hidden_units=(1
         ("learning_rate", 0.0, "learning_rate must be above 0 and finite"),
         ("learning_rate", math.inf, "learning_rate must be above 0 and finite, but got inf"),
         ("weight_decay", -0.1, "weight_decay must be at least 0"),
+        ("augmentation", "flip", "augmentation must be one of none, light, strong, but got 'flip'"),
+        ("augmented_views", -1, "augmented_views must be at least 0, but got -1"),
         ("hidden_units", (8, 0), r"hidden_units must each be at least 1, but got \[8, 0\]"),
     ],
 )
@@ -36,6 +38,11 @@ def test_a_configuration_survives_json():
     assert tuple(CONFIG.to_json()) == AXES
 
 
+def test_a_configuration_of_before_an_axis_existed_is_read_with_its_default():
+    values = {name: value for name, value in CONFIG.to_json().items() if name not in LATER_AXES}
+    assert TrialConfig.from_json(values) == CONFIG
+
+
 def test_a_configuration_is_named_by_its_content():
     """The digest of a stored run must not change with the version; every axis must change it."""
     assert TrialConfig("vanilla_cnn").digest == "ad7682ba"
@@ -44,7 +51,7 @@ def test_a_configuration_is_named_by_its_content():
         "backbone": "resnet50", "weights": "bundled", "image_side": 64, "freeze": "none", "batch_norm": "train",
         "pooling": "max", "hidden_units": (8,), "dropout": 0.1, "output": "sigmoid", "optimizer": "sgd",
         "learning_rate": 1e-4, "weight_decay": 0.1, "batch_size": 8, "epochs": 3, "patience": 2,
-        "class_weights": "balanced", "seed": 1,
+        "class_weights": "balanced", "augmentation": "light", "augmented_views": 2, "seed": 1,
     }  # fmt: skip
     assert others.keys() == set(AXES)
     digests = {TrialConfig(**{"backbone": "vanilla_cnn", axis: value}).digest for axis, value in others.items()}

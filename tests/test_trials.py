@@ -18,7 +18,7 @@ import ray
 from cxr_models.trial import EpochMetrics, Outcome, TrialResult
 from sweep.machine import ClusterUnreachable
 from sweep.runner import Conductor, run_inline
-from sweep.trials import Placement, check_address, ray_cluster, run_on_ray
+from sweep.trials import Placement, _Ends, check_address, ray_cluster, run_on_ray
 from tests.programs import ODD_ONE, value_of
 from tests.sweeps import Heard, fake_sweep
 
@@ -98,6 +98,30 @@ def test_a_killed_trial_does_not_stop_the_sweep(local_ray, tmp_path):
     assert heard.by_seed[ODD_ONE].epochs == 1
 
 
+def test_short_epochs_come_in_batches_each_once_and_in_order(local_ray, tmp_path, monkeypatch):
+    batches = []
+    hear = _Ends.on_trial_result
+
+    def count(self: _Ends, *, result: dict, **info: object) -> None:
+        batches.append(len(result["events"]))
+        hear(self, result=result, **info)
+
+    monkeypatch.setattr(_Ends, "on_trial_result", count)
+    conductor, heard = fake_sweep(tmp_path, "brisk", trials=4, epochs=60, rungs=(20,))
+    run(conductor, tmp_path, total=4, at_once=2)
+    assert len(heard.results) == 4
+    for result in heard.results.values():
+        told = [(what, epoch) for what, trial_id, epoch in heard.order if trial_id == result.trial_id]
+        assert told == [
+            ("started", 0),
+            *(("epoch", epoch + 1) for epoch in range(result.epochs)),
+            ("ended", result.epochs),
+        ]
+        assert result.epochs == (20 if result.outcome is Outcome.STOPPED_EARLY else 60)
+    assert {result.outcome for result in heard.results.values()} == {Outcome.COMPLETED, Outcome.STOPPED_EARLY}
+    assert len(batches) < len(heard.epochs) / 4
+
+
 class KillTheWorker(Heard):
     """Kills the process that Ray itself started, once, in the first trial."""
 
@@ -108,7 +132,7 @@ class KillTheWorker(Heard):
 
 
 def test_a_killed_ray_worker_does_not_stop_the_sweep(local_ray, tmp_path):
-    conductor, heard = fake_sweep(tmp_path, "slow", trials=3, heard=KillTheWorker())
+    conductor, heard = fake_sweep(tmp_path, "slow", trials=3, epochs=8, heard=KillTheWorker())
     run(conductor, tmp_path, total=3, at_once=1)
     assert [heard.results[number].outcome for number in range(3)] == [
         Outcome.FAILED,
@@ -116,7 +140,7 @@ def test_a_killed_ray_worker_does_not_stop_the_sweep(local_ray, tmp_path):
         Outcome.COMPLETED,
     ]
     assert heard.results[0].error.startswith("the Ray worker failed: ")
-    assert heard.by_seed[1].val["macro_f1"] == value_of(1, 3)
+    assert heard.by_seed[1].val["macro_f1"] == value_of(1, 8)
 
 
 class Interrupter(Heard):

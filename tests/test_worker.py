@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -29,10 +30,21 @@ def process(tmp_path) -> Iterator[TrialProcess]:
 
 def run(process: TrialProcess, job: TrialJob) -> tuple[list[EpochMetrics], TrialEnd]:
     process.start(job)
-    epochs = []
-    while isinstance(event := process.next(), EpochMetrics):
-        epochs.append(event)
-    return epochs, event
+    events = process.next()
+    while not isinstance(events[-1], TrialEnd):
+        events += process.next()
+    *epochs, end = events
+    return epochs, end
+
+
+def numbers(events: list[EpochMetrics | TrialEnd]) -> list[int | str]:
+    return [event.epoch if isinstance(event, EpochMetrics) else event.error or "end" for event in events]
+
+
+def begun(job: TrialJob) -> list[int]:
+    """The epochs a `noting` program has begun."""
+    notes = job.folder / "begun"
+    return [int(line) for line in notes.read_text().split()] if notes.exists() else []
 
 
 def alive(process: psutil.Process) -> bool:
@@ -121,18 +133,60 @@ class TestTrials:
         assert capfd.readouterr() == ("", "")
 
 
+class TestEpochs:
+    """The child waits only where something is decided."""
+
+    def test_it_trains_on_while_nobody_asks(self, process, tmp_path):
+        noting = job(tmp_path, "noting", epochs=30)
+        process.start(noting)
+        deadline = time.monotonic() + 30
+        while len(begun(noting)) < 30 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert begun(noting) == list(range(1, 31))
+        assert numbers(process.next()) == [*range(1, 31), "end"]
+
+    def test_it_waits_for_a_decision(self, process, tmp_path):
+        noting = job(tmp_path, "noting", epochs=6, decisions=(2, 4))
+        process.start(noting)
+        assert numbers(process.next()) == [1, 2]
+        time.sleep(0.1)
+        assert begun(noting) == [1, 2]
+        assert numbers(process.next()) == [3, 4]
+        assert numbers(process.next()) == [5, 6, "end"]
+
+    def test_after_its_own_last_epoch_nothing_is_decided(self, process, tmp_path):
+        process.start(job(tmp_path, "quick", epochs=3, decisions=(3,)))
+        assert numbers(process.next()) == [1, 2, 3, "end"]
+
+    def test_an_epoch_is_not_held_back_for_the_next(self, process, tmp_path):
+        """The second epoch never comes; the first must be told all the same."""
+        process.start(job(tmp_path, "hanging"))
+        start = time.monotonic()
+        assert numbers(process.next()) == [1]
+        assert time.monotonic() - start < 30
+
+    def test_epochs_before_a_crash_are_told(self, process, tmp_path):
+        process.start(job(tmp_path, "exiting"))
+        first, end = process.next()
+        assert first.epoch == 1
+        assert "exited with 3" in end.error
+        assert process.next() == [TrialEnd("the trial was not started")]
+
+
 class TestStop:
-    def test_in_the_middle(self, process, tmp_path):
-        process.start(job(tmp_path, "quick", 0))
-        first = process.next()
+    def test_at_a_decision(self, process, tmp_path):
+        noting = job(tmp_path, "noting", 0, decisions=(1,))
+        process.start(noting)
+        (first,) = process.next()
         process.stop()
         epochs, end = run(process, job(tmp_path, "quick", 1))
         assert end == TrialEnd()
         assert [metrics.trial_id for metrics in epochs] == ["t1"] * 3
         assert epochs[0].val["pid"] == first.val["pid"]
+        assert begun(noting) == [1]
 
     def test_a_new_trial_stops_the_running_one(self, process, tmp_path):
-        process.start(job(tmp_path, "quick", 0))
+        process.start(job(tmp_path, "quick", 0, decisions=(1,)))
         process.next()
         epochs, _ = run(process, job(tmp_path, "quick", 1))
         assert [(metrics.trial_id, metrics.epoch) for metrics in epochs] == [("t1", 1), ("t1", 2), ("t1", 3)]
@@ -143,40 +197,66 @@ class TestStop:
         epochs, _ = run(process, job(tmp_path, "quick", 1))
         assert [(metrics.trial_id, metrics.epoch) for metrics in epochs] == [("t1", 1), ("t1", 2), ("t1", 3)]
 
-    def test_a_child_that_does_not_listen_is_killed(self, process, tmp_path, monkeypatch):
-        monkeypatch.setattr(worker, "STOP_TIMEOUT_S", 0.2)
+    def test_between_epochs_the_child_hears_of_it(self, process, tmp_path, monkeypatch):
+        monkeypatch.setattr(worker, "STOP_GRACE_S", 30)
+        process.start(job(tmp_path, "brisk", 0, epochs=100_000))
+        first = process.next()[0]
+        process.stop()
+        epochs, _ = run(process, job(tmp_path, "quick", 1))
+        assert [(metrics.trial_id, metrics.epoch) for metrics in epochs] == [("t1", 1), ("t1", 2), ("t1", 3)]
+        assert epochs[0].val["pid"] == first.val["pid"]
+
+    def test_an_order_that_comes_after_the_end_is_not_for_the_next_trial(self, process, tmp_path):
+        process.start(job(tmp_path, "noting", 0))
+        while len(begun(job(tmp_path, "noting", 0))) < 3:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        process.stop()
+        for seed in (1, 2):
+            assert numbers(run(process, job(tmp_path, "quick", seed))[0]) == [1, 2, 3]
+
+    def test_a_child_in_the_middle_of_an_epoch_is_killed(self, process, tmp_path):
         process.start(job(tmp_path, "hanging"))
         process.next()
         process.stop()
         assert not children()
         assert run(process, job(tmp_path, "quick"))[1] == TrialEnd()
 
+    def test_a_child_that_does_not_listen_is_killed(self, process, tmp_path, monkeypatch):
+        monkeypatch.setattr(worker, "STOP_TIMEOUT_S", 0.2)
+        process.start(job(tmp_path, "hanging", decisions=(1,)))
+        process.next()
+        process.stop()
+        assert not children()
+        assert run(process, job(tmp_path, "quick"))[1] == TrialEnd()
+
     def test_a_child_that_died_meanwhile(self, process, tmp_path):
-        process.start(job(tmp_path, "quick"))
-        first = process.next()
+        process.start(job(tmp_path, "quick", decisions=(1,)))
+        (first,) = process.next()
         psutil.Process(int(first.val["pid"])).kill()
         process.stop()
         assert run(process, job(tmp_path, "quick"))[1] == TrialEnd()
 
     def test_without_a_trial(self, process):
         process.stop()
-        assert process.next() == TrialEnd("the trial was not started")
+        assert process.next() == [TrialEnd("the trial was not started")]
 
 
 class TestChild:
     def test_nothing_is_left_after_closing(self, process, tmp_path):
         process.start(job(tmp_path, "quick"))
-        first = process.next()
+        first = process.next()[0]
         assert children() == {int(first.val["pid"])}
         process.close()
         assert not children()
         process.close()
 
-    def test_a_child_that_grew_is_replaced_before_its_next_trial(self, process, tmp_path, monkeypatch):
+    def test_a_child_that_grew_is_replaced_before_its_next_trial(self, process, tmp_path):
         pids = []
-        for bound in (worker.MEMORY_BOUND_BYTES, worker.MEMORY_BOUND_BYTES, 1024**2):
-            monkeypatch.setattr(worker, "MEMORY_BOUND_BYTES", bound)
-            pids.append(run(process, job(tmp_path, "quick"))[0][0].val["pid"])
+        for bound in (1024**3, 1024**3, 1024**2):
+            trial = job(tmp_path, "quick")
+            trial = replace(trial, work=replace(trial.work, memory_bound_bytes=bound))
+            pids.append(run(process, trial)[0][0].val["pid"])
         assert pids[0] == pids[1] != pids[2]
         assert children() == {int(pids[2])}
 
@@ -189,7 +269,7 @@ class TestChild:
             from tests.programs import job
             process = TrialProcess(Path({str(tmp_path / "log")!r}), preload=())
             process.start(job(Path({str(tmp_path)!r}), "hanging"))
-            print(json.dumps({{"pid": process.next().val["pid"]}}), flush=True)
+            print(json.dumps({{"pid": process.next()[0].val["pid"]}}), flush=True)
             process.next()
         """
         parent = subprocess.Popen(
@@ -213,7 +293,7 @@ class TestChild:
             from tests.programs import job
             process = TrialProcess(Path({str(tmp_path / "log")!r}), preload=())
             process.start(job(Path({str(tmp_path)!r}), "quick"))
-            print(json.dumps({{"device": process.next().device}}))
+            print(json.dumps({{"device": process.next()[0].device}}))
             process.close()
         """
         assert python(code, CUDA_VISIBLE_DEVICES=visible) == {"device": f"GPU {visible}"}
@@ -246,13 +326,14 @@ def test_a_real_training_in_the_child_gives_the_same_bits(tmp_path):
 
         process = TrialProcess(folder / "log", preload=())
         process.start(job("child"))
-        child = []
-        while isinstance(event := process.next(), EpochMetrics):
-            child.append(told(event))
+        events = process.next()
+        while isinstance(events[-1], EpochMetrics):
+            events += process.next()
+        child = [told(event) for event in events[:-1]]
         process.close()
         epochs = train(job("inline"))
         inline = [told(next(epochs)), told(epochs.send(True))]
-        print(json.dumps({{"child": child, "inline": inline, "end": event.error,
+        print(json.dumps({{"child": child, "inline": inline, "end": events[-1].error,
                           "scores": [scores("child"), scores("inline")]}}))
     """
     found = python(code, CUDA_VISIBLE_DEVICES="")

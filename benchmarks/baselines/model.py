@@ -1,0 +1,60 @@
+"""The network and the images of every baseline, as Keras' transfer learning guide and image loading pages show them.
+
+https://keras.io/guides/transfer_learning/ and https://keras.io/api/data_loading/image/
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+# The first layer that trains. `cxr_models.freezing` has the same boundaries; `sweep_speed.py` compares the parameters.
+FIRST_TRAINED = {"convs:1": "Conv_1", "convs:2": "block_16_project", "stages:1": "block_13_expand"}
+
+
+def build_model(
+    *, freeze: str, learning_rate: float, dropout: float, side: int, classes: int, weights: Path
+) -> keras.Model:
+    """Compile a classifier of raw pixels 0 to 255, (images, side, side, 3).
+
+    Batch norms train in the part that trains, which is what `fit` does unless told otherwise.
+    """
+    base = keras.applications.MobileNetV2(
+        input_shape=(side, side, 3), alpha=0.35, include_top=False, weights=None, name="base"
+    )
+    base.load_weights(weights)
+    if freeze in FIRST_TRAINED:
+        names = [layer.name for layer in base.layers]
+        for layer in base.layers[: names.index(FIRST_TRAINED[freeze])]:
+            layer.trainable = False
+    else:
+        base.trainable = {"all": False, "none": True}[freeze]
+    inputs = keras.Input((side, side, 3))
+    x = keras.layers.Rescaling(1 / 127.5, offset=-1)(inputs)
+    x = base(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    x = keras.layers.Dropout(dropout)(x)
+    outputs = keras.layers.Dense(classes, activation="softmax")(x)
+    model = keras.Model(inputs, outputs)
+    model.compile(
+        optimizer=keras.optimizers.Adam(learning_rate), loss="sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
+    return model
+
+
+def image_datasets(data: Path, *, side: int, batch_size: int, seed: int) -> tuple[Any, Any, int]:
+    """Training and validation images from class folders, and the number of classes."""
+    train = keras.utils.image_dataset_from_directory(
+        data / "train", image_size=(side, side), batch_size=batch_size, seed=seed
+    )
+    val = keras.utils.image_dataset_from_directory(
+        data / "val", image_size=(side, side), batch_size=batch_size, shuffle=False
+    )
+    classes = len(train.class_names)
+    return train.prefetch(tf.data.AUTOTUNE), val.prefetch(tf.data.AUTOTUNE), classes
+
+
+def trainable_parameters(model: keras.Model) -> int:
+    return sum(math.prod(weight.shape) for weight in model.trainable_weights)

@@ -1,0 +1,87 @@
+"""Baseline: plain Ray Tune with a Keras function trainable, one CPU a trial, as many trials at once as there are cores.
+
+As https://docs.ray.io/en/latest/tune/getting-started.html and Ray's Keras example show it; each trial has one thread,
+so that the machine is full and not oversubscribed.
+
+Run:  python benchmarks/baselines/ray_tune_keras.py --data DIR --trials FILE.json --weights FILE --out FILE.json
+Cost: minutes a trial; use few trials and epochs.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from protocol import Ran, Trial, read_arguments, write_results
+from ray import tune
+
+
+def train(config: dict[str, Any]) -> None:
+    os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
+    import keras
+    from model import build_model, image_datasets, trainable_parameters
+
+    began = time.time()
+    trial: Trial = config["trial"]
+    side, epochs = config["side"], config["epochs"]
+    keras.utils.set_random_seed(trial.seed)
+    train_images, val_images, classes = image_datasets(
+        config["data"], side=side, batch_size=trial.batch_size, seed=trial.seed
+    )
+    model = build_model(
+        freeze=trial.freeze,
+        learning_rate=trial.learning_rate,
+        dropout=trial.dropout,
+        side=side,
+        classes=classes,
+        weights=config["weights"],
+    )
+    facts = {"began": began, "trainable_parameters": trainable_parameters(model)}
+
+    class Report(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+            tune.report({**(logs or {}), **facts, "ended": time.time()})
+
+    model.fit(train_images, validation_data=val_images, epochs=epochs, verbose=0, callbacks=[Report()])
+
+
+def main() -> None:
+    arguments = read_arguments("Plain Ray Tune + Keras")
+    ray.init(num_cpus=arguments.cores)
+    shared = {
+        "data": arguments.data,
+        "weights": arguments.weights,
+        "side": arguments.side,
+        "epochs": arguments.epochs,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(train, {"cpu": 1}),
+            param_space={"trial": tune.grid_search(list(arguments.trials)), **shared},
+            tune_config=tune.TuneConfig(metric="val_accuracy", mode="max"),
+            run_config=tune.RunConfig(name="baseline", storage_path=str(Path(folder))),
+        )
+        results = tuner.fit()
+    write_results(arguments, [_ran(result) for result in results], at_once=arguments.cores)
+
+
+def _ran(result: Any) -> Ran:
+    if result.error:
+        raise result.error
+    trial, metrics = result.config["trial"], result.metrics
+    return Ran(
+        trial.index,
+        trial.freeze,
+        metrics["began"],
+        metrics["ended"],
+        metrics["training_iteration"],
+        metrics["val_accuracy"],
+        metrics["val_loss"],
+        metrics["trainable_parameters"],
+    )
+
+
+if __name__ == "__main__":
+    main()

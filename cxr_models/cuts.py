@@ -1,0 +1,155 @@
+"""Where a network is divided: a frozen prefix that is run once, and the rest that every trial runs.
+
+A layer can be a cut if everything behind it depends on its output alone (in the graph of layers it dominates all that
+follow). Behind the cut nothing of the prefix is needed, so its output can be stored and shared by every trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from cxr_models.backbones import Backbone
+from cxr_models.freezing import CONVOLUTIONS, Phase, frozen_layers
+from cxr_models.layer_table import Layer, LayerTable
+
+BYTES_PER_ELEMENT = 4  # float32: what is stored is exact
+
+# Moving one element through memory takes as long as this many multiply-accumulates on current CPUs, where small
+# networks are bound by memory; measured with benchmarks/cut_costs.py.
+TRAFFIC = 10.0
+# Forward, gradient by weight and gradient by input.
+TRAINING_STEP = 3.0
+# A narrower cut further in front may cost this much more of what the trial computes anyway.
+RECOMPUTED_SHARE = 0.1
+# Below this gain the cache is not worth its place.
+LEAST_GAIN = 1.1
+# Reading a stored element back, from the page cache or a disk, in the same unit.
+READING = 4 * TRAFFIC
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is stored of an image.
+
+    Attributes:
+        layer: the backbone's layer whose output it is.
+        pooling: `average` or `max` where the pooled vector is stored in place of the map, else empty.
+        shape: of what is stored, per image.
+    """
+
+    layer: str
+    pooling: str
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}-{self.pooling}" if self.pooling else self.layer
+
+    @property
+    def bytes_per_image(self) -> int:
+        return BYTES_PER_ELEMENT * prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one image costs in one epoch of training, in multiply-accumulates and their like.
+
+    Attributes:
+        whole: when the network is run from the pixels.
+        rest: when it is run from the stored output of the cut, reading included; the same as `whole` without a cut.
+        prefix: of running the prefix once.
+    """
+
+    whole: float
+    rest: float
+    prefix: float
+
+    @property
+    def gain(self) -> float:
+        """How many times faster an epoch gets."""
+        return self.whole / self.rest
+
+
+def forward_work(layer: Layer) -> float:
+    """Multiply-accumulates of a layer for one image, and the elements it writes as their like."""
+    elements = prod(layer.output)
+    if layer.kind not in CONVOLUTIONS:
+        return TRAFFIC * elements
+    positions = elements // layer.output[-1]
+    kernels = (shape for shape in layer.shapes if len(shape) == 4)  # a bias has one axis
+    return TRAFFIC * elements + positions * sum(prod(kernel) for kernel in kernels)
+
+
+def cut_layers(table: LayerTable) -> list[int]:
+    """Indices of the layers that can be cuts, the input layer among them."""
+    index = {layer.name: number for number, layer in enumerate(table.layers)}
+    earliest_read = len(table.layers)
+    found = []
+    for number in range(len(table.layers) - 1, -1, -1):
+        if earliest_read >= number:
+            found.append(number)
+        earliest_read = min([earliest_read, *(index[name] for name in table.layers[number].inputs)])
+    return found[::-1]
+
+
+def choose_cut(
+    phases: Sequence[Phase], backbone: Backbone, table: LayerTable, *, pooling: str, head_parameters: int
+) -> Cut | None:
+    """The cut of the last of `phases`, or None where running from the pixels is better.
+
+    It lies at or before the first layer that has trained in any of the phases: what a former phase moved is no longer
+    what was stored. Among the layers there it is the narrowest that costs little to start from; where the boundary
+    lies inside a block, the block's input, and the rest of the block is recomputed.
+
+    Args:
+        phases: of a strategy, up to the one that is about to run.
+        backbone: the row the table belongs to.
+        table: the backbone's layers.
+        pooling: of the network's head.
+        head_parameters: of that head, a measure of its work.
+    """
+    boundary = _boundary(phases, backbone, table)
+    layers = table.layers
+    if boundary == len(layers) and pooling != "flatten":
+        return Cut(layers[-1].name, pooling, (layers[-1].output[-1],))
+    candidates = [number for number in cut_layers(table) if 0 < number < boundary]
+    if not candidates:
+        return None
+    recomputed = {number: _forward(table, number + 1, boundary) for number in candidates}
+    trained = TRAINING_STEP * (_forward(table, boundary, len(layers)) + head_parameters)
+    latest = candidates[-1]
+    bound = recomputed[latest] + RECOMPUTED_SHARE * (recomputed[latest] + trained)
+    affordable = [number for number in candidates if recomputed[number] <= bound]
+    chosen = min(affordable, key=lambda number: (prod(layers[number].output), -number))
+    cut = Cut(layers[chosen].name, "", layers[chosen].output)
+    worth = work(cut, phases, backbone, table, head_parameters=head_parameters)
+    return cut if worth.gain >= LEAST_GAIN else None
+
+
+def work(
+    cut: Cut | None, phases: Sequence[Phase], backbone: Backbone, table: LayerTable, *, head_parameters: int
+) -> Work:
+    """What the last of `phases` costs with and without a cut; an estimate to choose and to plan by."""
+    boundary, last = _boundary(phases, backbone, table), len(table.layers)
+    # Gradients stop where this phase's own frozen part begins, which may lie behind a former phase's.
+    frozen = frozen_layers(phases[-1], backbone, table)
+    trained = TRAINING_STEP * (_forward(table, frozen, last) + head_parameters)
+    whole = _forward(table, 0, frozen) + trained
+    if cut is None:
+        return Work(whole, whole, 0.0)
+    place = [layer.name for layer in table.layers].index(cut.layer)
+    if place >= boundary:
+        raise ValueError(f"the cut {cut.name} lies behind the first trained layer, {table.layers[boundary].name}")
+    reading = READING * prod(cut.shape)
+    return Work(whole, reading + _forward(table, place + 1, frozen) + trained, _forward(table, 0, place + 1))
+
+
+def _boundary(phases: Sequence[Phase], backbone: Backbone, table: LayerTable) -> int:
+    """How many leading layers still are as they were before the first phase."""
+    return min(frozen_layers(phase, backbone, table) for phase in phases)
+
+
+def _forward(table: LayerTable, first: int, end: int) -> float:
+    return sum(forward_work(layer) for layer in table.layers[first:end])

@@ -1,0 +1,142 @@
+"""What a phase of a trial is given of each image: pixels, or what is stored at the cut."""
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxr_models import steps
+from cxr_models.augmentation import AUGMENTATION_VERSION, augmented, view_of_epoch
+from cxr_models.cuts import Cut
+from cxr_models.features import Extraction, Features, NoRoomError, Rows, obtain
+from cxr_models.network import Network
+from cxr_models.trial import TrialConfig, TrialData
+
+# Images of the data set, by their place in it -> what the network is given of them.
+Gather = Callable[[Rows], steps.Array]
+Progress = Callable[[int, int], None]
+
+
+class Inputs:
+    """Reads the training and validation images for one phase.
+
+    Args:
+        data: which images, and the features that may be kept of them.
+        config: of the trial.
+        network: whose frozen part is run; it holds the trial's first weights as far as the cut.
+        cut: where the images are run to beforehand; None for pixels.
+        pristine: no weight of the network has moved yet, so cuts behind this one can be stored in the same pass.
+        progress: told (done, total) images while features are computed.
+
+    Raises:
+        NoRoomError: the features cannot be kept; with `cut=None` the phase can run all the same.
+    """
+
+    def __init__(
+        self,
+        data: TrialData,
+        config: TrialConfig,
+        network: Network,
+        cut: Cut | None,
+        *,
+        pristine: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self._data = data
+        self._config = config
+        self._network = network
+        self._cut = cut
+        self._pristine = pristine
+        self._progress = progress
+        self._pixels = np.load(data.pixels[config.image_side], mmap_mode="r")
+        self._view: tuple[int, Features] | None = None
+        self._plain: Features | None = None
+        if cut is not None:
+            self._rows = data.val if config.augmentation != "none" else np.union1d(data.train, data.val)
+            self._plain = self._obtain(self._rows, 0)
+
+    def validation(self) -> Gather:
+        """The images as they are."""
+        if self._plain is None:
+            pixels: NDArray[np.uint8] = self._pixels
+            return lambda wanted: pixels[wanted]
+        array, rows = self._plain.array, self._rows
+        return lambda wanted: array[np.searchsorted(rows, wanted)]
+
+    def training(self, epoch: int) -> Gather:
+        """The images as this epoch sees them."""
+        if self._config.augmentation == "none":
+            return self.validation()
+        view = view_of_epoch(epoch, self._config.augmented_views)
+        if self._cut is None:
+            return lambda wanted: self._augmented(wanted, view)
+        rows = np.sort(self._data.train)
+        if self._view is None or self._view[0] != view:
+            self._close_view()
+            try:
+                self._view = view, self._obtain(rows, view)
+            except NoRoomError:
+                run = _warm_prefix(self._network, (self._cut,))  # the same bits, for this epoch of this trial alone
+                return lambda wanted: run(self._augmented(wanted, view))[0]
+        array = self._view[1].array
+        return lambda wanted: array[np.searchsorted(rows, wanted)]
+
+    def close(self) -> None:
+        self._close_view()
+        if self._plain is not None:
+            self._plain.close()
+
+    def _close_view(self) -> None:
+        if self._view is not None:
+            self._view[1].close()
+        self._view = None
+
+    def _augmented(self, wanted: Rows, view: int) -> NDArray[np.uint8]:
+        pixels, ids = self._pixels[wanted], self._data.image_ids[wanted]
+        return augmented(pixels, ids, kind=self._config.augmentation, seed=self._config.seed, view=view)
+
+    def _obtain(self, rows: Rows, view: int) -> Features:
+        """Features of `rows`; of their augmented view, or of the images as they are where it is 0."""
+        budget = self._data.features
+        if budget is None or self._cut is None:
+            raise NoRoomError("this trial keeps no features")
+        extraction = Extraction(
+            key=self._key(rows, view),
+            images=len(rows),
+            pixels=lambda chosen: self._augmented(rows[chosen], view) if view else self._pixels[rows[chosen]],
+            prefix=lambda cuts: _warm_prefix(self._network, tuple(cuts)),
+            images_at_once=max(64, steps.inference_batch()),
+        )
+        kept = budget.cuts.get((self._config.backbone, self._config.weights, self._config.image_side), ())
+        wanted = kept if self._pristine else ()
+        return obtain(budget, extraction, self._cut, wanted=wanted, progress=self._progress)
+
+    def _key(self, rows: Rows, view: int) -> dict[str, object]:
+        config = self._config
+        weights = self._data.weights.get((config.backbone, config.weights, config.image_side))
+        pixels = self._data.pixels[config.image_side]
+        status = pixels.stat()
+        return {
+            "pixels": [pixels.name, status.st_size, status.st_mtime_ns],
+            "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
+            "view": [AUGMENTATION_VERSION, config.augmentation, config.seed, view] if view else None,
+            "backbone": config.backbone,
+            "image_side": config.image_side,
+            "channels": self._data.channels,
+            "weights": _digest(weights, weights.stat().st_mtime_ns) if weights else f"random, seed {config.seed}",
+            "numerics": steps.numerics(),
+        }
+
+
+@lru_cache(maxsize=4)
+def _warm_prefix(network: Network, cuts: tuple[Cut, ...]) -> steps.Prefix:
+    return steps.Prefix(network, cuts)
+
+
+@lru_cache(maxsize=32)
+def _digest(path: Path, changed_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

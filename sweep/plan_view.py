@@ -1,0 +1,115 @@
+"""A plan as a person reads it: what `--plan` and the start of every sweep print."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cxr_models.dataset import patients_on_two_sides
+from sweep.caching import PhaseCache, size_text
+from sweep.plan import Plan
+from sweep.space import Constant
+
+
+def render_plan(plan: Plan) -> RenderableType:
+    """The plan as a person reads it."""
+    spec, allotment = plan.spec, plan.allotment
+    halving = ", ".join(map(str, plan.rungs)) if plan.rungs else "none"
+    device = f"{allotment.gpus_per_trial:g} GPU" if allotment.gpus_per_trial else "no GPU"
+    facts = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("data", f"{spec.data.source} ({plan.manifest.layout}), {len(plan.manifest.records)} images"),
+        ("patients", f"{plan.manifest.patients}, {_two_sides(plan)}"),
+        ("objective", f"validation {spec.objective.metric}, {spec.objective.mode}imum"),
+        ("search", f"{spec.search.algorithm}, {plan.trials} trials, at most {plan.max_epochs} epochs each"),
+        ("rungs", f"after epochs {halving}" if plan.rungs else "none: every trial runs to its end"),
+        (
+            "resources",
+            f"{allotment.concurrency} trials at once, each {allotment.cpus_per_trial:g} CPU, {device}, "
+            f"{allotment.threads} {'thread' if allotment.threads == 1 else 'threads'}",
+        ),
+    ):
+        facts.add_row(Text(name, style="bold"), Text(value))
+    notes = [Text(f"note: {note}", style="yellow") for note in plan.notes]
+    tables = _split_table(plan), _axis_table(plan), _constants(plan), _strategy_table(plan), *_cache(plan)
+    return Group(facts, *tables, *notes)
+
+
+def _split_table(plan: Plan) -> Table:
+    table = Table(title="Images by part", title_justify="left")
+    table.add_column("part")
+    for name in (*plan.manifest.classes, "all", "patients"):
+        table.add_column(name, justify="right")
+    for part, counts in plan.class_counts().items():
+        own = [f"{counts[name]:,}" for name in plan.manifest.classes]
+        table.add_row(part, *own, f"{counts.total():,}", f"{plan.patients(part):,}")
+    return table
+
+
+def _axis_table(plan: Plan) -> Table:
+    table = Table(title="Search space", title_justify="left")
+    for name in ("axis", "values", "where"):
+        table.add_column(name)
+    for axis in plan.spec.space.axes.values():
+        if not axis.cases and isinstance(axis.domain, Constant):
+            continue
+        for case in axis.cases:
+            table.add_row(axis.name, Text(str(case.domain)), Text(case.text))
+        table.add_row(axis.name, Text(str(axis.domain)), "otherwise" if axis.cases else "")
+    return table
+
+
+def _two_sides(plan: Plan) -> str:
+    astray = patients_on_two_sides(plan.manifest, plan.splits)
+    return f"{len(astray)} ON TWO SIDES of the given split" if astray else "none on two sides of the split"
+
+
+def _constants(plan: Plan) -> Text:
+    axes = plan.spec.space.axes.values()
+    fixed = (f"{axis.name} {axis.domain}" for axis in axes if not axis.cases and isinstance(axis.domain, Constant))
+    return Text(f"the same in every trial: {', '.join(fixed)}")
+
+
+def _strategy_table(plan: Plan) -> Table:
+    table = Table(title="Strategies and their parameters", title_justify="left")
+    for name in ("backbone", "freeze", "batch norm"):
+        table.add_column(name, overflow="fold")
+    for name in ("trainable", "frozen"):
+        table.add_column(name, justify="right")
+    for row in plan.strategies:
+        table.add_row(row.backbone, row.freeze, row.batch_norm, _counts(row.trainable), _counts(row.frozen))
+    return table
+
+
+def _cache(plan: Plan) -> tuple[RenderableType, ...]:
+    if plan.cache.budget is None:
+        return (Text("no features are kept: every trial runs its frozen layers in every epoch"),)
+    limit = f"features may take {size_text(plan.cache.budget.limit_bytes)} in {plan.cache.budget.folder}"
+    return _cache_table(plan), Text(limit)
+
+
+def _cache_table(plan: Plan) -> Table:
+    table = Table(title="Frozen layers, computed once: what is stored and what it spares", title_justify="left")
+    for name in ("backbone", "freeze", "stored output of"):
+        table.add_column(name, overflow="fold")
+    for name in ("size", "computing per epoch"):
+        table.add_column(name, justify="right")
+    for row in plan.strategies:
+        phases = [_spread(phase) for phase in zip(*row.caches, strict=True)]
+        cells = (", then ".join(part) for part in zip(*phases, strict=True))
+        table.add_row(row.backbone, row.freeze, *cells)
+    return table
+
+
+def _spread(phase: tuple[PhaseCache, ...]) -> tuple[str, str, str]:
+    """One phase over all heads and image sides: cuts, sizes and gains."""
+    cuts = sorted({cache.cut.name if cache.cut else "nothing" for cache in phase})
+    sizes = sorted({cache.stored_bytes for cache in phase})
+    gains = sorted({cache.gain for cache in phase})
+    size = size_text(sizes[0]) if len(sizes) == 1 else f"{size_text(sizes[0])} to {size_text(sizes[-1])}"
+    gain = f"{gains[0]:,.1f}" if len(gains) == 1 else f"{gains[0]:,.1f} to {gains[-1]:,.1f}"
+    return " or ".join(cuts), size if sizes[-1] else "-", f"{gain} times less" if gains[-1] > 1 else "the same"
+
+
+def _counts(phases: tuple[tuple[int, int], ...]) -> str:
+    spans = [f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in phases]
+    return ", then ".join(spans)

@@ -1,0 +1,41 @@
+"""When things happened in a sweep: how long it took to start, to compute features, to train."""
+
+import time
+from collections.abc import Mapping
+
+import psutil
+
+from cxr_models.trial import EpochMetrics, Suggestion, TrialResult
+
+
+class Timeline:
+    """Listens to a sweep and keeps its times, in seconds on the driver's clock, from the program's begin on."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic() - (time.time() - psutil.Process().create_time())
+        self._first_trial = self._last_epoch = self._features = 0.0
+
+    def started(self, suggestion: Suggestion) -> None:
+        pass  # handed out, but its worker may still be starting: see `epoch`
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        now = time.monotonic()
+        trial_began = now - metrics.trial_seconds
+        self._first_trial = min(self._first_trial or trial_began, trial_began)
+        self._last_epoch = now
+        self._features += metrics.features_seconds
+
+    def ended(self, number: int, result: TrialResult) -> None:
+        pass
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """`startup`: from the program's begin to the first trial's in a worker; `trials`: from there to the last epoch;
+        `features`: what workers spent computing features or waiting for them, summed; empty without an epoch."""
+        if not self._last_epoch:
+            return {}
+        return {
+            "startup": self._first_trial - self._begun,
+            "features": self._features,
+            "trials": self._last_epoch - self._first_trial,
+        }
