@@ -29,6 +29,20 @@ class Mix:
         return sum(self.counts.values())
 
 
+@dataclass(frozen=True)
+class Planned:
+    """One trial of a mix.
+
+    Attributes:
+        mix: its name.
+        index: the trial's place in it.
+    """
+
+    mix: str
+    index: int
+    config: TrialConfig
+
+
 MIXES: Mapping[str, Mix] = {
     mix.name: mix
     for mix in (
@@ -75,14 +89,20 @@ def list_trials(mix: Mix, *, side: int, weights: str, seed: int = 0) -> tuple[Tr
     return tuple(trials)
 
 
-def first_of_each(trials: tuple[TrialConfig, ...], most: int | None) -> tuple[int, ...]:
-    """Indices of at most `most` trials of each freeze strategy, in order; all of them if None."""
-    taken: dict[str, list[int]] = {}
-    for index, trial in enumerate(trials):
-        own = taken.setdefault(trial.freeze, [])
-        if most is None or len(own) < most:
-            own.append(index)
-    return tuple(index for own in taken.values() for index in own)
+def trials_for_baselines(lists: Mapping[str, tuple[TrialConfig, ...]], most: int | None) -> tuple[Planned, ...]:
+    """The trials that a baseline runs, once for all mixes: of each freeze strategy, those of one mix.
+
+    Args:
+        lists: name of a mix -> its trials.
+        most: trials of each strategy; all that the mix with the most of them has, if None.
+    """
+    found: dict[str, tuple[Planned, ...]] = {}
+    for mix, trials in lists.items():
+        for freeze in dict.fromkeys(trial.freeze for trial in trials):
+            own = tuple(Planned(mix, index, trial) for index, trial in enumerate(trials) if trial.freeze == freeze)
+            if len(own) > len(found.get(freeze, ())):
+                found[freeze] = own
+    return tuple(planned for own in found.values() for planned in own[:most])
 
 
 def listed_values(trial: TrialConfig) -> dict[str, Any]:

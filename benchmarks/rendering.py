@@ -1,9 +1,13 @@
-"""Results as Markdown. Pure: JSON values in, text out."""
+"""Results as Markdown."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from comparing import mean_accuracy
+from comparing import mean_accuracies, mean_pause, own_trials, strategy_seconds
+from mixes import Mix
 
 Result = Mapping[str, Any]
 
@@ -13,27 +17,61 @@ LABELS = {
     "ray": "Ray Tune + Keras",
     "keras-tuner": "KerasTuner",
     "optuna": "Optuna loop",
-    "strong": "strong: images in memory, warm processes",
+    "strong": "strong (images in memory, warm processes)",
 }
-ORDER = ("sweep_speed", "pixel_reader", "many_trials")
+ORDER = ("sweep_speed", "cut_gains", "pixel_reader", "many_trials")
+PREFACE = """\
+# Measured
+
+**What is compared.** The same trials on the same images for the same epochs, without pruning, in this product \
+(`cxr-sweep`) and in four programs written as their own documentation shows (`benchmarks/baselines/`): Ray Tune with \
+a Keras function, KerasTuner, an Optuna loop, and a *strong* one, which keeps the decoded images in memory and its \
+processes warm. Ray Tune and the strong one run a trial on each core with one thread; KerasTuner and Optuna run one \
+trial at a time with all cores.
+
+**Cold start.** Every program starts as a fresh process; the product starts with an empty cache too, so decoding, \
+computing features, imports, Ray and MLflow all count. Image files are in the page cache for all of them. The product \
+also evaluates the best model on the test images, registers it and writes its report; the baselines do not.
+
+**Scaling.** The product runs every mix in full. Each baseline runs once for all mixes of a command, on some trials \
+of each freeze strategy (as many of one batch size as of the other) for some of their epochs; the tables say how many. \
+A trial's other epochs are taken to last as long as the mean of those measured without the first, which compiles; a \
+strategy's other trials as long as the mean of those measured. The mean pause between trials is added, start-up and \
+exit count once as measured, and the idle end of the last trials is left out, in the baseline's favour.
+
+**GPU figures are not measured.** All figures are from CPUs.
+
+**To run it** on a quiet machine (the exact commands stand below each result):
+
+```sh
+pip install -e '.[benchmark]'
+python benchmarks/measure_rates.py --data DIR --weights FILE --out rates.json   # for the speed of light
+python benchmarks/sweep_speed.py --data DIR --weights FILE --rates rates.json --baseline-trials 2 --baseline-epochs 3
+python benchmarks/cut_gains.py --data DIR --weights FILE --out benchmarks/results
+python benchmarks/pixel_reader.py --data DIR
+python benchmarks/many_trials.py
+python benchmarks/sweep_speed.py --render benchmarks/results > benchmarks/RESULTS.md
+```
+"""
+
+
+def read_results(folder: Path) -> list[Result]:
+    """The results in a folder; other JSON files there, such as rates, are not results."""
+    found = (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
+    return [result for result in found if result.get("kind") in ORDER]
 
 
 def render(results: Iterable[Result]) -> str:
     """All results as one page, sweeps first."""
-    page = [
-        "# Measured",
-        "Written by `python benchmarks/sweep_speed.py --render DIR` from the JSON files of the runs. "
-        "All figures are from CPUs; GPU figures are not measured.",
-    ]
-    for result in sorted(results, key=lambda result: (ORDER.index(result["kind"]), _size(result))):
-        page.append(render_one(result))
-    return "\n\n".join(page) + "\n"
+    ordered = sorted(results, key=lambda result: (ORDER.index(result["kind"]), _size(result)))
+    return "\n\n".join([PREFACE.rstrip(), *map(render_one, ordered)]) + "\n"
 
 
 def render_one(result: Result) -> str:
     """One result: a heading, its tables, and the machine, versions and command behind it."""
     kinds: Mapping[str, Callable[[Result], list[str]]] = {
         "sweep_speed": _sweep_speed,
+        "cut_gains": _cut_gains,
         "pixel_reader": _pixel_reader,
         "many_trials": _many_trials,
     }
@@ -45,63 +83,133 @@ def _size(result: Result) -> int:
     return max((trial["trainable_parameters"] for trial in result.get("product", {}).get("trials", ())), default=0)
 
 
+def _mix(result: Result) -> Mix:
+    mix = result["mix"]
+    return Mix(mix["name"], mix["counts"], mix["epochs"])
+
+
 def _sweep_speed(result: Result) -> list[str]:
-    mix, product = result["mix"], result["product"]
-    strategies = ", ".join(f"{count} `{freeze}`" for freeze, count in mix["counts"].items())
+    mix = _mix(result)
+    strategies = ", ".join(f"{count} `{freeze}`" for freeze, count in mix.counts.items())
     images = f"{result['images']['train']} training and {result['images']['val']} validation images"
-    heading = f"## Mix `{mix['name']}`: {strategies}; {mix['epochs']} epochs each, {result['side']} px"
-    facts = f"{images}, weights `{result['weights']}`. The same trials, images and epochs in every program; no pruning."
-    return [heading, facts, _programs(result), *_scaling_note(result), _product_seconds(product), _memory(result)]
-
-
-def _programs(result: Result) -> str:
-    product = result["product"]
-    rows = [["cxr-sweep", str(result["mix"]["trials"]), _seconds(product["wall_seconds"])]]
-    rows[0] += [_seconds(product["seconds"].get("startup")), "1", "1", *_accuracies(product, product), "-"]
-    for name, baseline in result["baselines"].items():
-        whole = _seconds(baseline["whole_seconds"]) + (" (scaled)" if baseline["scaled"] else "")
-        rows.append([LABELS[name], str(len(baseline["trials"])), whole, _seconds(baseline["startup_seconds"])])
-        rows[-1] += [_ratio(baseline["ratios"]["cold"]), _ratio(baseline["ratios"]["warm"])]
-        rows[-1] += [*_accuracies(baseline, product), "yes" if baseline["same_parameters"] else "NO"]
-    header = ["program", "trials run", "seconds, cold", "of them start-up", "ratio, cold", "ratio without start-up"]
-    header += ["val accuracy", "cxr-sweep's on these trials", "same trainable parameters"]
-    return table(header, rows)
-
-
-def _accuracies(program: Result, product: Result) -> list[str]:
-    """Mean validation accuracy after the last epoch, of the program and of the product on the same trials."""
-    indices = [trial["index"] for trial in program["trials"]]
-    return [f"{mean_accuracy(trials, indices):.3f}" for trials in (program["trials"], product["trials"])]
-
-
-def _scaling_note(result: Result) -> list[str]:
-    if not any(baseline["scaled"] for baseline in result["baselines"].values()):
-        return []
     return [
-        "Scaled: the baseline ran the trials of the second column, some of each strategy and each for all its epochs; "
-        "the seconds of a strategy's other trials are taken to be their mean (scaled by epoch-trials). Start-up and "
-        "exit are counted once, as measured."
+        f"## Mix `{mix.name}`: {strategies}; {mix.epochs} epochs each, {result['side']} px",
+        f"{images}, weights `{result['weights']}`.",
+        *_programs(result, mix),
+        *_trial_seconds(result, mix),
+        *_product_seconds(result["product"]),
+        *_memory(result),
     ]
 
 
-def _product_seconds(product: Result) -> str:
-    names = ("total", "startup", "features", "trials", "evaluate")
+def _programs(result: Result, mix: Mix) -> list[str]:
+    """Seconds and ratios of every program, and what was scaled."""
+    product = result["product"]
+    every = [f"{mix.trials} of {mix.trials}", f"{mix.epochs} of {mix.epochs}"]
+    rows = [["cxr-sweep", *every, _seconds(product["wall_seconds"])]]
+    rows[0] += [_seconds(product["seconds"].get("startup")), "1", "1", "-", "-", "-"]
+    for name, baseline in result["baselines"].items():
+        whole = _seconds(baseline["whole_seconds"]) + (" (scaled)" if baseline["scaled"] else "")
+        rows.append([LABELS[name], *_run_of(baseline, mix), whole, _seconds(baseline["startup_seconds"])])
+        rows[-1] += [_ratio(baseline["ratios"]["cold"]), _ratio(baseline["ratios"]["warm"])]
+        rows[-1] += [*_accuracies(baseline, mix, product), "yes" if baseline["same_parameters"] else "NO"]
+    header = ["program", "trials run", "epochs run of each", "seconds, cold", "of them start-up", "ratio, cold"]
+    header += ["ratio without start-up", "val accuracy", "cxr-sweep's, same trials and epochs"]
+    header += ["same trainable parameters"]
+    return [table(header, rows), *_scaling_note(result)]
+
+
+def _run_of(baseline: Result, mix: Mix) -> list[str]:
+    own = own_trials(baseline, mix)
+    epochs = sorted({len(trial["epoch_seconds"]) for trial in own})
+    return [f"{len(own)} of {mix.trials}", f"{' or '.join(map(str, epochs))} of {mix.epochs}"]
+
+
+def _accuracies(baseline: Result, mix: Mix, product: Result) -> list[str]:
+    found = mean_accuracies(baseline, mix, product)
+    return [f"{value:.3f}" for value in found] if found else ["-", "-"]
+
+
+def _scaling_note(result: Result) -> list[str]:
+    scaled = [LABELS[name] for name, baseline in result["baselines"].items() if baseline["scaled"]]
+    if not scaled:
+        return []
+    return [
+        f"Scaled: {', '.join(scaled)}. Their seconds come from the trials and epochs in columns two and three, the "
+        "missing ones taken as the mean of those that ran (see the top), with every strategy's trials weighed by their "
+        "number in this mix. Accuracies are of those trials that were taken from this mix, after the epochs that ran."
+    ]
+
+
+def _trial_seconds(result: Result, mix: Mix) -> list[str]:
+    """What the scaling rests on: mean seconds of a trial of each strategy."""
+    product = result["product"]
+    own = [mean(trial["seconds"] for trial in product["trials"] if trial["freeze"] == freeze) for freeze in mix.counts]
+    rows = [["cxr-sweep", str(product["at_once"]), *map(_seconds, own), "-"]]
+    for name, baseline in result["baselines"].items():
+        at_once, trials = baseline["at_once"], baseline["trials"]
+        seconds = [_seconds(strategy_seconds(trials, freeze, mix.epochs)) for freeze in mix.counts]
+        pause = _seconds(mean_pause(trials, at_once)) if len(trials) > at_once else NOT_MEASURED
+        rows.append([LABELS[name], str(at_once), *seconds, pause])
+    header = [
+        "seconds of one trial, mean",
+        "trials at once",
+        *(f"`{freeze}`" for freeze in mix.counts),
+        "pause between",
+    ]
+    return [table(header, rows)]
+
+
+def _product_seconds(product: Result) -> list[str]:
+    names = {
+        "total": "sweep",
+        "startup": "start-up",
+        "trials": "trials: first one's start to last epoch",
+        "features": "features, summed over workers",
+        "evaluate": "test set and model",
+    }
     light = product["speed_of_light"]
-    fraction = light["fraction"] if light else None
     rows = [[_seconds(product["seconds"].get(name)) for name in names]]
-    rows[0] += [_seconds(light["seconds"] if light else None)]
-    rows[0] += [NOT_MEASURED if fraction is None else f"{fraction:.2f}"]
-    return table([*(f"cxr-sweep: {name}" for name in names), "least possible", "speed of light"], rows)
+    rows[0] += [_seconds(light["seconds"] if light else None), _fraction(light["fraction"] if light else None)]
+    header = [f"cxr-sweep's seconds: {names['total']}", *list(names.values())[1:], "least possible", "speed of light"]
+    note = (
+        "When the first trial starts, no features are there yet, so the seconds of the trials hold the computing of "
+        "features; the trials end at most so many seconds after the features are ready. Speed of light: the least "
+        "possible seconds over those of the trials."
+    )
+    return [table(header, rows), f"{note} {_rates(light['rates'])}" if light else note]
 
 
-def _memory(result: Result) -> str:
+def _rates(rates: Result) -> str:
+    epochs = ", ".join(f"`{freeze}` {seconds:.3g}" for freeze, seconds in rates["suffix_epoch_seconds"].items())
+    return (
+        f"Measured at best: {rates['extraction_rate']:,.0f} images a second through the frozen layers on all cores; "
+        f"seconds of an epoch behind the cut on one core: {epochs}."
+    )
+
+
+def _memory(result: Result) -> list[str]:
     programs = {"cxr-sweep": result["product"], **{LABELS[name]: own for name, own in result["baselines"].items()}}
     rows = [
         [name, kind, _mib(peak["largest"]), _mib(peak["together"])]
         for name, program in programs.items()
         for kind, peak in program["memory"].items()
     ]
-    return table(["program", "processes", "peak of one, MiB", "peak together, MiB (shared pages count in each)"], rows)
+    header = ["program", "processes", "peak of one, MiB", "peak together, MiB (shared pages count in each)"]
+    scaled = any(baseline["scaled"] for baseline in result["baselines"].values())
+    note = "A baseline's peak is that of its one run, of all mixes' strategies and of no more trials than ran."
+    return [table(header, rows), *([note] if scaled else [])]
+
+
+def _cut_gains(result: Result) -> list[str]:
+    rows = []
+    for row in result["rows"]:
+        seconds = [f"{row[name]:.2f}" for name in ("seconds_whole", "seconds_stored")]
+        gains = [_ratio(row[name]) for name in ("expected", "measured")]
+        rows.append([f"`{row['freeze']}`", row["cut"] or "none", *seconds, *gains])
+    header = ["strategy", "cut at", "seconds of an epoch from pixels", "from stored features", "gain, as planned"]
+    how = "One process with one thread; the first epoch, which compiles, is left out."
+    return [f"## Gain of storing frozen layers, {result['side']} px", how, table([*header, "gain, measured"], rows)]
 
 
 def _pixel_reader(result: Result) -> list[str]:
@@ -149,6 +257,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _seconds(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{value:,.1f}"
+
+
+def _fraction(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.2f}"
 
 
 def _ratio(value: float | None) -> str:

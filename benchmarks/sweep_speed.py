@@ -1,46 +1,58 @@
-"""How much faster is a sweep than the same trials in other tools? One mix of trials in every program, on CPUs.
+"""How much faster is a sweep than the same trials in other tools? Mixes of trials in every program, on CPUs.
 
-Each program starts cold (fresh process, empty cache) and runs the same list of trials on the same images for the same
-epochs. Long baselines may run fewer trials of each strategy; their seconds are then scaled, and the table says so.
+Each program starts cold (fresh process, empty cache) and trains on the same images. The product runs every mix in full.
+A baseline runs once for all mixes, and may run fewer trials of each strategy, and those for fewer epochs; the seconds
+of a mix are then scaled from them, and the page says so.
 
-Run:  python benchmarks/sweep_speed.py --data DIR --weights FILE --mix blocks --baseline-trials 4
+Run:  python benchmarks/sweep_speed.py --data DIR --weights FILE --baseline-trials 2 --baseline-epochs 3
 Page: python benchmarks/sweep_speed.py --render benchmarks/results > benchmarks/RESULTS.md
-Cost: on 2 cores and a thousand images at 224 px some 2 minutes for each baseline trial of 20 epochs, and hours for all
-      of them. Scale from an even number of trials of each strategy (two batch sizes), and in all from more than there
-      are cores (the pause between trials is measured too).
+Cost: on 2 cores and a thousand images at 224 px some 2 minutes for each baseline trial of 20 epochs, hence hours for
+      all of them. Four trials in all, or more, measure the pause between trials too.
 """
 
 import argparse
-import csv
 import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from comparing import full_seconds, ratios, same_parameters
-from measuring import environment, own_command, run_watched
-from mixes import BACKBONE, MIXES, Mix, first_of_each, list_trials, listed_values, to_space
-from rendering import LABELS, render, render_one
+from comparing import compared
+from measuring import environment, own_command
+from mixes import MIXES, Mix, list_trials, to_space, trials_for_baselines
+from programs import BASELINES, HERE, Images, lay_out, run_baseline, run_product, weights_file
+from rendering import read_results, render, render_one
 from speed_of_light import Rates, read_rates, speed_of_light
 
-from cxr_models.backbones import BACKBONES
-from cxr_models.dataset import Manifest
-from cxr_models.trial import TRAIN, VAL, Outcome, TrialConfig
+from cxr_models.trial import TRAIN, VAL, TrialConfig
 from sweep.machine import this_machine
 from sweep.plan import read_data, stored_splits
-from sweep.record import RunFolder, read_lines
 from sweep.spec import read_spec
 
-BASELINES: Mapping[str, str] = {
-    "ray": "ray_tune_keras.py",
-    "keras-tuner": "keras_tuner_loop.py",
-    "optuna": "optuna_loop.py",
-    "strong": "strong.py",
-}
-HERE = Path(__file__).resolve().parent
+
+@dataclass(frozen=True)
+class Setup:
+    """What all programs of a run share.
+
+    Attributes:
+        trials: name of a mix -> its trials.
+        spaces: name of a mix -> the product's search space.
+        splits: the part of each image.
+        images: what baselines train on.
+    """
+
+    mixes: tuple[Mix, ...]
+    trials: Mapping[str, tuple[TrialConfig, ...]]
+    spaces: Mapping[str, Path]
+    splits: tuple[str, ...]
+    images: Images
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images to train and to validate on."""
+        return {part: self.splits.count(part) for part in (TRAIN, VAL)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,12 +61,15 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--patient", default="nih", metavar="PATTERN", help="as data.patient of a search space (nih)")
     found.add_argument("--weights", type=Path, metavar="FILE", help="MobileNetV2 0.35 without top (the bundled ones)")
     found.add_argument("--side", type=int, default=224, metavar="PX", help="image side (224)")
-    found.add_argument("--mix", choices=[*MIXES, "all"], default="all", help="which trials (all mixes in turn)")
+    found.add_argument("--mix", choices=[*MIXES, "all"], default="all", help="which trials (all)")
     found.add_argument("--epochs", type=int, metavar="N", help="of each trial (the mix's own: 20, or 3)")
     found.add_argument("--trials", type=int, metavar="N", help="at most so many of each strategy: to try this program")
     found.add_argument("--baselines", default=",".join(BASELINES), metavar="A,B", help="which (%(default)s)")
-    found.add_argument("--baseline-trials", type=int, metavar="N", help="of each strategy, at most (all)")
-    found.add_argument("--rates", type=Path, metavar="FILE", help="for the speed of light, see speed_of_light.py")
+    found.add_argument(
+        "--baseline-trials", type=int, metavar="N", help="of each strategy, at most; even: two batch sizes (all)"
+    )
+    found.add_argument("--baseline-epochs", type=int, metavar="N", help="of each trial, at most (as --epochs)")
+    found.add_argument("--rates", type=Path, metavar="FILE", help="for the speed of light, see measure_rates.py")
     found.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="(benchmarks/results)")
     found.add_argument("--render", type=Path, metavar="DIR", help="print the page of the results in DIR, and stop")
     return found
@@ -63,17 +78,15 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = checked(parser())
     if arguments.render:
-        sys.stdout.write(render(json.loads(path.read_text()) for path in sorted(arguments.render.glob("*.json"))))
+        sys.stdout.write(render(read_results(arguments.render)))
         return 0
     rates = read_rates(arguments.rates) if arguments.rates else None
-    for mix in MIXES.values() if arguments.mix == "all" else [MIXES[arguments.mix]]:
-        with tempfile.TemporaryDirectory(prefix="sweep-speed-") as scratch:
-            result = measure(_cut(mix, arguments), arguments, rates, Path(scratch))
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        stem = arguments.out / f"{mix.name}-{arguments.side}px"
-        stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(render_one(result) + "\n")
-        print(render_one(result), flush=True)
+    if rates and rates.side != arguments.side:
+        raise ValueError(f"--rates were measured at {rates.side} px, but this run is at {arguments.side}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="sweep-speed-") as scratch:
+        results = measure(arguments, rates, Path(scratch))
+    print("\n\n".join(render_one(result) for result in results))
     return 0
 
 
@@ -87,10 +100,50 @@ def checked(known: argparse.ArgumentParser) -> argparse.Namespace:
     arguments.baselines = [name for name in arguments.baselines.split(",") if name]
     if strange := set(arguments.baselines) - BASELINES.keys():
         known.error(f"expected --baselines of {', '.join(BASELINES)}, but got {', '.join(sorted(strange))}")
-    for name in ("epochs", "trials", "baseline_trials"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            known.error(f"--{name.replace('_', '-')} must be at least 1, but got {value}")
+    for name, least in {"epochs": 1, "trials": 1, "baseline_trials": 2, "baseline_epochs": 2}.items():
+        if (value := getattr(arguments, name)) is not None and value < least:
+            known.error(f"--{name.replace('_', '-')} must be at least {least}, but got {value}")
+    if (arguments.baseline_trials or 0) % 2:
+        known.error(f"--baseline-trials must be even, for both batch sizes, but got {arguments.baseline_trials}")
     return arguments
+
+
+def measure(arguments: argparse.Namespace, rates: Rates | None, scratch: Path) -> Sequence[Mapping[str, Any]]:
+    """Run every mix in the product, then each baseline once; one result a mix.
+
+    Results are written after every program, so what was measured is kept should a later one fail.
+    """
+    setup = set_up(arguments, scratch)
+    facts = environment(own_command())
+    results = []
+    for mix in setup.mixes:
+        result = _result(mix, _timed_product(mix, setup, scratch), setup, rates)
+        results.append({"kind": "sweep_speed", "environment": facts, **result, "baselines": {}})
+        _write(results[-1], arguments.out)
+    trials = trials_for_baselines(setup.trials, arguments.baseline_trials)
+    for name in arguments.baselines:
+        report = run_baseline(name, trials, setup.images, arguments.baseline_epochs, scratch)
+        for mix, result in zip(setup.mixes, results, strict=True):
+            result["baselines"][name] = compared(report, mix, result["product"])
+            _write(result, arguments.out)
+    return results
+
+
+def set_up(arguments: argparse.Namespace, scratch: Path) -> Setup:
+    """List the trials, write the search spaces and lay out the images."""
+    weights = str(arguments.weights.resolve()) if arguments.weights else "bundled"
+    mixes = tuple(_cut(mix, arguments) for mix in MIXES.values() if arguments.mix in (mix.name, "all"))
+    trials = {mix.name: list_trials(mix, side=arguments.side, weights=weights) for mix in mixes}
+    spaces = {mix.name: scratch / f"{mix.name}.yaml" for mix in mixes}
+    for mix in mixes:
+        text = to_space(mix, trials[mix.name], data=str(arguments.data.resolve()), patient=arguments.patient)
+        spaces[mix.name].write_text(text)
+    spec = read_spec(spaces[mixes[0].name])  # the data are the same in all of them
+    manifest = read_data(spec, scratch / "own cache", None)
+    splits = tuple(stored_splits(manifest, spec.data.seed, scratch / "own cache"))
+    lay_out(manifest, splits, scratch / "images")
+    images = Images(scratch / "images", weights_file(arguments.weights), arguments.side)
+    return Setup(mixes, trials, spaces, splits, images)
 
 
 def _cut(mix: Mix, arguments: argparse.Namespace) -> Mix:
@@ -99,148 +152,33 @@ def _cut(mix: Mix, arguments: argparse.Namespace) -> Mix:
     return replace(mix, counts=counts, epochs=arguments.epochs or mix.epochs)
 
 
-def measure(mix: Mix, arguments: argparse.Namespace, rates: Rates | None, scratch: Path) -> dict[str, Any]:
-    """Run a mix in the product and in the baselines; what comes back is one file of results."""
-    weights = str(arguments.weights.resolve()) if arguments.weights else "bundled"
-    trials = list_trials(mix, side=arguments.side, weights=weights)
-    space = scratch / f"{mix.name}.yaml"
-    space.write_text(to_space(mix, trials, data=str(arguments.data.resolve()), patient=arguments.patient))
-    spec = read_spec(space)
-    manifest = read_data(spec, scratch / "own cache", None)
-    splits = stored_splits(manifest, spec.data.seed, scratch / "own cache")
-    lay_out(manifest, splits, scratch / "images")
-    images = {part: splits.count(part) for part in (TRAIN, VAL)}
+def _timed_product(mix: Mix, setup: Setup, scratch: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(dir=scratch) as own:  # gone at once: it holds the mix's features
+        return run_product(setup.spaces[mix.name], mix, setup.splits, Path(own))
 
-    product = run_product(space, mix, scratch)
-    if product.pop("splits") != splits:
-        raise ValueError("the product cut the data in another way than this benchmark did; is data.seed the same?")
-    product["speed_of_light"] = _light(mix, rates, product, arguments.side, sum(images.values()))
-    chosen = first_of_each(trials, arguments.baseline_trials)
-    baselines = {}
-    for name in arguments.baselines:
-        report = run_baseline(name, trials, chosen, arguments, mix.epochs, scratch)
-        whole = full_seconds(report, report["wall_seconds"], mix.counts)
-        baselines[name] = {
-            **report,
-            "whole_seconds": whole,
-            "scaled": len(chosen) < len(trials),
-            "ratios": ratios(report, whole, product),
-            "same_parameters": same_parameters(product["trials"], report["trials"]),
-        }
+
+def _result(mix: Mix, product: Mapping[str, Any], setup: Setup, rates: Rates | None) -> dict[str, Any]:
+    light = _light(mix, rates, product, sum(setup.counts.values())) if rates else None
     return {
-        "kind": "sweep_speed",
-        "environment": environment(own_command()),
         "mix": {**asdict(mix), "trials": mix.trials},
-        "side": arguments.side,
-        "weights": Path(weights).name,
-        "images": images,
-        "product": product,
-        "baselines": baselines,
+        "side": setup.images.side,
+        "weights": setup.images.weights.name,
+        "images": setup.counts,
+        "product": {**product, "speed_of_light": light},
     }
 
 
-def lay_out(manifest: Manifest, splits: Sequence[str], folder: Path) -> None:
-    """Link the training and validation images into `folder/<part>/<class>/`, as Keras wants them."""
-    for index, (record, part) in enumerate(zip(manifest.records, splits, strict=True)):
-        if part in (TRAIN, VAL):
-            link = folder / part / record.label / f"{index:06d}-{Path(record.path).name}"
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(manifest.root / record.path)
-
-
-def run_product(space: Path, mix: Mix, scratch: Path) -> dict[str, Any]:
-    """Run the sweep cold: a fresh process and an empty cache.
-
-    Raises:
-        ValueError: not every trial completed, or it had other epochs.
-    """
-    _tell(f"{mix.name}: the product, {mix.trials} trials")
-    command = [sys.executable, "-m", "sweep.run", str(space), "--name", mix.name]
-    command += ["--cache-dir", str(scratch / "product cache"), "--out", str(scratch / "runs")]
-    watched = run_watched(command, scratch / "product.log")
-    folder = RunFolder(scratch / "runs" / mix.name)
-    last_epoch = {line["trial_id"]: line for line in read_lines(folder.epoch_record)}
-    trials = []
-    for line in read_lines(folder.trial_record):
-        if line["outcome"] != Outcome.COMPLETED or line["epochs"] != mix.epochs:
-            raise ValueError(
-                f"trial {line['trial_id']}: {line['outcome']} after {line['epochs']} of {mix.epochs} epochs"
-            )
-        config = line["config"]
-        trials.append(
-            {
-                "index": config["seed"],  # a trial's seed is its place in the list
-                "freeze": config["freeze"],
-                "val_accuracy": last_epoch[line["trial_id"]]["val"]["accuracy"],
-                "trainable_parameters": line["trainable_parameters"],
-                "seconds": line["train_seconds"],
-            }
-        )
-    if len(trials) != mix.trials:
-        raise ValueError(f"the product recorded {len(trials)} of {mix.trials} trials")
-    with folder.split.open(newline="", encoding="utf-8") as file:
-        splits = tuple(row["split"] for row in csv.DictReader(file))
-    return {
-        "wall_seconds": watched.wall_seconds,
-        "seconds": json.loads(folder.summary.read_text())["seconds"],
-        "memory": {kind: asdict(peak) for kind, peak in watched.memory.items()},
-        "trials": sorted(trials, key=lambda trial: trial["index"]),
-        "splits": splits,
-    }
-
-
-def run_baseline(
-    name: str,
-    trials: Sequence[TrialConfig],
-    chosen: Sequence[int],
-    arguments: argparse.Namespace,
-    epochs: int,
-    scratch: Path,
-) -> dict[str, Any]:
-    """Run the chosen trials in one baseline: what it writes, its wall seconds and its memory."""
-    _tell(f"{LABELS[name]}, {len(chosen)} trials")
-    listed, out = scratch / "trials.json", scratch / f"{name}.json"
-    listed.write_text(json.dumps([{"index": index, **listed_values(trials[index])} for index in chosen]))
-    options = {
-        "data": scratch / "images",
-        "trials": listed,
-        "weights": weights_file(arguments.weights),
-        "side": arguments.side,
-        "epochs": epochs,
-        "cores": this_machine().cores,
-        "out": out,
-    }
-    command = [sys.executable, str(HERE / "baselines" / BASELINES[name])]
-    command += [text for option, value in options.items() for text in (f"--{option}", str(value))]
-    watched = run_watched(command, scratch / f"{name}.log")
-    memory = {kind: asdict(peak) for kind, peak in watched.memory.items()}
-    return {**json.loads(out.read_text()), "wall_seconds": watched.wall_seconds, "memory": memory}
-
-
-def weights_file(given: Path | None) -> Path:
-    """The file that baselines load; without one on the command line, what the product calls `bundled`."""
-    found = given or BACKBONES[BACKBONE].bundled_path
-    if found is None:
-        raise ValueError(f"there are no bundled weights for {BACKBONE}; give --weights")
-    return found.resolve()
-
-
-def _light(
-    mix: Mix, rates: Rates | None, product: Mapping[str, Any], side: int, images: int
-) -> dict[str, float | None] | None:
-    """The least possible seconds, and the share of the product's that they are."""
-    if rates is None:
-        return None
-    if rates.side != side:
-        raise ValueError(f"--rates were measured at {rates.side} px, but this run is at {side}")
+def _light(mix: Mix, rates: Rates, product: Mapping[str, Any], images: int) -> dict[str, Any]:
+    """The least possible seconds, the share of the product's that they are, and the rates behind them."""
     cores = this_machine().cores
     least = speed_of_light(mix, rates.extraction_rate, rates.suffix_epoch_seconds, images, cores)
     taken = product["seconds"].get("trials")
-    return {"seconds": least, "fraction": least / taken if taken else None}
+    return {"seconds": least, "fraction": least / taken if taken else None, "rates": asdict(rates)}
 
 
-def _tell(what: str) -> None:
-    print(f"running {what}", file=sys.stderr, flush=True)
+def _write(result: Mapping[str, Any], folder: Path) -> None:
+    file = folder / f"{result['mix']['name']}-{result['side']}px.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 from cxr_models.backbones import Backbone
@@ -17,7 +18,7 @@ from cxr_models.layer_table import Layer, LayerTable
 BYTES_PER_ELEMENT = 4  # float32: what is stored is exact
 
 # Moving one element through memory takes as long as this many multiply-accumulates on current CPUs, where small
-# networks are bound by memory; measured with benchmarks/cut_costs.py.
+# networks are bound by memory; measured with benchmarks/cut_gains.py.
 TRAFFIC = 10.0
 # Forward, gradient by weight and gradient by input.
 TRAINING_STEP = 3.0
@@ -117,10 +118,12 @@ def choose_cut(
     candidates = [number for number in cut_layers(table) if 0 < number < boundary]
     if not candidates:
         return None
-    recomputed = {number: _forward(table, number + 1, boundary) for number in candidates}
-    trained = TRAINING_STEP * (_forward(table, boundary, len(layers)) + head_parameters)
+    behind = _work_behind(table)
+    recomputed = {number: behind[number + 1] - behind[boundary] for number in candidates}
+    frozen = frozen_layers(phases[-1], backbone, table)
+    anyway = behind[boundary] - behind[frozen] + TRAINING_STEP * (behind[frozen] + head_parameters)
     latest = candidates[-1]
-    bound = recomputed[latest] + RECOMPUTED_SHARE * (recomputed[latest] + trained)
+    bound = recomputed[latest] + RECOMPUTED_SHARE * (recomputed[latest] + anyway)
     affordable = [number for number in candidates if recomputed[number] <= bound]
     chosen = min(affordable, key=lambda number: (prod(layers[number].output), -number))
     cut = Cut(layers[chosen].name, "", layers[chosen].output)
@@ -132,18 +135,26 @@ def work(
     cut: Cut | None, phases: Sequence[Phase], backbone: Backbone, table: LayerTable, *, head_parameters: int
 ) -> Work:
     """What the last of `phases` costs with and without a cut; an estimate to choose and to plan by."""
-    boundary, last = _boundary(phases, backbone, table), len(table.layers)
+    boundary, behind = _boundary(phases, backbone, table), _work_behind(table)
     # Gradients stop where this phase's own frozen part begins, which may lie behind a former phase's.
     frozen = frozen_layers(phases[-1], backbone, table)
-    trained = TRAINING_STEP * (_forward(table, frozen, last) + head_parameters)
-    whole = _forward(table, 0, frozen) + trained
+    trained = TRAINING_STEP * (behind[frozen] + head_parameters)
+    whole = behind[0] - behind[frozen] + trained
     if cut is None:
         return Work(whole, whole, 0.0)
     place = [layer.name for layer in table.layers].index(cut.layer)
     if place >= boundary:
         raise ValueError(f"the cut {cut.name} lies behind the first trained layer, {table.layers[boundary].name}")
-    reading = READING * prod(cut.shape)
-    return Work(whole, reading + _forward(table, place + 1, frozen) + trained, _forward(table, 0, place + 1))
+    rest = READING * prod(cut.shape) + behind[place + 1] - behind[frozen] + trained
+    return Work(whole, rest, behind[0] - behind[place + 1])
+
+
+def activation_bytes(phase: Phase, backbone: Backbone, table: LayerTable, batch_size: int) -> int:
+    """Memory of the layer outputs that one training step keeps for its gradients, each with its gradient."""
+    frozen = frozen_layers(phase, backbone, table)
+    kept = sum(prod(layer.output) for layer in table.layers[frozen:])
+    passing = 2 * max(prod(layer.output) for layer in table.layers)  # of the frozen part, one after the other
+    return BYTES_PER_ELEMENT * batch_size * (2 * kept + passing)
 
 
 def _boundary(phases: Sequence[Phase], backbone: Backbone, table: LayerTable) -> int:
@@ -151,5 +162,6 @@ def _boundary(phases: Sequence[Phase], backbone: Backbone, table: LayerTable) ->
     return min(frozen_layers(phase, backbone, table) for phase in phases)
 
 
-def _forward(table: LayerTable, first: int, end: int) -> float:
-    return sum(forward_work(layer) for layer in table.layers[first:end])
+def _work_behind(table: LayerTable) -> list[float]:
+    """The forward work of the last layers, by the index of the first of them; 0 behind the last."""
+    return list(accumulate(map(forward_work, reversed(table.layers)), initial=0.0))[::-1]

@@ -10,16 +10,18 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import psutil
 from filelock import FileLock
 from numpy.typing import NDArray
 
 from cxr_models.cuts import Cut
+from cxr_models.storage import written_whole
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -28,6 +30,8 @@ Rows = NDArray[np.int64]
 FEATURES_VERSION = 1  # raise it with any change of what is stored: features of before are then not used again
 WAIT_S = 0.02
 UNFINISHED = ".partial"
+DONE = "pass.done"
+LOCK = "lock"  # of a whole store, held while files are made or removed
 
 
 class NoRoomError(OSError):
@@ -99,6 +103,7 @@ class Features:
         self.array: Floats = np.memmap(file, np.float32, mode="r", shape=shape)
 
     def close(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)  # a map of the file that somebody still has would go on holding it
         self._file.close()
 
 
@@ -116,19 +121,26 @@ def obtain(
         budget: where they lie.
         extraction: how they are computed.
         cut: whose features.
-        wanted: cuts that will be needed too; those that are missing are stored in the same pass, if there is room.
+        wanted: cuts that will be needed too; those that are missing are stored in the same pass, if there is room. To
+            these and `cut` alone the prefix can be run: its later layers may have been trained since.
         progress: told (done, total) images while they are computed.
 
     Raises:
         NoRoomError: the budget or the disk has no room for them.
     """
-    folder = budget.folder / extraction.digest
+    begun = _Pass(budget.folder / extraction.digest)
+    budget.folder.mkdir(parents=True, exist_ok=True)
     while True:
-        if (found := _open(folder / f"{cut.name}.f32", cut, extraction.images)) is not None:
+        if (found := _open(begun.finished(cut), cut, extraction.images)) is not None:
             return found
-        with FileLock(_made(budget.folder) / "lock"):
-            _begin(budget, extraction, folder, cut, wanted)
-        _take_part(extraction, folder, progress)
+        with ExitStack() as stack:
+            with FileLock(budget.folder / LOCK):
+                mine = _can_join(begun, budget, extraction, cut, wanted)
+                part = stack.enter_context(_opened(begun)) if mine else None
+            if part:
+                _take_part(extraction, part, progress)
+            else:
+                time.sleep(WAIT_S)
 
 
 def stored_bytes(folder: Path) -> int:
@@ -139,10 +151,11 @@ def stored_bytes(folder: Path) -> int:
 def under_way(folder: Path) -> tuple[int, int]:
     """(done, total) parts of all passes that workers are computing at the moment."""
     done = total = 0
-    for path in folder.glob("*/pass.done"):
+    for path in folder.glob(f"*/{DONE}"):
         with suppress(FileNotFoundError):
             parts = path.read_bytes()
-            done, total = done + sum(parts), total + len(parts)
+            if _Pass(path.parent).has_workers():
+                done, total = done + sum(parts), total + len(parts)
     return done, total
 
 
@@ -175,7 +188,13 @@ class _Pass:
     @property
     def done(self) -> Path:
         """One byte a share: 1 when its features are written."""
-        return self.folder / "pass.done"
+        return self.folder / DONE
+
+    def unfinished(self, cut: Cut) -> Path:
+        return self.folder / f"{cut.name}.f32{UNFINISHED}"
+
+    def finished(self, cut: Cut) -> Path:
+        return self.folder / f"{cut.name}.f32"
 
     def cuts(self) -> list[Cut]:
         try:
@@ -184,104 +203,140 @@ class _Pass:
             return []
         return [Cut(layer, pooling, tuple(shape)) for layer, pooling, shape in rows]
 
-    def unfinished(self, cut: Cut) -> Path:
-        return self.folder / f"{cut.name}.f32{UNFINISHED}"
+    def is_intact(self, shares: int) -> bool:
+        """Whether it can be gone on with. A crash of the machine may have lost what is marked as done."""
+        cuts = self.cuts()
+        if not cuts or not all(path.exists() for path in (self.done, *map(self.unfinished, cuts))):
+            return False
+        status = self.done.stat()
+        return status.st_size == shares and status.st_mtime > psutil.boot_time()
 
-    def begin(self, cuts: Sequence[Cut], extraction: Extraction) -> None:
+    def has_workers(self) -> bool:
+        return any(_in_use(self.unfinished(cut)) for cut in self.cuts()[:1])
+
+    def begin(self, cut: Cut, wanted: Sequence[Cut], extraction: Extraction) -> None:
+        """Begin with `cut` and those of `wanted` that the disk has room for."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for cut in cuts:
-            with self.unfinished(cut).open("wb") as file:
-                file.truncate(extraction.bytes_of(cut))
+        _reserve(self.unfinished(cut), extraction.bytes_of(cut))
+        chosen = [cut]
+        for other in wanted:
+            with suppress(NoRoomError):
+                _reserve(self.unfinished(other), extraction.bytes_of(other))
+                chosen.append(other)
         self.done.write_bytes(bytes(extraction.shares))
-        self.plan.write_text(json.dumps([[cut.layer, cut.pooling, cut.shape] for cut in cuts]))
+        with written_whole(self.plan) as scratch:  # last: from here on the pass is one
+            scratch.write_text(json.dumps([[one.layer, one.pooling, one.shape] for one in chosen]))
 
-    def end(self, *, whole: bool) -> None:
+    def finish(self) -> None:
         for cut in self.cuts():
-            if whole:
-                self.unfinished(cut).replace(self.folder / f"{cut.name}.f32")
-            else:
-                self.unfinished(cut).unlink(missing_ok=True)
-        self.plan.unlink(missing_ok=True)
-        self.done.unlink(missing_ok=True)
+            self.unfinished(cut).replace(self.finished(cut))
+        self._forget()
+
+    def discard(self) -> None:
+        """Remove what there is of it."""
+        self._forget()
+        for path in self.folder.glob(f"*{UNFINISHED}"):
+            path.unlink()
+
+    def _forget(self) -> None:
+        for path in (self.plan, self.done):
+            path.unlink(missing_ok=True)
 
 
-def _begin(budget: FeatureBudget, extraction: Extraction, folder: Path, cut: Cut, wanted: Sequence[Cut]) -> None:
-    """Begin a pass unless one is under way; the store is locked."""
-    begun = _Pass(folder)
-    if (folder / f"{cut.name}.f32").exists():
-        return
-    if (under_way := begun.cuts()) and all(begun.unfinished(one).exists() for one in under_way):
-        return
-    others = [one for one in wanted if one != cut and not (folder / f"{one.name}.f32").exists()]
+@dataclass(frozen=True)
+class _Part:
+    """A process' part in a pass: its cuts, a descriptor of each one's file, and one of the shares done."""
+
+    begun: _Pass
+    cuts: Sequence[Cut]
+    files: Sequence[int]
+    done: int
+
+
+def _can_join(begun: _Pass, budget: FeatureBudget, extraction: Extraction, cut: Cut, wanted: Sequence[Cut]) -> bool:
+    """Begin a pass unless one is under way; whether this process can take part in it. The store is locked."""
+    if begun.finished(cut).exists():
+        return False
+    if begun.is_intact(extraction.shares):
+        can_compute = {*begun.cuts()} <= {cut, *wanted}
+        if can_compute or begun.has_workers():
+            return can_compute
+    begun.discard()
     _make_room(budget, extraction.bytes_of(cut))
-    chosen, free = [cut], budget.limit_bytes - stored_bytes(budget.folder) - extraction.bytes_of(cut)
-    for other in others:
-        if extraction.bytes_of(other) <= free:
-            chosen.append(other)
+    others, free = [], budget.limit_bytes - stored_bytes(budget.folder) - extraction.bytes_of(cut)
+    for other in wanted:
+        if other != cut and not begun.finished(other).exists() and extraction.bytes_of(other) <= free:
+            others.append(other)
             free -= extraction.bytes_of(other)
-    begun.begin(chosen, extraction)
+    begun.begin(cut, others, extraction)
+    return True
 
 
-def _take_part(extraction: Extraction, folder: Path, progress: Callable[[int, int], None] | None) -> None:
-    """Compute shares nobody else computes until all are done."""
-    under_way = _Pass(folder)
-    with _opened(under_way) as (cuts, files, done):
-        if not cuts:
-            return  # another process has ended it meanwhile
-        run = extraction.prefix(cuts)
-        while missing := [share for share, byte in enumerate(os.pread(done, extraction.shares, 0)) if not byte]:
-            for share in missing:
-                with _claimed(done, share) as mine:
-                    if not mine or os.pread(done, 1, share) != b"\0":
-                        continue
-                    try:
-                        _write_share(extraction, share, run, cuts, files)
-                    except OSError as error:
-                        under_way.end(whole=False)
-                        raise NoRoomError(f"its features could not be written: {error.strerror}") from error
-                    os.pwrite(done, b"\1", share)
-                if progress is not None:
-                    finished = sum(os.pread(done, extraction.shares, 0))
-                    progress(min(extraction.images, finished * extraction.images_at_once), extraction.images)
-            time.sleep(WAIT_S)  # for the shares of others
-        for file in files:
-            os.fsync(file)
-    with FileLock(folder.parent / "lock"):
-        if under_way.cuts() == cuts and all(under_way.done.read_bytes()):
-            under_way.end(whole=True)
+def _reserve(path: Path, size: int) -> None:
+    """Give a file its place on the disk now: a full one is to be noticed before anything is computed."""
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise _unwritten(error) from error
 
 
-def _write_share(
-    extraction: Extraction,
-    share: int,
-    run: Callable[[Pixels], list[Floats]],
-    cuts: Sequence[Cut],
-    files: Sequence[int],
-) -> None:
-    positions = extraction.positions(share)
-    for cut, file, found in zip(cuts, files, run(extraction.pixels(positions)), strict=True):
-        rest, place = memoryview(found.tobytes()), int(positions[0]) * cut.bytes_per_image
-        while rest:
-            written = os.pwrite(file, rest, place)
-            rest, place = rest[written:], place + written
+def _unwritten(error: OSError) -> NoRoomError:
+    return NoRoomError(f"its features could not be written: {error.strerror}")
 
 
 @contextmanager
-def _opened(under_way: _Pass) -> Iterator[tuple[list[Cut], list[int], int]]:
-    """The cuts of a pass, a descriptor for each one's file, in use, and one of the shares done."""
-    cuts = under_way.cuts()
-    descriptors: list[int] = []
+def _opened(begun: _Pass) -> Iterator[_Part]:
+    """Take part in a pass: as long as one process does, its files are in use. The store is locked on entering."""
+    with ExitStack() as stack:
+        paths = begun.done, *map(begun.unfinished, cuts := begun.cuts())
+        done, *files = (stack.enter_context(path.open("r+b", buffering=0)).fileno() for path in paths)
+        for file in files:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield _Part(begun, cuts, files, done)
+
+
+def _take_part(extraction: Extraction, part: _Part, progress: Callable[[int, int], None] | None) -> None:
+    """Compute shares nobody else computes until all are done."""
+    run = extraction.prefix(part.cuts)
+    while missing := [share for share, byte in enumerate(os.pread(part.done, extraction.shares, 0)) if not byte]:
+        for share in missing:
+            if not os.fstat(part.done).st_nlink:
+                return  # another process has discarded the pass
+            with _claimed(part.done, share) as mine:
+                if not mine or os.pread(part.done, 1, share) != b"\0":
+                    continue
+                positions = extraction.positions(share)
+                _write(part, int(positions[0]), run(extraction.pixels(positions)))
+                os.pwrite(part.done, b"\1", share)
+            if progress is not None:
+                finished = sum(os.pread(part.done, extraction.shares, 0))
+                progress(min(extraction.images, finished * extraction.images_at_once), extraction.images)
+        time.sleep(WAIT_S)  # for the shares of others
+    for file in part.files:
+        os.fsync(file)
+    _end(part, part.begun.finish)
+
+
+def _write(part: _Part, first: int, found: Sequence[Floats]) -> None:
+    """Write the features of the images from the `first` on; where that fails, the pass is over for everybody."""
     try:
-        try:
-            for path in (under_way.done, *map(under_way.unfinished, cuts)):
-                descriptors.append(os.open(path, os.O_RDWR))
-                fcntl.flock(descriptors[-1], fcntl.LOCK_SH)
-        except FileNotFoundError:
-            cuts = []
-        yield cuts, descriptors[1:], descriptors[0] if descriptors else -1
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+        for cut, file, values in zip(part.cuts, part.files, found, strict=True):
+            rest, place = memoryview(values.tobytes()), first * cut.bytes_per_image
+            while rest:
+                written = os.pwrite(file, rest, place)
+                rest, place = rest[written:], place + written
+    except OSError as error:
+        _end(part, part.begun.discard)
+        raise _unwritten(error) from error
+
+
+def _end(part: _Part, how: Callable[[], None]) -> None:
+    """End a pass, unless another process has."""
+    with FileLock(part.begun.folder.parent / LOCK):
+        if os.fstat(part.done).st_nlink:
+            how()
 
 
 @contextmanager
@@ -314,13 +369,20 @@ def _make_room(budget: FeatureBudget, wanted_bytes: int) -> None:
 
 def _removed(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
     except OSError:  # in use
         return False
     with suppress(OSError):  # other cuts lie there
         path.parent.rmdir()
+    return True
+
+
+def _in_use(path: Path) -> bool:
+    with path.open("r+b") as file, suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
     return True
 
 
@@ -332,11 +394,6 @@ def _files(folder: Path) -> list[tuple[float, Path, int]]:
             status = path.stat()
             found.append((status.st_mtime, path, status.st_size))
     return found
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _size(number: int) -> str:

@@ -33,6 +33,9 @@ class Inputs:
 
     Raises:
         NoRoomError: the features cannot be kept; with `cut=None` the phase can run all the same.
+
+    Attributes:
+        source: what `EpochMetrics.source` says.
     """
 
     def __init__(
@@ -52,10 +55,11 @@ class Inputs:
         self._pristine = pristine
         self._progress = progress
         self._pixels = np.load(data.pixels[config.image_side], mmap_mode="r")
+        self.source = cut.name if cut else "pixels"
         self._view: tuple[int, Features] | None = None
         self._plain: Features | None = None
         if cut is not None:
-            self._rows = data.val if config.augmentation != "none" else np.union1d(data.train, data.val)
+            self._rows = np.sort(data.val) if config.augmentation != "none" else np.union1d(data.train, data.val)
             self._plain = self._obtain(self._rows, 0)
 
     def validation(self) -> Gather:
@@ -78,7 +82,8 @@ class Inputs:
             self._close_view()
             try:
                 self._view = view, self._obtain(rows, view)
-            except NoRoomError:
+            except NoRoomError as error:
+                self.source = f"pixels: {error}"
                 run = _warm_prefix(self._network, (self._cut,))  # the same bits, for this epoch of this trial alone
                 return lambda wanted: run(self._augmented(wanted, view))[0]
         array = self._view[1].array

@@ -3,7 +3,7 @@
 Scores are log-probabilities: a loss computed from probabilities saturates where the network is most wrong.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

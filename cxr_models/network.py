@@ -222,7 +222,8 @@ def _first_weights(
             if initializer is None and variable.name.endswith("kernel"):
                 raise RuntimeError(f"expected {layer.name} to have an initializer of {variable.name}, found none")
             drawn = initializer is not None and "seed" in initializer.get_config()
-            found.append((variable, initializer if drawn and (layer in head or not loaded) else np.array(variable)))
+            kept = np.asarray(variable.numpy())  # Keras gives a scalar as none of numpy's arrays
+            found.append((variable, initializer if drawn and (layer in head or not loaded) else kept))
     return tuple(found)
 
 

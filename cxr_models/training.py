@@ -165,12 +165,12 @@ class _EpochLoop:
         self._weights = class_weights(config, data.labels[data.train], len(data.classes))
         start = time.perf_counter()
         cut = _kept_cut(config, data, network, phases)
-        self._source = cut.name if cut else "pixels"
         try:
             self._inputs = Inputs(data, config, network, cut, pristine=len(phases) == 1, progress=progress)
         except NoRoomError as error:
-            cut, self._source = None, f"pixels: {error}"
+            cut = None
             self._inputs = Inputs(data, config, network, None)
+            self._inputs.source = f"pixels: {error}"
         self._features_seconds = time.perf_counter() - start
         key = phases[-1].rule, phases[-1].amount
         self._steps = _warm_steps(network, key, config.batch_norm, cut, config.optimizer)
@@ -203,7 +203,7 @@ class _EpochLoop:
             seconds=time.perf_counter() - start,
             images_per_second=len(self._data.train) / (trained - start),
             device=self._device,
-            source=self._source,
+            source=self._inputs.source,
             features_seconds=waited,
             trial_seconds=time.perf_counter() - begun,
         )

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cxr_models.augmentation import view_of_epoch
 from cxr_models.backbones import BACKBONES
 from cxr_models.cuts import Cut, choose_cut, work
 from cxr_models.features import FeatureBudget, stored_bytes
 from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import LayerTable
-from cxr_models.network import head_parameters
+from cxr_models.network import head_parameters, output_units
 from cxr_models.trial import TrialConfig
 
 # The axes that decide what a trial keeps, beside those that shape its network.
@@ -65,13 +66,14 @@ class CacheRules:
         return tuple(self._phase(config, index, cut if cut in kept else None) for index, cut in self._cuts(config))
 
     def wanted(self, config: TrialConfig) -> dict[Cut, tuple[int, float]]:
-        """The cuts a configuration would use -> (bytes, gain)."""
-        found = {}
+        """The cuts a configuration would use -> (bytes, gain); phases that share a cut share what they read of it."""
+        views: dict[Cut, set[int]] = {}
+        gains: dict[Cut, float] = {}
         for index, cut in self._cuts(config):
             if cut is not None:
-                phase = self._phase(config, index, cut)
-                found[cut] = phase.stored_bytes, phase.gain
-        return found
+                views.setdefault(cut, set()).update(_views(config, index))
+                gains[cut] = max(gains.get(cut, 0.0), self._phase(config, index, cut).gain)
+        return {cut: (self._stored_bytes(cut, len(views[cut])), gain) for cut, gain in gains.items()}
 
     def _cuts(self, config: TrialConfig) -> list[tuple[int, Cut | None]]:
         phases = parse_strategy(config.freeze).phases
@@ -87,10 +89,21 @@ class CacheRules:
         row, table = BACKBONES[config.backbone], self.tables[config.backbone, config.image_side]
         head = head_parameters(config, table, self.classes)
         found = work(cut, strategy.phases[: index + 1], row, table, head_parameters=head)
-        epochs = strategy.epochs(max(config.epochs, len(strategy.phases)))[index]
-        views = 1 if config.augmentation == "none" else min(epochs, config.augmented_views or epochs)
-        images = self.val_images + views * self.train_images
-        return PhaseCache(cut, images * cut.bytes_per_image if cut else 0, found.gain, found.rest)
+        stored = self._stored_bytes(cut, len(_views(config, index))) if cut else 0
+        return PhaseCache(cut, stored, found.gain, found.rest)
+
+    def _stored_bytes(self, cut: Cut, views: int) -> int:
+        return (self.val_images + views * self.train_images) * cut.bytes_per_image
+
+
+def _views(config: TrialConfig, phase: int) -> set[int]:
+    """The views of the training images that a phase reads; 0 is the images as they are."""
+    if config.augmentation == "none":
+        return {0}
+    strategy = parse_strategy(config.freeze)
+    epochs = strategy.epochs(max(config.epochs, len(strategy.phases)))
+    before = sum(epochs[:phase])
+    return {view_of_epoch(before + epoch, config.augmented_views) for epoch in range(1, epochs[phase] + 1)}
 
 
 def group_of(config: TrialConfig) -> Group:
@@ -113,7 +126,8 @@ def plan_cache(rules: CacheRules, configs: Sequence[TrialConfig], cache_dir: Pat
 
     Args:
         rules: the sizes.
-        configs: every network of the space, with the most epochs a trial can have.
+        configs: every network of the space, with the most epochs a trial can have; those that do not fit the data keep
+            nothing.
         cache_dir: where features will lie.
         limit_bytes: of all features; 0 keeps none.
     """
@@ -121,6 +135,8 @@ def plan_cache(rules: CacheRules, configs: Sequence[TrialConfig], cache_dir: Pat
         return CachePlan(None, ())
     wanted: dict[Group, dict[Cut, tuple[int, float]]] = {}
     for config in configs:
+        if not _fits(config, rules.classes):
+            continue  # the plan says what is wrong with it
         cuts = wanted.setdefault(group_of(config), {})
         for cut, (size, gain) in rules.wanted(config).items():
             most, best = cuts.get(cut, (0, 0.0))
@@ -137,6 +153,13 @@ def plan_cache(rules: CacheRules, configs: Sequence[TrialConfig], cache_dir: Pat
                 notes.append(_refusal(group, cut, size, limit_bytes, configs))
         kept[group] = tuple(chosen)
     return CachePlan(FeatureBudget(features_folder(cache_dir), limit_bytes, kept), tuple(notes))
+
+
+def _fits(config: TrialConfig, classes: int) -> bool:
+    try:
+        return output_units(config, classes) > 0
+    except ValueError:
+        return False
 
 
 def _refusal(group: Group, cut: Cut, size: int, limit_bytes: int, configs: Sequence[TrialConfig]) -> str:

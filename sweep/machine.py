@@ -15,8 +15,10 @@ from sweep.spec import ResourceSpec
 CGROUP = Path("/sys/fs/cgroup")
 NVIDIA = Path("/proc/driver/nvidia/gpus")  # one folder a device
 
-# What a trial's process needs at least: TensorFlow itself, a small network and its data.
-MEMORY_PER_TRIAL_BYTES = 2 * 1024**3
+# A GPU is shared by no more trials than this: their kernels take turns, so more of them only wait for each other.
+MOST_ON_A_GPU = 4
+# Of a GPU's memory, left to its driver and to what grows.
+GPU_RESERVE = 0.1
 
 
 class ClusterUnreachable(ConnectionError):  # noqa: N818 - reads as what happened
@@ -25,11 +27,16 @@ class ClusterUnreachable(ConnectionError):  # noqa: N818 - reads as what happene
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources trials may use: those of this machine, or of a Ray cluster."""
+    """The resources trials may use: those of this machine, or of a Ray cluster.
+
+    Attributes:
+        gpu_memory_bytes: of its smallest GPU; 0 if there is none or it is not known.
+    """
 
     cores: int
     gpus: int
     memory_bytes: int
+    gpu_memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,19 +55,41 @@ class Allotment:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class TrialMemory:
+    """What a trial takes, estimated.
+
+    Attributes:
+        process_bytes: of the machine's memory, when it trains on CPUs.
+        on_gpu_bytes: of a GPU's memory, when it trains there.
+    """
+
+    process_bytes: int
+    on_gpu_bytes: int
+
+
 def this_machine() -> Machine:
     """Cores this process may use, GPUs it may see, memory."""
-    return Machine(_cores(), _gpus(), _memory_bytes())
+    return Machine(_cores(), _gpus(), _memory_bytes(), _gpu_memory_bytes())
 
 
-def allot(wanted: ResourceSpec, machine: Machine, trials: int) -> Allotment:
+def allot(wanted: ResourceSpec, machine: Machine, trials: int, need: TrialMemory) -> Allotment:
     """Share the machine among trials; what is not given is chosen so that the machine is full.
+
+    Small trials share a GPU. On CPUs there are as many trials at once as cores and memory allow; where memory allows
+    fewer, each gets more threads.
+
+    Args:
+        wanted: what the user has given.
+        machine: what there is.
+        trials: of the sweep.
+        need: memory of the largest trial.
 
     Raises:
         ValueError: a trial asks for more than the whole machine has.
     """
     notes = []
-    gpus = wanted.gpus_per_trial if wanted.gpus_per_trial is not None else float(machine.gpus > 0)
+    gpus = wanted.gpus_per_trial if wanted.gpus_per_trial is not None else _share_of_gpu(machine, trials, need)
     if gpus and not machine.gpus:
         notes.append(f"resources.gpus_per_trial is {gpus:g}, but there is no GPU: trials run on CPUs")
         gpus = 0.0
@@ -70,7 +99,7 @@ def allot(wanted: ResourceSpec, machine: Machine, trials: int) -> Allotment:
         raise ValueError(
             f"a trial asks for {wanted.cpus_per_trial:g} CPUs, but there are {machine.cores}; lower cpus_per_trial"
         )
-    concurrency = wanted.concurrency or _most_at_once(wanted, machine, gpus, trials)
+    concurrency = wanted.concurrency or _most_at_once(wanted, machine, gpus, trials, need)
     cpus = wanted.cpus_per_trial or max(1.0, machine.cores // concurrency)
     fitting = _fitting(machine, cpus, gpus)
     if concurrency > fitting:
@@ -78,8 +107,17 @@ def allot(wanted: ResourceSpec, machine: Machine, trials: int) -> Allotment:
     return Allotment(cpus, gpus, min(concurrency, fitting), max(1, math.floor(cpus)), tuple(notes))
 
 
-def _most_at_once(wanted: ResourceSpec, machine: Machine, gpus: float, trials: int) -> int:
-    by_memory = max(1, int(machine.memory_bytes // MEMORY_PER_TRIAL_BYTES))
+def _share_of_gpu(machine: Machine, trials: int, need: TrialMemory) -> float:
+    """A whole GPU, or the share at which as many trials fit as its memory, the cores and their number allow."""
+    if not machine.gpus:
+        return 0.0
+    by_memory = int((1 - GPU_RESERVE) * machine.gpu_memory_bytes // need.on_gpu_bytes)
+    by_cores, by_trials = machine.cores // machine.gpus, math.ceil(trials / machine.gpus)
+    return 1 / max(1, min(MOST_ON_A_GPU, by_memory, by_cores, by_trials))
+
+
+def _most_at_once(wanted: ResourceSpec, machine: Machine, gpus: float, trials: int, need: TrialMemory) -> int:
+    by_memory = max(1, machine.memory_bytes // need.process_bytes)
     return max(1, min(trials, by_memory, _fitting(machine, wanted.cpus_per_trial or 1.0, gpus)))
 
 
@@ -130,3 +168,11 @@ def _present_gpus() -> int:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def _gpu_memory_bytes() -> int:
+    if not _present_gpus() or shutil.which("nvidia-smi") is None:
+        return 0
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return min((int(mebibytes) for mebibytes in listed if mebibytes.isdigit()), default=0) * 1024**2

@@ -32,6 +32,7 @@ from sweep.caching import (
 )
 from sweep.halving import rungs
 from sweep.machine import Allotment, Machine, allot
+from sweep.memory import trial_memory
 from sweep.space import Range
 from sweep.spec import SpecError, SweepSpec
 from sweep.weights import WeightsFile, find_weights
@@ -96,8 +97,12 @@ class Plan:
     def order(self, config: TrialConfig) -> tuple[Any, ...]:
         """Sort key by which trials that share a prefix, and then a program, follow each other, long ones first."""
         phases = self.rules.phases(config, self.cache.budget)
+        names = [layer.name for layer in self.tables[config.backbone, config.image_side].layers]
         cuts = tuple(phase.cut.name if phase.cut else "" for phase in phases)
-        return (*group_of(config), -max(phase.epoch_work for phase in phases), cuts, config.batch_size, -config.epochs)
+        earliest = min(names.index(phase.cut.layer) if phase.cut else 0 for phase in phases)
+        views = (config.augmentation, config.augmented_views, config.seed if config.augmentation != "none" else 0)
+        work = -max(phase.epoch_work for phase in phases)
+        return (*group_of(config), earliest, cuts, *views, work, config.batch_size, -config.epochs)
 
     def indices(self, part: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Positions of a part's images in the manifest."""
@@ -170,7 +175,9 @@ def make_plan(
     strategies = _strategies(networks, rules, cache, problems)
     trials = _trials(spec)
     try:
-        allotment = allot(spec.resources, machine, trials)
+        batch_size = max(int(size) for size in _values(spec, "batch_size"))
+        need = trial_memory(networks, tables, len(manifest.classes), batch_size)
+        allotment = allot(spec.resources, machine, trials, need)
     except ValueError as error:
         problems.append(f"resources: {error}")
     if problems:

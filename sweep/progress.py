@@ -1,9 +1,11 @@
 """What a person sees while a sweep runs: a live table on a terminal, plain lines anywhere else."""
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -13,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cxr_models.dataset import Progress
+from cxr_models.features import under_way
 from cxr_models.trial import EpochMetrics, Objective, Outcome, Suggestion, TrialResult
 
 SHOWN_TRIALS = 12
@@ -62,17 +65,58 @@ class _Lines:
         self._console.print(f"{self._description}: {done} of {total}, about {duration(left)} left")
 
 
+class _Extraction:
+    """How far workers have come with the features of frozen layers, and the time left by the pace since first seen."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._first = self._last = 0.0, 0, 0  # time, parts done, parts
+
+    def line(self) -> str:
+        """Empty while none are computed."""
+        done, total = under_way(self._folder)
+        now, (_, done_before, total_before) = time.monotonic(), self._last
+        self._last = now, done, total
+        if total != total_before or done < done_before:
+            self._first = self._last  # another pass
+        if done == total:
+            return ""
+        shown = f"computing features of frozen layers: {100 * done // total} %"
+        since, done_first, _ = self._first
+        if done == done_first:
+            return shown
+        return f"{shown}, about {duration((now - since) * (total - done) / (done - done_first))} left"
+
+
 class SweepProgress:
-    """Listens to a sweep and shows trials by state, epochs, the best so far and the time left."""
+    """Listens to a sweep and shows trials by state, epochs, the best so far and the time left.
+
+    Args:
+        console: where.
+        objective: what "best" means.
+        trials: how many there will be.
+        max_epochs: of a trial.
+        gpus_per_trial: that trials are given.
+        features: folder of the features of frozen layers; None where none are kept.
+    """
 
     def __init__(
-        self, console: Console, objective: Objective, *, trials: int, max_epochs: int, gpus_per_trial: float
+        self,
+        console: Console,
+        objective: Objective,
+        *,
+        trials: int,
+        max_epochs: int,
+        gpus_per_trial: float,
+        features: Path | None,
     ) -> None:
         self._console = console
         self._objective = objective
         self._trials = trials
         self._max_epochs = max_epochs
         self._expects_gpu = gpus_per_trial > 0
+        self._extraction = _Extraction(features) if features else None
+        self._uncached: set[str] = set()
         self._running: dict[str, tuple[Suggestion, EpochMetrics | None]] = {}
         self._told: dict[str, float] = {}
         self._outcomes: Counter[Outcome] = Counter()
@@ -84,9 +128,10 @@ class SweepProgress:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Keep the table on the terminal for the length of the block."""
+        """Keep the table on the terminal for the length of the block; elsewhere tell of features being computed."""
         if not self._console.is_terminal:
-            yield
+            with self._lines_told(self._extraction) if self._extraction else nullcontext():
+                yield
             return
         with Live(
             self._table(), console=self._console, refresh_per_second=2, get_renderable=self._table, transient=True
@@ -94,6 +139,23 @@ class SweepProgress:
             self._live = live
             yield
         self._live = None
+
+    @contextmanager
+    def _lines_told(self, extraction: _Extraction) -> Iterator[None]:
+        ended = threading.Event()
+
+        def tell() -> None:
+            while not ended.wait(LINE_INTERVAL_S):
+                if line := extraction.line():
+                    self._say(line)
+
+        thread = threading.Thread(target=tell, name="extraction-progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def started(self, suggestion: Suggestion) -> None:
         self._running[suggestion.trial_id] = suggestion, None
@@ -110,9 +172,17 @@ class SweepProgress:
         if metrics.trial_id in self._running:
             suggestion, _ = self._running[metrics.trial_id]
             self._running[metrics.trial_id] = suggestion, metrics
+            self._tell_uncached(suggestion, metrics)
             self._tell_epoch(suggestion, metrics)
         if self._first is None:
             self._first = time.monotonic(), self._done()
+
+    def _tell_uncached(self, suggestion: Suggestion, metrics: EpochMetrics) -> None:
+        """Once for each reason."""
+        _, _, reason = metrics.source.partition("pixels: ")
+        if reason and reason not in self._uncached:
+            self._uncached.add(reason)
+            self._console.print(f"note: trial {suggestion.number + 1} runs from the pixels: {reason}", markup=False)
 
     def _tell_epoch(self, suggestion: Suggestion, metrics: EpochMetrics) -> None:
         """A line a trial every few seconds: more would take longer to write than a short epoch."""
@@ -174,6 +244,8 @@ class SweepProgress:
                 row += [f"{metrics.val['loss']:.3f}", f"{metrics.val[self._objective.metric]:.3f}"]
             table.add_row(*map(Text, row))
         lines = [Text(f"best so far: {describe_result(self._best, self._objective)}")] if self._best else []
+        if self._extraction and (computing := self._extraction.line()):
+            lines.append(Text(computing))
         return Group(table, *lines, self._status())
 
 

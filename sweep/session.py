@@ -102,6 +102,7 @@ def run_sweep(
         trials=plan.trials,
         max_epochs=plan.max_epochs,
         gpus_per_trial=plan.allotment.gpus_per_trial,
+        features=plan.cache.budget.folder if plan.cache.budget else None,
     )
     timeline = Timeline()
     conductor = _conductor(plan, folder, pixels, (record, tracker, progress, timeline))

@@ -6,12 +6,13 @@ import psutil
 import pytest
 
 from sweep import machine
-from sweep.machine import MEMORY_PER_TRIAL_BYTES, Allotment, Machine, allot, this_machine
+from sweep.machine import Allotment, Machine, TrialMemory, allot, this_machine
 from sweep.spec import ResourceSpec
 
 GIB = 1024**3
 LAPTOP = Machine(cores=8, gpus=0, memory_bytes=64 * GIB)
 SERVER = Machine(cores=16, gpus=4, memory_bytes=256 * GIB)
+SMALL, LARGE = TrialMemory(2 * GIB, 2 * GIB), TrialMemory(20 * GIB, 20 * GIB)
 
 
 def given(cpus: float | None = None, gpus: float | None = None, at_once: int | None = None) -> ResourceSpec:
@@ -38,7 +39,7 @@ def given(cpus: float | None = None, gpus: float | None = None, at_once: int | N
     ],
 )
 def test_what_is_not_given_is_chosen(wanted, on, trials, expected):
-    assert allot(wanted, on, trials) == expected
+    assert allot(wanted, on, trials, SMALL) == expected
 
 
 @pytest.mark.parametrize(
@@ -47,37 +48,60 @@ def test_what_is_not_given_is_chosen(wanted, on, trials, expected):
 def test_a_share_of_a_gpu_lies_on_one_device(share, on_one):
     """Two trials of 0.6 do not share three devices' remainders; five of 0.2 fill one, whatever 1 // 0.2 is."""
     plenty = Machine(cores=1000, gpus=3, memory_bytes=10_000 * GIB)
-    assert allot(given(cpus=1, gpus=share), plenty, 1000).concurrency == 3 * on_one
+    assert allot(given(cpus=1, gpus=share), plenty, 1000, SMALL).concurrency == 3 * on_one
 
 
 def test_the_cpus_of_many_small_trials_add_up():
-    assert allot(given(cpus=0.1), Machine(1, 0, 1000 * GIB), 100).concurrency == 10
+    assert allot(given(cpus=0.1), Machine(1, 0, 1000 * GIB), 100, SMALL).concurrency == 10
 
 
 def test_memory_bounds_the_number_chosen():
-    small = Machine(cores=64, gpus=0, memory_bytes=3 * MEMORY_PER_TRIAL_BYTES)
-    assert allot(given(), small, 100) == Allotment(21, 0.0, 3, 21)
-    assert allot(given(), Machine(4, 0, GIB), 100).concurrency == 1
+    small = Machine(cores=64, gpus=0, memory_bytes=6 * GIB)
+    assert allot(given(), small, 100, SMALL) == Allotment(21, 0.0, 3, 21)
+    assert allot(given(), Machine(4, 0, GIB), 100, SMALL).concurrency == 1
+
+
+@pytest.mark.parametrize(
+    ("gpu_gib", "cores", "trials", "need", "share"),
+    [
+        (80, 16, 100, SMALL, 0.25),  # never more than four
+        (8, 16, 100, SMALL, 1 / 3),  # as its memory allows, a tenth left over
+        (24, 16, 100, LARGE, 1.0),
+        (80, 8, 100, SMALL, 0.5),  # each trial needs a core
+        (80, 16, 8, SMALL, 0.5),  # eight trials on four GPUs
+        (80, 16, 3, SMALL, 1.0),
+        (0, 16, 100, SMALL, 1.0),  # its memory is not known
+    ],
+)
+def test_small_trials_share_a_gpu(gpu_gib, cores, trials, need, share):
+    machine = Machine(cores, 4, 256 * GIB, gpu_gib * GIB)
+    assert allot(given(), machine, trials, need).gpus_per_trial == pytest.approx(share)
+    assert allot(given(gpus=1), machine, trials, need).gpus_per_trial == 1.0
+
+
+def test_large_trials_get_more_threads_in_place_of_company():
+    found = allot(given(), LAPTOP, 100, LARGE)
+    assert (found.concurrency, found.threads) == (3, 2)
 
 
 def test_more_than_the_machine_has():
     with pytest.raises(ValueError, match="a trial asks for 12 CPUs, but there are 8; lower cpus_per_trial"):
-        allot(given(cpus=12), LAPTOP, 4)
+        allot(given(cpus=12), LAPTOP, 4, SMALL)
     with pytest.raises(ValueError, match="a trial asks for 5 GPUs, but there are 4; lower gpus_per_trial"):
-        allot(given(gpus=5), SERVER, 4)
+        allot(given(gpus=5), SERVER, 4, SMALL)
 
 
 def test_gpus_asked_for_where_there_are_none():
-    found = allot(given(gpus=0.5), LAPTOP, 100)
+    found = allot(given(gpus=0.5), LAPTOP, 100, SMALL)
     assert (found.gpus_per_trial, found.concurrency) == (0.0, 8)
     assert found.notes == ("resources.gpus_per_trial is 0.5, but there is no GPU: trials run on CPUs",)
 
 
 def test_more_at_once_than_fit():
-    found = allot(given(cpus=2, at_once=9), LAPTOP, 100)
+    found = allot(given(cpus=2, at_once=9), LAPTOP, 100, SMALL)
     assert found.concurrency == 4
     assert found.notes == ("9 trials at once were asked for, 4 fit on this machine",)
-    assert allot(given(at_once=4), LAPTOP, 100).notes == ()
+    assert allot(given(at_once=4), LAPTOP, 100, SMALL).notes == ()
 
 
 class TestThisMachine:

@@ -131,6 +131,46 @@ def test_the_first_of_equal_scores_is_the_prediction():
     assert confusion_matrix(np.array([1]), np.zeros((1, 3)))[1].tolist() == [1, 0, 0]
 
 
+@pytest.mark.parametrize("classes", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_report_per_class_is_that_of_scikit_learn(classes, seed):
+    labels, scores = random_case(seed, images=40, classes=classes)
+    assert_report_of_scikit_learn(labels, scores, classes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "predicted"),
+    [
+        ([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 0, 1]),  # the third is never predicted
+        ([0, 0, 1, 1, 1, 1], [0, 2, 1, 1, 2, 1]),  # the third has no image
+        ([0, 0, 1, 1, 0, 1], [0, 1, 1, 1, 0, 0]),  # neither
+        ([1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]),
+        ([1, 1, 1, 1, 1, 1], [0, 0, 0, 2, 0, 0]),
+    ],
+)
+def test_the_report_where_figures_are_undefined_is_that_of_scikit_learn(labels, predicted):
+    assert_report_of_scikit_learn(np.array(labels), scores_of(np.array(predicted), 3), 3)
+
+
+def assert_report_of_scikit_learn(labels: np.ndarray, scores: np.ndarray, classes: int) -> None:
+    expected = sklearn_metrics.classification_report(
+        labels,
+        scores.argmax(axis=1),
+        labels=range(classes),
+        target_names=CLASSES[:classes],
+        output_dict=True,
+        zero_division=0,
+    )
+    # Where each label is a class of the list, scikit-learn calls the accuracy by the name of what it equals.
+    accuracy = expected.pop("micro avg", None) or {"f1-score": expected.pop("accuracy")}
+    found = classification_report(labels, scores, CLASSES[:classes])
+    assert found.pop("accuracy") == pytest.approx(accuracy["f1-score"], rel=1e-12)
+    assert list(found) == list(expected)
+    for name, figures in expected.items():
+        assert found[name] == pytest.approx(figures, rel=1e-12)
+        assert list(found[name]) == list(figures)
+
+
 def test_the_report_per_class():
     labels, scores = labels_and_scores(REPORTED["head only"][0])
     found = classification_report(labels, scores, CLASSES)

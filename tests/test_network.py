@@ -20,11 +20,12 @@ from cxr_models.backbones import (
     build_backbone,
     load_backbone_weights,
 )
+from cxr_models.cuts import Cut, choose_cut
 from cxr_models.freezing import decide, parse_strategy
 from cxr_models.layer_table import PACKAGED, LayerTable, layer_tables, read_table, weight_problems
 from cxr_models.network import build_network, export_model
 from cxr_models.steps import Steps
-from cxr_models.training import make_optimizer
+from cxr_models.training import dropout_seeds, make_optimizer
 from cxr_models.trial import TrialConfig
 
 FAMILIES = ("mobilenet_v2_0.35", "efficientnet_b0", "resnet50", "densenet121", "vanilla_cnn")
@@ -110,17 +111,16 @@ MOVING += [("mobilenet_v2_0.35", "convs:2", "train"), ("mobilenet_v2_0.35", "sta
 @pytest.mark.parametrize(("name", "freeze", "batch_norm"), MOVING)
 def test_exactly_the_weights_that_should_move_have_moved(name, freeze, batch_norm):
     """One step of gradient descent without momentum; a weight whose gradient is zero by chance would be a failure."""
-    config = config_of(name, freeze=freeze, batch_norm=batch_norm, learning_rate=0.05)
-    keras.utils.set_random_seed(0)
+    config = config_of(name, freeze=freeze, batch_norm=batch_norm)
     built = build_network(config, classes=3, channels=1)
     phase = parse_strategy(freeze).phases[0]
     built.enter(phase, batch_norm)
     _spread_weights(built.backbone)
     before = {weight.path: weight.numpy().copy() for weight in built.model.weights}
-    steps = Steps(built, make_optimizer(config, config.learning_rate))
-    images, labels, weights = small_batch(config)
-    for step in range(3):
-        steps.train(images, labels, weights, (0, 1, step))
+    steps = Steps(built, None, make_optimizer("adam"))
+    steps.begin(0.05, 0.0)
+    seeds = np.stack([dropout_seeds((0, 1, step), steps.dropout_seeds) for step in range(3)])
+    steps.train(*(np.stack([given] * 3) for given in small_batch(config)), seeds)
     moved = {weight.path for weight in built.model.weights if not np.array_equal(weight.numpy(), before[weight.path])}
     assert moved == _expected_to_move(built, decide(phase, BACKBONES[name], built.table, batch_norm))
 
@@ -136,7 +136,7 @@ def _spread_weights(backbone: keras.Model) -> None:
 
 
 def _expected_to_move(built: network.Network, decision: dict[str, str]) -> set[str]:
-    expected = {weight.path for layer in built.model.layers[-3:] for weight in layer.weights}
+    expected = {weight.path for layer in built.head for weight in layer.weights}
     for row, layer in zip(built.table.layers, built.backbone.layers, strict=True):
         treatment = decision[row.name]
         for weight, trainable in zip(layer.weights, row.trainable, strict=True):
@@ -156,6 +156,92 @@ def test_a_frozen_backbone_is_the_same_function_in_training(name):
     inference = keras.ops.convert_to_numpy(built.backbone(images, training=False))
     training = keras.ops.convert_to_numpy(built.backbone(images, training=True))
     np.testing.assert_array_equal(inference, training)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2_0.35", "efficientnet_b0"])
+def test_prefix_and_suffix_are_the_network(name):
+    """The prefix is the same function whenever it is run, in training mode too."""
+    built = build_network(config_of(name, seed=2), classes=3, channels=1)
+    images = small_batch(config_of(name))[0].astype(np.float32)
+    phases = parse_strategy("stages:1").phases
+    built.enter(phases[0], "frozen")
+    last = built.table.layers[-1]
+    cuts = [
+        choose_cut(phases, BACKBONES[name], built.table, pooling="average", head_parameters=0),
+        Cut(last.name, "", last.output),
+        Cut(last.name, "average", last.output[-1:]),
+    ]
+    assert "" not in {cut.layer for cut in cuts}
+    prefix = built.prefix(cuts)
+    stored = prefix(images, training=False)
+    for cut, found in zip(cuts, stored, strict=True):
+        assert found.shape == (8, *cut.shape)
+        logits = built.suffix(cut)(found, training=False)
+        np.testing.assert_allclose(logits, built.logits(images, training=False), rtol=1e-4, atol=1e-6)
+    for _ in range(2):
+        np.testing.assert_array_equal(prefix(images, training=True)[0], stored[0])
+    assert built.suffix(None) is built.logits
+
+
+LONG_TO_BUILD = ("efficientnet_b0", "resnet50", "densenet121")
+
+
+class TestReset:
+    @pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG_TO_BUILD)) for name in FAMILIES]
+    )
+    def test_first_weights_follow_from_the_seed_and_are_drawn_as_keras_draws_them(self, name):
+        built = build_network(config_of(name, hidden_units=(16,)), classes=3, channels=1)
+        first, *others = (_reset(built, seed) for seed in (0, 1, 0))
+        theirs = build_backbone(BACKBONES[name], built.table.image_side)
+        drawn = 0
+        for mine, keras_own in zip(built.backbone.weights, theirs.weights, strict=True):
+            assert mine.name == keras_own.name
+            np.testing.assert_array_equal(first[mine.path], others[1][mine.path])
+            if mine.name.endswith("kernel"):
+                drawn += 1
+                assert (first[mine.path] != others[0][mine.path]).mean() > 0.99
+                if mine.value.shape.num_elements() >= 200:
+                    assert first[mine.path].std() == pytest.approx(keras_own.numpy().std(), rel=0.25)
+            else:
+                np.testing.assert_array_equal(first[mine.path], keras_own.numpy())
+        assert drawn >= 4
+        kernels = [weight.numpy() for weight in built.backbone.weights if weight.name.endswith("kernel")]
+        shapes = [kernel.shape for kernel in kernels]
+        twins = [index for index, shape in enumerate(shapes) if shape in shapes[:index]]
+        assert all((kernels[index] != kernels[shapes.index(shapes[index])]).any() for index in twins)
+
+    def test_weights_of_a_file_come_back_whatever_happened(self, tmp_path):
+        row = BACKBONES["mobilenet_v2_0.35"]
+        config = config_of("mobilenet_v2_0.35", seed=4)
+        built = build_network(config, classes=3, channels=1, weights=row.bundled_path)
+        first = {weight.path: weight.numpy() for weight in built.model.weights}
+        for weight in built.model.weights:
+            weight.assign(np.full(weight.shape, np.nan))
+        after = _reset(built, 4)
+        for path, expected in first.items():
+            np.testing.assert_array_equal(after[path], expected)
+        other = _reset(built, 5)
+        changed = {path.split("/")[-2] for path in first if (other[path] != first[path]).any()}
+        assert changed == {"logits"}
+        loaded = build_backbone(row, config.image_side)
+        load_backbone_weights(row, loaded, row.bundled_path)
+        for expected, found in zip(loaded.weights, built.backbone.weights, strict=True):
+            np.testing.assert_array_equal(found.numpy(), expected.numpy())
+
+    def test_a_head_starts_the_same_on_every_strategy(self):
+        """Pooling, output and hidden layers differ between shapes; dropout and freezing do not change first weights."""
+        built = build_network(config_of("vanilla_cnn", seed=1), classes=3, channels=1)
+        first = _reset(built, 1)
+        built.enter(parse_strategy("convs:1").phases[0], "train")
+        built.reset(1, 0.5)
+        assert all((built_weight.numpy() == first[built_weight.path]).all() for built_weight in built.model.weights)
+        assert float(built.head_dropout.numpy()) == 0.5
+
+
+def _reset(built: network.Network, seed: int) -> dict[str, np.ndarray]:
+    built.reset(seed, 0.0)
+    return {weight.path: weight.numpy() for weight in built.model.weights}
 
 
 def test_dropout_inside_the_backbone_comes_back_when_its_layers_train():
@@ -180,7 +266,6 @@ def test_fixed_statistics_are_the_same_function_in_inference(tmp_path):
     images = small_batch(config_of("efficientnet_b0"))[0].astype(np.float32)
     models = []
     for batch_norm in ("frozen", "affine"):
-        keras.utils.set_random_seed(0)
         config = config_of("efficientnet_b0", batch_norm=batch_norm)
         built = build_network(config, classes=3, channels=1, weights=tmp_path / "some.weights.h5")
         models += [built.model, export_model(built, config, classes=3)]

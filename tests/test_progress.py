@@ -1,11 +1,18 @@
 """What a person sees: every start and end, epochs of long trials, and a time left that start-up does not distort."""
 
+import fcntl
 import io
+import json
 import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from cxr_models.storage import written_whole
 from cxr_models.trial import METRICS, EpochMetrics, Objective, Outcome, Suggestion, TrialConfig, TrialResult
 from sweep import progress
 from sweep.progress import LINE_INTERVAL_S, SweepProgress
@@ -14,21 +21,31 @@ from sweep.progress import LINE_INTERVAL_S, SweepProgress
 class Sweep:
     """A sweep's progress on a console that is no terminal, with a clock of its own."""
 
-    def __init__(self, trials: int, epochs: int) -> None:
+    def __init__(self, trials: int, epochs: int, features: Path | None = None, *, terminal: bool = False) -> None:
         self.now = 0.0
         self.epochs = epochs
         self._file = io.StringIO()
-        console = Console(file=self._file, width=200)
+        console = Console(file=self._file, width=200, force_terminal=terminal)
         objective = Objective("macro_f1", "max")
-        self.told = SweepProgress(console, objective, trials=trials, max_epochs=epochs, gpus_per_trial=0)
+        self.told = SweepProgress(
+            console, objective, trials=trials, max_epochs=epochs, gpus_per_trial=0, features=features
+        )
 
-    def trial(self, number: int, *, epoch_s: float, value: float = 0.5, outcome: Outcome = Outcome.COMPLETED) -> None:
+    def trial(
+        self,
+        number: int,
+        *,
+        epoch_s: float,
+        value: float = 0.5,
+        outcome: Outcome = Outcome.COMPLETED,
+        source: str = "pixels",
+    ) -> None:
         config = TrialConfig("vanilla_cnn", epochs=self.epochs, seed=number)
         self.told.started(Suggestion(number, f"t{number}", config))
         values = dict.fromkeys(METRICS, value)
         for epoch in range(1, self.epochs + 1):
             self.now += epoch_s
-            self.told.epoch(EpochMetrics(f"t{number}", epoch, 0, 1e-3, values, values, epoch_s, 1.0))
+            self.told.epoch(EpochMetrics(f"t{number}", epoch, 0, 1e-3, values, values, epoch_s, 1.0, source=source))
         error = "it broke" if outcome is Outcome.FAILED else ""
         end = TrialResult(f"t{number}", config, outcome, epochs=self.epochs, best_epoch=1, val=values, error=error)
         self.told.ended(number, end)
@@ -40,8 +57,8 @@ class Sweep:
 
 @pytest.fixture
 def sweep(monkeypatch):
-    def make(trials: int, epochs: int) -> Sweep:
-        made = Sweep(trials, epochs)
+    def make(trials: int, epochs: int, features: Path | None = None, *, terminal: bool = False) -> Sweep:
+        made = Sweep(trials, epochs, features, terminal=terminal)
         monkeypatch.setattr(progress.time, "monotonic", lambda: made.now)
         return made
 
@@ -85,3 +102,109 @@ def test_the_best_is_that_of_trials_that_may_rank(sweep):
     assert "2 completed, 1 failed, best val macro_f1 0.600" in shown.lines[-1]
     shown.trial(3, epoch_s=1.0, value=0.7)
     assert "best val macro_f1 0.700" in shown.lines[-1]
+
+
+class Pass:
+    """An extraction of 20 parts as it lies in the store; in the hands of a worker while `worked_at`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "digest"
+        self._folder.mkdir(parents=True)
+        (self._folder / "pass.json").write_text(json.dumps([["cut", "", [4]]]))
+        self._file = (self._folder / "cut.f32.partial").open("wb")
+        self.done(0)
+
+    def worked_at(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+
+    def left(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def done(self, parts: int) -> None:
+        with written_whole(self._folder / "pass.done") as scratch:
+            scratch.write_bytes(bytes([1] * parts + [0] * (20 - parts)))
+
+    def ended(self) -> None:
+        for path in self._folder.iterdir():
+            path.unlink()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@pytest.fixture
+def extraction(tmp_path) -> Iterator[Pass]:
+    made = Pass(tmp_path / "features")
+    yield made
+    made.close()
+
+
+def wait_for(sweep: Sweep, text: str) -> None:
+    end = time.perf_counter() + 10
+    while not any(text in line for line in sweep.lines):
+        assert time.perf_counter() < end, sweep.lines
+        time.sleep(0.01)
+
+
+def test_features_being_computed_are_told_every_few_seconds(sweep, extraction, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0.01)
+    shown = sweep(1, 1, tmp_path / "features")
+    extraction.worked_at()
+    extraction.done(5)
+    with shown.told.shown():
+        wait_for(shown, "computing features of frozen layers: 25 %")
+        shown.now += 100.0
+        extraction.done(10)
+        wait_for(shown, "computing features of frozen layers: 50 %, about 3 min 20 s left")
+    told = len(shown.lines)
+    time.sleep(0.05)
+    assert len(shown.lines) == told, "told after the trials"
+    assert all(line.startswith("computing features of frozen layers: ") for line in shown.lines)
+
+
+def test_a_second_pass_has_a_pace_of_its_own(sweep, extraction, tmp_path):
+    shown = sweep(1, 1, tmp_path / "features", terminal=True)
+    extraction.worked_at()
+    for parts, seconds in ((0, 100.0), (19, 100.0), (4, 10.0)):
+        extraction.done(parts)
+        drawn(shown)
+        shown.now += seconds
+    extraction.done(6)
+    assert "30 %, about 1 min 10 s left" in drawn(shown)
+
+
+def test_features_being_computed_are_shown_in_the_table(sweep, extraction, tmp_path):
+    shown = sweep(1, 1, tmp_path / "features", terminal=True)
+    extraction.done(9)
+    assert "computing" not in drawn(shown), "left behind by a sweep that died"
+    extraction.worked_at()
+    assert "computing features of frozen layers: 45 %" in drawn(shown)
+    extraction.left()
+    extraction.ended()
+    assert "computing" not in drawn(shown)
+
+
+def drawn(sweep: Sweep) -> str:
+    """The live table as a terminal has it at this moment."""
+    console = Console(file=io.StringIO(), width=200, record=True)
+    console.print(sweep.told._table())
+    return console.export_text()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_without_features_no_thread_asks_for_them(sweep, terminal):
+    shown = sweep(1, 1, terminal=terminal)
+    with shown.told.shown():
+        assert not [thread for thread in threading.enumerate() if thread.name == "extraction-progress"]
+        assert "computing" not in drawn(shown)
+
+
+def test_why_trials_run_from_the_pixels_is_told_once_for_each_reason(sweep):
+    shown = sweep(5, 2)
+    full, used = "the cache may take 1 MB", "2 MB of the cache are in use"
+    for number, source in enumerate(
+        ("pixels", f"pixels: {full}", "block_12_add", f"pixels: {full}", f"pixels: {used}")
+    ):
+        shown.trial(number, epoch_s=0.01, source=source)
+    notes = [line for line in shown.lines if line.startswith("note: ")]
+    assert notes == [f"note: trial 2 runs from the pixels: {full}", f"note: trial 5 runs from the pixels: {used}"]

@@ -180,6 +180,33 @@ def test_gpus_on_a_machine_without_are_said_to_be_missing(space, cache_dir, caps
     assert "there is no GPU: trials run on CPUs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "much", ""])
+def test_a_cache_size_that_cannot_be_one(space, cache_dir, capsys, size):
+    with pytest.raises(SystemExit) as refused:
+        main([str(space), "--plan", "--cache-dir", str(cache_dir), f"--cache-gb={size}"])
+    assert refused.value.code == WRONG_INPUT
+    said = capsys.readouterr().err
+    assert f"argument --cache-gb: expected GB above 0 (--no-cache keeps nothing), but got {size!r}" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--cache-gb", "1.5"], "features may take 1.5 GB in"),
+        (["--no-cache"], "no features are kept: every trial runs its frozen layers in every epoch"),
+        (["--cache-gb", "3", "--no-cache"], "no features are kept"),
+        (["--cache-gb", "1e-6"], "more than the cache has left of 0.0 MB: these trials run from the pixels"),
+        ([], "features may take"),
+    ],
+)
+def test_a_plan_says_what_features_may_take(cache_dir, capsys, arguments, expected):
+    command = [str(ROOT / "search_spaces" / "smoke.yaml"), "--plan", "--cache-dir", str(cache_dir), *arguments]
+    assert main(command) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert expected in shown
+    assert ("computed once: what is stored" in shown) == ("--no-cache" not in arguments)
+
+
 @pytest.mark.parametrize("name", ["freeze", "smoke"])
 def test_a_plan_loads_nothing_heavy_and_says_what_will_run(name, cache_dir):
     command = [str(ROOT / "search_spaces" / f"{name}.yaml"), "--plan", "--cache-dir", str(cache_dir)]

@@ -1,6 +1,8 @@
 """A trial trains what its strategy says, on every training image once an epoch, and the same way every time."""
 
-from collections.abc import Callable, Iterator
+import gc
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,44 +10,34 @@ import keras
 import numpy as np
 import pytest
 
-from cxr_models import training
-from cxr_models.network import Network, build_network
-from cxr_models.steps import INFERENCE_BATCH, Steps
-from cxr_models.training import DivergedError, class_weights, make_optimizer, predict, restore_best, run_trial
+from cxr_models import steps, training
+from cxr_models.backbones import BACKBONES
+from cxr_models.network import Network
+from cxr_models.steps import Steps
+from cxr_models.training import (
+    DivergedError,
+    class_weights,
+    dropout_seeds,
+    predict,
+    restore_best,
+    run_trial,
+    warm_network,
+)
 from cxr_models.trial import BEST_WEIGHTS, METRICS, VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialData
+from tests.trainings import LOSS, Weights, cuts_of, drain, images_of, keeping, weights_of
 
-LOSS = Objective("loss", "min")
-TRAIN, VAL, IMAGES = 20, 10, 36
+TRAIN, VAL = 20, 10
 TINY = TrialConfig("vanilla_cnn", image_side=70, freeze="none", batch_size=8, epochs=2)
 MOBILE = replace(TINY, backbone="mobilenet_v2_0.35", image_side=32)
 
-Weights = dict[str, np.ndarray]
-
 
 def tiny_data(folder: Path, side: int = 70, classes: tuple[str, ...] = ("a", "b")) -> TrialData:
-    """Images whose brightness tells the class a little; the last six are the test set's."""
-    generator = np.random.default_rng(0)
-    labels = (np.arange(IMAGES) % len(classes)).astype(np.int32)
-    pixels = generator.integers(0, 120, (IMAGES, side, side, 1)) + 100 * labels[:, None, None, None]
-    np.save(folder / f"{side}.npy", pixels.astype(np.uint8))
-    labels[TRAIN + VAL :] = -1
-    train, val = np.arange(TRAIN), np.arange(TRAIN, TRAIN + VAL)
-    return TrialData(classes, labels, train, val, 1, {side: folder / f"{side}.npy"})
+    return images_of(folder, side, train=TRAIN, val=VAL, classes=classes)
 
 
 @pytest.fixture
 def data(tmp_path) -> TrialData:
     return tiny_data(tmp_path)
-
-
-def drain(epochs: Iterator[EpochMetrics]) -> list[EpochMetrics]:
-    """Let a trial run to its end."""
-    found = [next(epochs)]
-    try:
-        while True:
-            found.append(epochs.send(True))
-    except StopIteration:
-        return found
 
 
 @dataclass
@@ -63,41 +55,32 @@ class Watched:
 
 @pytest.fixture
 def watch(tmp_path, monkeypatch) -> Callable[..., Watched]:
-    built: list[Network] = []
-    monkeypatch.setattr(training, "build_network", lambda *given, **named: _kept(built, given, named))
+    used: list[Network] = []
     started: list[Weights] = []
-    monkeypatch.setattr(training, "_EpochLoop", _watching(training._EpochLoop, started))
+    monkeypatch.setattr(training, "_EpochLoop", _watching(training._EpochLoop, used, started))
 
     def run(config: TrialConfig, data: TrialData, objective: Objective = LOSS) -> Watched:
-        folder = tmp_path / f"trial-{len(built)}"
+        folder = tmp_path / f"trial-{len(used)}"
         started.clear()
         epochs, weights = run_trial("t", config, data, folder, objective), []
         metrics = [next(epochs)]
         try:
             while True:
-                weights.append(weights_of(built[-1].model))
+                weights.append(weights_of(used[-1].model))
                 metrics.append(epochs.send(True))
         except StopIteration:
-            return Watched(folder, metrics, [started[0], *weights], built[-1])
+            return Watched(folder, metrics, [started[0], *weights], used[-1])
 
     return run
 
 
-def _kept(built: list[Network], given: tuple, named: dict) -> Network:
-    built.append(build_network(*given, **named))
-    return built[-1]
-
-
-def _watching(loop: type, started: list[Weights]) -> Callable[..., object]:
-    def begin(trial_id: str, config: TrialConfig, data: TrialData, network: Network) -> object:
+def _watching(loop: type, used: list[Network], started: list[Weights]) -> Callable[..., object]:
+    def begin(trial_id: str, config: TrialConfig, data: TrialData, network: Network, *others: object) -> object:
+        used.append(network)
         started.append(weights_of(network.model))
-        return loop(trial_id, config, data, network)
+        return loop(trial_id, config, data, network, *others)
 
     return begin
-
-
-def weights_of(model: keras.Model) -> Weights:
-    return {weight.path: weight.value.numpy() for weight in model.weights if "seed_generator" not in weight.path}
 
 
 def of_the_head(names: set[str]) -> set[str]:
@@ -138,9 +121,15 @@ class TestPhases:
 
     def test_each_phase_takes_steps_of_its_own_size(self, watch, data, monkeypatch):
         rates = []
-        monkeypatch.setattr(training, "make_optimizer", lambda config, rate: _noted(rates, config, rate))
+        begin = Steps.begin
+
+        def noted(self: Steps, *given: float) -> None:
+            begin(self, *given)
+            rates.append(float(self._optimizer.learning_rate.numpy()))
+
+        monkeypatch.setattr(Steps, "begin", noted)
         watch(replace(TINY, freeze="all>none", learning_rate=0.01), data)
-        assert [float(optimizer.learning_rate) for optimizer in rates] == pytest.approx([0.01, 0.001])
+        assert rates == pytest.approx([0.01, 0.001])
 
     def test_what_is_frozen_does_not_move_in_a_whole_trial(self, watch, tmp_path):
         """Batch norms' statistics included, where those of the trainable part move."""
@@ -152,11 +141,6 @@ class TestPhases:
         assert moved == {name for name in trial.weights[0] if name.split("/")[-2] in trainable} | of_the_head(moved)
         assert of_the_head(moved) == of_the_head(set(trial.weights[0]))
         assert any(name.endswith("moving_variance") for name in moved)
-
-
-def _noted(optimizers: list[keras.Optimizer], config: TrialConfig, rate: float) -> keras.Optimizer:
-    optimizers.append(make_optimizer(config, rate))
-    return optimizers[-1]
 
 
 class TestBestWeights:
@@ -172,10 +156,11 @@ class TestBestWeights:
         np.testing.assert_array_equal(stored["labels"], data.labels[data.val])
         assert -stored["scores"][np.arange(VAL), stored["labels"]].mean() == pytest.approx(best.val["loss"])
 
-        model = restore_best(config, trial.folder, classes=2, channels=1, model_path=tmp_path / "best" / "model.keras")
+        path = tmp_path / "best" / "model.keras"
+        model = restore_best(config, trial.folder, classes=2, channels=1, weights=None, model_path=path)
         for name, weight in weights_of(model).items():
             np.testing.assert_array_equal(weight, trial.weights[best.epoch][name])
-        loaded = keras.saving.load_model(tmp_path / "best" / "model.keras")
+        loaded = keras.saving.load_model(path)
         for found in (model, loaded):
             probabilities = predict(found, np.load(data.pixels[70]), data.val)
             np.testing.assert_allclose(probabilities, np.exp(stored["scores"]), rtol=1e-4, atol=1e-6)
@@ -189,10 +174,10 @@ class TestBestWeights:
 class Step:
     """What one training step was given and gave."""
 
-    images: np.ndarray
+    inputs: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
-    key: tuple[int, int, int]
+    seeds: np.ndarray
     scores: np.ndarray
 
 
@@ -202,9 +187,9 @@ def taken(monkeypatch) -> list[Step]:
     found: list[Step] = []
     train = Steps.train
 
-    def noted(self: Steps, images: np.ndarray, labels: np.ndarray, weights: np.ndarray, key: tuple) -> np.ndarray:
-        scores = train(self, images, labels, weights, key)
-        found.append(Step(images, labels, weights, key, scores))
+    def noted(self: Steps, *given: np.ndarray) -> np.ndarray:
+        scores = train(self, *given)
+        found.extend(Step(*one) for one in zip(*given, scores, strict=True))
         return scores
 
     monkeypatch.setattr(Steps, "train", noted)
@@ -219,12 +204,14 @@ class TestEpochs:
         pixels = np.load(data.pixels[70])
         orders = []
         for metrics in epochs:
-            mine = [step for step in taken if step.key[1] == metrics.epoch]
-            assert {len(step.images) for step in mine} == {batch_size}
-            assert [step.key for step in mine] == [(0, metrics.epoch, number) for number in range(len(mine))]
+            count = -(-TRAIN // batch_size)
+            mine = taken[(metrics.epoch - 1) * count : metrics.epoch * count]
+            assert {len(step.inputs) for step in mine} == {batch_size}
+            for number, step in enumerate(mine):
+                np.testing.assert_array_equal(step.seeds, dropout_seeds((0, metrics.epoch, number), 1))
             images, labels, scores = (
                 np.concatenate([getattr(step, what)[step.weights > 0] for step in mine])
-                for what in ("images", "labels", "scores")
+                for what in ("inputs", "labels", "scores")
             )
             order = [int(np.flatnonzero((pixels == image).all(axis=(1, 2, 3)))[0]) for image in images]
             assert sorted(order) == data.train.tolist()
@@ -233,6 +220,20 @@ class TestEpochs:
             assert metrics.train["accuracy"] == (scores.argmax(axis=1) == labels).mean()
             orders.append(order)
         assert orders[0] != orders[1]
+        assert len(taken) == 2 * count
+
+    def test_an_epoch_in_chunks_is_the_same_epoch(self, data, taken, tmp_path, monkeypatch):
+        """Inputs are gathered a bounded number of bytes at a time."""
+        config = replace(TINY, dropout=0.3)
+        whole = drain(run_trial("t", config, data, tmp_path / "whole", LOSS))
+        steps_of_whole = taken.copy()
+        taken.clear()
+        monkeypatch.setattr(steps, "CHUNK_BYTES", 2 * 8 * 70 * 70)
+        chunked = drain(run_trial("t", config, data, tmp_path / "chunked", LOSS))
+        assert [(one.train, one.val) for one in chunked] == [(one.train, one.val) for one in whole]
+        for found, expected in zip(taken, steps_of_whole, strict=True):
+            np.testing.assert_array_equal(found.inputs, expected.inputs)
+            np.testing.assert_array_equal(found.seeds, expected.seeds)
 
     def test_what_is_reported(self, data, tmp_path):
         (first, _) = drain(run_trial("t", TINY, data, tmp_path / "trial", LOSS))
@@ -248,7 +249,8 @@ class TestEpochs:
         np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1.0, rtol=1e-5)
         assert epochs[-1].val["loss"] < epochs[0].val["loss"] < 1.0
         assert epochs[-1].val["accuracy"] >= 0.9
-        model = restore_best(config, tmp_path / "trial", classes=2, channels=1, model_path=tmp_path / "sigmoid.keras")
+        path = tmp_path / "sigmoid.keras"
+        model = restore_best(config, tmp_path / "trial", classes=2, channels=1, weights=None, model_path=path)
         found = predict(model, np.load(data.pixels[70]), data.val)
         np.testing.assert_allclose(found, np.exp(scores), rtol=1e-4, atol=1e-6)
 
@@ -279,6 +281,90 @@ class TestEnds:
         assert not (tmp_path / BEST_WEIGHTS).exists()
 
 
+class TestWarm:
+    """Networks and compiled steps stay for the next trial; nothing of the former trial does."""
+
+    def test_after_a_trial_that_diverged_or_was_given_up(self, watch, data, tmp_path):
+        config = replace(TINY, dropout=0.3)
+        first = watch(config, data)
+        with pytest.raises(DivergedError):
+            watch(replace(config, learning_rate=1e30), data)
+        next(run_trial("t", replace(config, seed=5), data, tmp_path / "given-up", LOSS))
+        second = watch(config, data)
+        assert second.network is first.network
+        for before, after in zip(first.weights, second.weights, strict=True):
+            for name, weight in before.items():
+                np.testing.assert_array_equal(after[name], weight)
+        assert [one.val for one in first.epochs] == [one.val for one in second.epochs]
+
+    def test_networks_of_many_shapes_are_not_all_kept(self, data):
+        kept = []
+        for units in range(1, training.WARM_STEPS + 3):
+            shape = training._shape(replace(TINY, hidden_units=(units,)), data)
+            network = warm_network(*shape)
+            training._warm_steps(network, ("none", 0.0), "frozen", None, "adam")
+            kept.append(weakref.ref(network))
+        del network
+        gc.collect()
+        assert [reference() is not None for reference in kept] == [False] * 2 + [True] * training.WARM_STEPS
+
+
+class TestStoredFeatures:
+    GIVEN = replace(MOBILE, weights="bundled", freeze="all", dropout=0.3, learning_rate=0.01, epochs=3)
+    FILE = BACKBONES[GIVEN.backbone].bundled_path
+
+    @pytest.fixture
+    def images(self, tmp_path) -> TrialData:
+        data = tiny_data(tmp_path, side=32)
+        return replace(data, weights={(self.GIVEN.backbone, "bundled", 32): self.FILE})
+
+    @pytest.mark.parametrize(
+        ("freeze", "batch_norm"),
+        [("all", "frozen"), ("convs:1", "train"), ("all>stages:1", "frozen"), ("convs:2", "affine")],
+    )
+    def test_the_saved_model_is_the_whole_network(self, freeze, batch_norm, watch, images, tmp_path):
+        config = replace(self.GIVEN, freeze=freeze, batch_norm=batch_norm)
+        trial = watch(config, keeping(images, [config], tmp_path / "features"))
+        assert {metrics.source for metrics in trial.epochs} == {cut.name for cut in cuts_of(config, 2)}
+        stored = np.load(trial.folder / VALIDATION_SCORES)["scores"]
+        path = tmp_path / "model.keras"
+        restore_best(config, trial.folder, classes=2, channels=1, weights=self.FILE, model_path=path)
+        found = predict(keras.saving.load_model(path), np.load(images.pixels[32]), images.val)
+        np.testing.assert_allclose(found, np.exp(stored), rtol=1e-4, atol=1e-6)
+
+        best = min(trial.epochs, key=lambda metrics: metrics.val["loss"]).epoch
+        left = np.load(trial.folder / BEST_WEIGHTS)
+        for name in left:
+            np.testing.assert_array_equal(left[name], trial.weights[best][name])
+        statistics = {name for name in left if "/moving_" in name}  # of a batch norm whose other weights moved
+        assert set(left) - statistics == trial.moved(0, best) - statistics
+        assert (trial.moved(0, best) >= statistics) == (batch_norm != "affine")
+
+    def test_without_a_file_of_first_weights_all_are_kept(self, watch, images, tmp_path):
+        config = replace(self.GIVEN, weights="none", epochs=1)
+        trial = watch(config, keeping(images, [config], tmp_path / "features"))
+        assert set(np.load(trial.folder / BEST_WEIGHTS)) == set(trial.weights[0])
+        assert trial.moved(0, 1) == of_the_head(set(trial.weights[0]))
+
+    def test_where_they_do_not_fit_the_trial_runs_from_the_pixels_and_says_so(self, watch, images, tmp_path):
+        expected = watch(self.GIVEN, images)
+        found = watch(self.GIVEN, keeping(images, [self.GIVEN], tmp_path / "features", limit_bytes=1000))
+        assert {metrics.source for metrics in expected.epochs} == {"pixels"}
+        assert {metrics.source for metrics in found.epochs} == {
+            "pixels: its features take 0.15 MB, the cache may take 0.00 MB"
+        }
+        assert [one.val for one in found.epochs] == [one.val for one in expected.epochs]
+        assert found.epochs[0].features_seconds > 0
+
+    def test_what_trains_is_not_read_from_the_store(self, watch, images, tmp_path):
+        """In the second phase everything has moved."""
+        config = replace(self.GIVEN, freeze="all>none")
+        trial = watch(config, keeping(images, [config], tmp_path / "features"))
+        assert [metrics.source for metrics in trial.epochs] == ["out_relu-average", "pixels", "pixels"]
+        waits = [metrics.features_seconds > 0.001 for metrics in trial.epochs]
+        assert waits == [True, False, False]
+
+
 class TestClassWeights:
     LABELS = np.array([0] * 12 + [1] * 6 + [2] * 2, np.int32)
 
@@ -300,71 +386,3 @@ class TestClassWeights:
         assert found["balanced"] > found["none"] + 0.15
         per_class = np.array([TRAIN / 2 / 17, TRAIN / 2 / 3])
         np.testing.assert_allclose(taken[-1].weights, (taken[-1].weights > 0) * per_class[taken[-1].labels], rtol=1e-6)
-
-
-class TestSteps:
-    @pytest.fixture
-    def build(self) -> Callable[..., Steps]:
-        def fresh(rate: float, **values: object) -> Steps:
-            keras.utils.set_random_seed(0)
-            config = replace(TINY, optimizer="sgd", **values)
-            network = build_network(config, classes=2, channels=1)
-            return Steps(network, make_optimizer(config, rate))
-
-        return fresh
-
-    @pytest.fixture
-    def batch(self) -> tuple[np.ndarray, np.ndarray]:
-        generator = np.random.default_rng(0)
-        return generator.integers(0, 256, (8, 70, 70, 1)).astype(np.uint8), (np.arange(8) % 2).astype(np.int32)
-
-    def test_dropout_follows_from_the_key_alone(self, build, batch):
-        steps = build(1e-30, dropout=0.5)
-        one = np.ones(8, np.float32)
-        first = steps.train(*batch, one, (0, 1, 2))
-        others = [steps.train(*batch, one, key) for key in ((0, 1, 3), (0, 2, 2), (1, 1, 2))]
-        assert all((other != first).any() for other in others)
-        np.testing.assert_array_equal(steps.train(*batch, one, (0, 1, 2)), first)
-        np.testing.assert_array_equal(build(1e-30, dropout=0.5).train(*batch, one, (0, 1, 2)), first)
-
-    def test_an_image_without_weight_has_no_effect(self, build, batch):
-        """The last batch of an epoch is filled up with such images."""
-        images, labels = batch
-        after = []
-        for size in (6, 8):
-            steps = build(0.1)
-            weights = (np.arange(size) < 6).astype(np.float32)
-            steps.train(images[:size], labels[:size], weights, (0, 1, 0))
-            after.append(steps.predict(images, np.arange(8)))
-        np.testing.assert_allclose(after[0], after[1], rtol=1e-5)
-        assert (after[0] != build(0.1).predict(images, np.arange(8))).any()
-
-    def test_a_prediction_does_not_depend_on_the_other_images(self, build):
-        pixels = np.random.default_rng(0).integers(0, 256, (INFERENCE_BATCH + 1, 70, 70, 1)).astype(np.uint8)
-        steps = build(0.1, dropout=0.5)
-        together = steps.predict(pixels, np.arange(len(pixels)))
-        for index in (0, INFERENCE_BATCH - 1, INFERENCE_BATCH):
-            np.testing.assert_array_equal(steps.predict(pixels, np.array([index]))[0], together[index])
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("adam", keras.optimizers.Adam),
-        ("adamw", keras.optimizers.AdamW),
-        ("rmsprop", keras.optimizers.RMSprop),
-        ("sgd", keras.optimizers.SGD),
-    ],
-)
-@pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_optimizers_decay_weights_apart_from_the_gradient(name, kind, decay):
-    """AdamW's way: without a gradient, a weight shrinks by rate x decay x weight and by nothing else."""
-    optimizer = make_optimizer(replace(TINY, optimizer=name, weight_decay=decay), 0.1)
-    assert type(optimizer) is kind
-    weight = keras.Variable([2.0])
-    optimizer.apply([keras.ops.zeros(1)], [weight])
-    assert float(weight.numpy()[0]) == pytest.approx(2.0 - 0.1 * decay * 2.0)
-
-
-def test_sgd_has_momentum():
-    assert make_optimizer(replace(TINY, optimizer="sgd"), 0.1).momentum == 0.9

@@ -1,7 +1,7 @@
 """Baseline: KerasTuner, whose grid search runs the listed trials one after the other with all cores.
 
-As https://keras.io/guides/keras_tuner/getting_started/ shows it: a `HyperModel` whose `fit` tunes the batch size too.
-The file is not called `keras_tuner.py`, because it imports the package of that name.
+As https://keras.io/guides/keras_tuner/getting_started/ shows it: a `HyperModel` whose `fit` takes the batch size and
+the epochs from the trial too. The file is not called `keras_tuner.py`, because it imports the package of that name.
 
 Run:  python benchmarks/baselines/keras_tuner_loop.py --data DIR --trials FILE.json --weights FILE --out FILE.json
 Cost: minutes a trial; use few trials and epochs. Needs `pip install 'keras-tuner>=1.4.7'`.
@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 import keras_tuner  # type: ignore
-from model import build_model, image_datasets, trainable_parameters
+from model import EpochTimes, build_model, image_datasets, trainable_parameters
 from protocol import Arguments, Ran, Trial, read_arguments, write_results
 
 
@@ -44,17 +44,22 @@ class ListedModel(keras_tuner.HyperModel):  # type: ignore[misc]
             weights=self._arguments.weights,
         )
 
-    def fit(self, hp: Any, model: keras.Model, **options: Any) -> Any:
+    def fit(self, hp: Any, model: keras.Model, callbacks: list[Any], **options: Any) -> Any:
         trial = self._trial(hp)
         train_images, val_images, _ = image_datasets(
             self._arguments.data, side=self._arguments.side, batch_size=trial.batch_size, seed=trial.seed
         )
-        history = model.fit(train_images, validation_data=val_images, **options)
+        times = EpochTimes()
+        history = model.fit(
+            train_images,
+            validation_data=val_images,
+            epochs=trial.epochs,
+            callbacks=[*callbacks, times],
+            **options,
+        )
         accuracy, loss = history.history["val_accuracy"], history.history["val_loss"]
         parameters = trainable_parameters(model)
-        self.ran.append(
-            Ran(trial.index, trial.freeze, self._began, time.time(), len(loss), accuracy[-1], loss[-1], parameters)
-        )
+        self.ran.append(Ran(trial, self._began, time.time(), times.seconds, accuracy[-1], loss[-1], parameters))
         return history
 
 
@@ -69,7 +74,7 @@ def main() -> None:
             directory=folder,
             project_name="baseline",
         )
-        tuner.search(epochs=arguments.epochs, verbose=2)
+        tuner.search(verbose=2)
     write_results(arguments, model.ran, at_once=1)
 
 

@@ -4,6 +4,8 @@ https://keras.io/guides/transfer_learning/ and https://keras.io/api/data_loading
 """
 
 import math
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,25 @@ def image_datasets(data: Path, *, side: int, batch_size: int, seed: int) -> tupl
     )
     classes = len(train.class_names)
     return train.prefetch(tf.data.AUTOTUNE), val.prefetch(tf.data.AUTOTUNE), classes
+
+
+class EpochTimes(keras.callbacks.Callback):  # type: ignore[misc]
+    """Notes when each epoch, validation included, is over; does nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._marks: list[float] = []
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        self._marks = [time.perf_counter()]
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._marks.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each epoch; the first one compiles."""
+        return [after - before for before, after in pairwise(self._marks)]
 
 
 def trainable_parameters(model: keras.Model) -> int:

@@ -11,7 +11,7 @@ import time
 
 import keras
 import optuna
-from model import FIRST_TRAINED, build_model, image_datasets, trainable_parameters
+from model import FIRST_TRAINED, EpochTimes, build_model, image_datasets, trainable_parameters
 from protocol import Arguments, Ran, read_arguments, write_results
 
 
@@ -35,10 +35,13 @@ def fit(arguments: Arguments, trial: optuna.Trial) -> Ran:
         classes=classes,
         weights=arguments.weights,
     )
-    history = model.fit(train_images, validation_data=val_images, epochs=arguments.epochs, verbose=0).history
+    times = EpochTimes()
+    history = model.fit(
+        train_images, validation_data=val_images, epochs=listed.epochs, verbose=0, callbacks=[times]
+    ).history
     accuracy, loss = history["val_accuracy"], history["val_loss"]
     parameters = trainable_parameters(model)
-    return Ran(listed.index, freeze, began, time.time(), len(loss), accuracy[-1], loss[-1], parameters)
+    return Ran(listed, began, time.time(), times.seconds, accuracy[-1], loss[-1], parameters)
 
 
 def main() -> None:

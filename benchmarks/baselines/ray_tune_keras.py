@@ -21,11 +21,11 @@ from ray import tune
 def train(config: dict[str, Any]) -> None:
     os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
     import keras
-    from model import build_model, image_datasets, trainable_parameters
+    from model import EpochTimes, build_model, image_datasets, trainable_parameters
 
     began = time.time()
     trial: Trial = config["trial"]
-    side, epochs = config["side"], config["epochs"]
+    side = config["side"]
     keras.utils.set_random_seed(trial.seed)
     train_images, val_images, classes = image_datasets(
         config["data"], side=side, batch_size=trial.batch_size, seed=trial.seed
@@ -38,13 +38,15 @@ def train(config: dict[str, Any]) -> None:
         classes=classes,
         weights=config["weights"],
     )
+    times = EpochTimes()
     facts = {"began": began, "trainable_parameters": trainable_parameters(model)}
 
     class Report(keras.callbacks.Callback):  # type: ignore[misc]
         def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-            tune.report({**(logs or {}), **facts, "ended": time.time()})
+            tune.report({**(logs or {}), **facts, "ended": time.time(), "epoch_seconds": times.seconds})
 
-    model.fit(train_images, validation_data=val_images, epochs=epochs, verbose=0, callbacks=[Report()])
+    callbacks = [times, Report()]  # in this order: a report holds the epoch it reports
+    model.fit(train_images, validation_data=val_images, epochs=trial.epochs, verbose=0, callbacks=callbacks)
 
 
 def main() -> None:
@@ -54,7 +56,6 @@ def main() -> None:
         "data": arguments.data,
         "weights": arguments.weights,
         "side": arguments.side,
-        "epochs": arguments.epochs,
     }
     with tempfile.TemporaryDirectory() as folder:
         tuner = tune.Tuner(
@@ -70,13 +71,12 @@ def main() -> None:
 def _ran(result: Any) -> Ran:
     if result.error:
         raise result.error
-    trial, metrics = result.config["trial"], result.metrics
+    metrics = result.metrics
     return Ran(
-        trial.index,
-        trial.freeze,
+        result.config["trial"],
         metrics["began"],
         metrics["ended"],
-        metrics["training_iteration"],
+        metrics["epoch_seconds"],
         metrics["val_accuracy"],
         metrics["val_loss"],
         metrics["trainable_parameters"],

@@ -58,7 +58,7 @@ class Worker:
     @classmethod
     def run(cls, trial: Trial) -> Ran:
         import keras
-        from model import build_model, trainable_parameters
+        from model import EpochTimes, build_model, trainable_parameters
 
         began = time.time()
         keras.backend.clear_session()
@@ -71,17 +71,19 @@ class Worker:
             classes=int(cls.train.labels.max()) + 1,
             weights=cls.arguments.weights,
         )
+        times = EpochTimes()
         history = model.fit(
             cls.train.pixels,
             cls.train.labels,
             validation_data=(cls.val.pixels, cls.val.labels),
             batch_size=trial.batch_size,
-            epochs=cls.arguments.epochs,
+            epochs=trial.epochs,
             verbose=0,
+            callbacks=[times],
         ).history
         accuracy, loss = history["val_accuracy"], history["val_loss"]
         parameters = trainable_parameters(model)
-        return Ran(trial.index, trial.freeze, began, time.time(), len(loss), accuracy[-1], loss[-1], parameters)
+        return Ran(trial, began, time.time(), times.seconds, accuracy[-1], loss[-1], parameters)
 
 
 def main() -> None:

@@ -1,0 +1,45 @@
+"""How much memory a trial takes, estimated from its layers before anything is built."""
+
+from collections.abc import Mapping, Sequence
+
+from cxr_models.backbones import BACKBONES
+from cxr_models.cuts import BYTES_PER_ELEMENT, activation_bytes
+from cxr_models.freezing import parse_strategy
+from cxr_models.layer_table import LayerTable
+from cxr_models.network import head_parameters
+from cxr_models.trial import TrialConfig
+from sweep.machine import TrialMemory
+
+MIB = 1024**2
+# A process with TensorFlow, Keras and a warm network, and what it holds of images or features at once.
+PROCESS_BYTES = 1200 * MIB
+# The same on a GPU: its context, its libraries' work space, and the inputs of some steps.
+CONTEXT_BYTES = 1500 * MIB
+# A weight, its gradient, two moments of the optimizer, and its best value so far.
+COPIES = 5
+
+
+def trial_memory(
+    configs: Sequence[TrialConfig], tables: Mapping[tuple[str, int], LayerTable], classes: int, batch_size: int
+) -> TrialMemory:
+    """The memory of the largest trial of a space.
+
+    Args:
+        configs: every network of the space.
+        tables: (backbone, image side) -> its layers.
+        classes: of the data.
+        batch_size: the largest of the space.
+    """
+    largest = max(_network_bytes(config, tables, classes, batch_size) for config in configs)
+    return TrialMemory(PROCESS_BYTES + largest, CONTEXT_BYTES + largest)
+
+
+def _network_bytes(
+    config: TrialConfig, tables: Mapping[tuple[str, int], LayerTable], classes: int, batch_size: int
+) -> int:
+    table = tables[config.backbone, config.image_side]
+    parameters = table.parameters + head_parameters(config, table, classes)
+    phases = parse_strategy(config.freeze).phases
+    row = BACKBONES[config.backbone]
+    activations = max(activation_bytes(phase, row, table, batch_size) for phase in phases)
+    return COPIES * BYTES_PER_ELEMENT * parameters + activations

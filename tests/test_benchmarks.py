@@ -1,0 +1,235 @@
+"""The arithmetic and the page of the benchmarks; nothing is measured here."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from sweep.spec import read_spec
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # programs, not a package
+
+from comparing import compared, full_seconds, mean_accuracies, mean_pause, ratios, trial_seconds
+from mixes import BATCH_SIZES, MIXES, Mix, list_trials, listed_values, to_space, trials_for_baselines
+from rendering import NOT_MEASURED, read_results, render
+from speed_of_light import read_rates, speed_of_light
+
+MIX = Mix("small", {"all": 4, "none": 2}, 5)
+
+
+def ran(freeze: str, began: float, epochs: tuple[float, ...], *, mix: str = "small", index: int = 0) -> dict:
+    """A trial as a baseline writes it; one second of it is outside its epochs."""
+    return {
+        "mix": mix,
+        "index": index,
+        "freeze": freeze,
+        "began": began,
+        "ended": began + sum(epochs) + 1.0,
+        "epoch_seconds": list(epochs),
+        "val_accuracy": 0.5,
+        "trainable_parameters": {"all": 10, "none": 99}[freeze],
+    }
+
+
+def report(*trials: dict, at_once: int = 1, wall: float = 100.0) -> dict:
+    return {
+        "trials": list(trials),
+        "at_once": at_once,
+        "wall_seconds": wall,
+        "startup_seconds": 3.0,
+        "memory": {"driver": {"largest": 2**20, "together": 2**20}},
+    }
+
+
+def product(mix: Mix = MIX) -> dict:
+    strategies = [freeze for freeze, count in mix.counts.items() for _ in range(count)]
+    return {
+        "wall_seconds": 20.0,
+        "seconds": {"total": 19.0, "startup": 10.0, "trials": 8.0, "features": 2.0},
+        "at_once": 2,
+        "memory": {"driver": {"largest": 2**30, "together": 2**30}},
+        "speed_of_light": None,
+        "trials": [
+            {
+                "index": index,
+                "freeze": freeze,
+                "val_accuracies": [epoch / 10 for epoch in range(1, mix.epochs + 1)],
+                "trainable_parameters": {"all": 10, "none": 99}[freeze],
+                "seconds": 1.5,
+            }
+            for index, freeze in enumerate(strategies)
+        ],
+    }
+
+
+class TestScalingEpochs:
+    def test_missing_epochs_take_the_mean_without_the_first_which_compiles(self):
+        assert trial_seconds(ran("all", 7.0, (9.0, 2.0, 4.0)), 10) == pytest.approx(9 + 2 + 4 + 1 + 7 * 3)
+
+    def test_a_whole_trial_is_taken_as_it_is(self):
+        assert trial_seconds(ran("all", 7.0, (9.0, 2.0, 4.0)), 3) == pytest.approx(16.0)
+        assert trial_seconds(ran("all", 7.0, (9.0,)), 1) == pytest.approx(10.0)
+
+    def test_the_compiling_epoch_alone_stands_for_no_other(self):
+        with pytest.raises(ValueError, match="1 epochs cannot be scaled to 5; run at least 2"):
+            trial_seconds(ran("all", 0.0, (9.0,)), 5)
+
+
+class TestScalingTrials:
+    def test_a_strategy_counts_as_often_as_the_mix_has_it(self):
+        both = report(ran("all", 10.0, (4.0, 2.0)), ran("none", 17.0, (30.0, 8.0)), wall=70.0)
+        head, whole = 4 + 2 + 1 + 3 * 2, 30 + 8 + 1 + 3 * 8  # one trial of five epochs
+        around = 70.0 - (56.0 - 10.0)  # start-up and exit: what is not between the first begin and the last end
+        assert full_seconds(both, MIX) == pytest.approx(around + 4 * head + 2 * whole + 5 * 0.0)
+
+    def test_pauses_between_trials_are_scaled_too(self):
+        close = report(ran("all", 0.0, (4.0, 2.0)), ran("none", 7.0, (4.0, 2.0)))
+        apart = report(ran("all", 0.0, (4.0, 2.0)), ran("none", 9.0, (4.0, 2.0)), wall=102.0)
+        assert full_seconds(apart, MIX) - full_seconds(close, MIX) == pytest.approx(5 * 2.0)
+
+    def test_trials_at_once_share_the_seconds(self):
+        trials = [ran(freeze, 0.0, (4.0, 2.0)) for freeze in MIX.counts]
+        around = 100.0 - 7.0
+        assert full_seconds(report(*trials, at_once=2), MIX) == pytest.approx(around + 6 * (7 + 3 * 2) / 2)
+
+    def test_one_run_serves_mixes_that_have_only_some_of_its_strategies(self):
+        both = report(ran("all", 0.0, (4.0, 2.0)), ran("none", 7.0, (90.0, 80.0)), wall=190.0)
+        head = Mix("head", {"all": 60}, 5)
+        assert full_seconds(both, head) == pytest.approx(190.0 - 178.0 + 60 * (7 + 3 * 2))
+
+    def test_a_run_of_just_the_mix_is_taken_as_it_is(self):
+        strategies = [freeze for freeze, count in MIX.counts.items() for _ in range(count)]
+        trials = [ran(freeze, 6.0 * place, (1.0,) * 5) for place, freeze in enumerate(strategies)]
+        assert full_seconds(report(*trials, at_once=2), MIX) == 100.0
+        elsewhere = [{**trial, "mix": "other"} for trial in trials]
+        assert full_seconds(report(*elsewhere, at_once=2), MIX) != 100.0
+
+    def test_a_strategy_that_never_ran_is_an_error(self):
+        with pytest.raises(ValueError, match="expected a trial of the strategy none, but none ran"):
+            full_seconds(report(ran("all", 0.0, (1.0, 1.0))), MIX)
+
+    def test_the_pause_is_from_an_end_to_the_next_begin_on_the_same_place(self):
+        trials = [ran("all", began, (4.0, 2.0)) for began in (0.0, 1.0, 10.0, 13.0)]  # they end 7 seconds later
+        assert mean_pause(trials, 2) == pytest.approx(((10 - 7) + (13 - 8)) / 2)
+        assert mean_pause(trials[:2], 2) == 0.0
+
+
+class TestComparing:
+    def test_ratios_with_and_without_start_up(self):
+        found = ratios(report(), 203.0, product())
+        assert found == pytest.approx({"cold": 203.0 / 20.0, "warm": 200.0 / 10.0})
+
+    def test_no_ratio_without_a_measured_start_up(self):
+        assert ratios(report(), 203.0, {"wall_seconds": 20.0, "seconds": {}})["warm"] is None
+
+    def test_accuracies_are_of_the_same_trials_after_the_same_epochs(self):
+        trials = ran("all", 0.0, (1.0, 1.0), index=1), ran("none", 3.0, (1.0, 1.0), mix="other", index=7)
+        assert mean_accuracies(report(*trials), MIX, product()) == pytest.approx((0.5, 0.2))
+        assert mean_accuracies(report(trials[1]), MIX, product()) is None
+
+    def test_another_number_of_trained_parameters_is_seen(self):
+        trials = [ran(freeze, 9.0 * place, (1.0, 1.0)) for place, freeze in enumerate(MIX.counts)]
+        assert compared(report(*trials), MIX, product())["same_parameters"]
+        trials[1]["trainable_parameters"] += 1
+        assert not compared(report(*trials), MIX, product())["same_parameters"]
+
+
+class TestSpeedOfLight:
+    def test_one_extraction_and_the_suffixes_on_all_cores(self):
+        least = speed_of_light(MIX, 100.0, {"all": 0.5, "none": 7.0}, images=800, cores=2)
+        assert least == pytest.approx(8.0 + (4 * 5 * 0.5 + 2 * 5 * 7.0) / 2)
+
+    def test_nothing_is_extracted_where_everything_trains(self):
+        assert speed_of_light(Mix("all train", {"none": 2}, 3), 1.0, {"none": 7.0}, images=800, cores=2) == 21.0
+
+    def test_a_file_of_rates_with_another_key_is_refused(self, tmp_path):
+        (tmp_path / "rates.json").write_text('{"side": 64, "images": 3}')
+        with pytest.raises(ValueError, match="expected a JSON object with the keys side, extraction_rate"):
+            read_rates(tmp_path / "rates.json")
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=lambda mix: mix.name)
+class TestMixes:
+    def test_the_product_takes_every_trial_as_a_fixed_point(self, mix, tmp_path):
+        trials = list_trials(mix, side=64, weights="bundled")
+        space = tmp_path / "space.yaml"
+        space.write_text(to_space(mix, trials, data="phantom", patient="nih"))
+        spec = read_spec(space)
+        assert spec.search.trials == mix.trials == len(trials)
+        assert [dict(point) for point in spec.search.fixed] == [listed_values(trial) for trial in trials]
+
+    def test_a_list_is_the_same_every_time_and_holds_each_strategy_as_often_as_said(self, mix):
+        trials = list_trials(mix, side=64, weights="bundled")
+        assert trials == list_trials(mix, side=64, weights="bundled")
+        assert {freeze: sum(trial.freeze == freeze for trial in trials) for freeze in mix.counts} == mix.counts
+        assert [trial.seed for trial in trials] == list(range(mix.trials))
+
+
+class TestTrialsForBaselines:
+    LISTS: ClassVar = {mix.name: list_trials(mix, side=64, weights="bundled") for mix in MIXES.values()}
+
+    def test_each_strategy_runs_once_for_all_mixes_with_both_batch_sizes(self):
+        chosen = trials_for_baselines(self.LISTS, 2)
+        strategies = {freeze for mix in MIXES.values() for freeze in mix.counts}
+        found = {freeze: [own.config for own in chosen if own.config.freeze == freeze] for freeze in strategies}
+        assert all({trial.batch_size for trial in own} == set(BATCH_SIZES) for own in found.values())
+        assert len(chosen) == 2 * len(strategies)
+
+    def test_a_trial_is_that_of_its_mix(self):
+        assert all(self.LISTS[own.mix][own.index] == own.config for own in trials_for_baselines(self.LISTS, 4))
+
+    def test_without_a_bound_a_single_mix_runs_whole(self):
+        name = "blocks"
+        chosen = trials_for_baselines({name: self.LISTS[name]}, None)
+        assert sorted(own.index for own in chosen) == list(range(MIXES[name].trials))
+
+
+class TestPage:
+    def result(self, mix: Mix, epochs: int) -> dict:
+        trials = [ran(freeze, 30.0 * place, (1.0,) * epochs) for place, freeze in enumerate(mix.counts)]
+        return {
+            "kind": "sweep_speed",
+            "environment": {
+                "cpu": "a processor",
+                "cores": 2,
+                "memory_bytes": 2**33,
+                "python": "3.11",
+                "versions": {"keras": "3.15"},
+                "commit": "0123abc",
+                "date": "2026-01-01",
+                "command": "python benchmarks/sweep_speed.py --data DIR",
+            },
+            "mix": {"name": mix.name, "counts": dict(mix.counts), "epochs": mix.epochs, "trials": mix.trials},
+            "side": 64,
+            "weights": "weights.h5",
+            "images": {"train": 6, "val": 2},
+            "product": product(mix),
+            "baselines": {"ray": compared(report(*trials), mix, product(mix))},
+        }
+
+    def test_it_says_what_was_scaled(self):
+        page = render([self.result(MIX, 2)])
+        assert "| 2 of 6 | 2 of 5 |" in page
+        assert "(scaled)" in page
+        assert "Scaled: Ray Tune + Keras." in page
+        assert "python benchmarks/sweep_speed.py --data DIR\n" in page
+
+    def test_what_ran_whole_is_not_called_scaled(self):
+        page = render([self.result(replace(MIX, counts={"all": 1, "none": 1}), 5)])
+        assert "| 2 of 2 | 5 of 5 | 100.0 |" in page
+        assert "(scaled)" not in page
+
+    def test_a_figure_that_is_not_there_is_called_not_measured(self):
+        assert NOT_MEASURED in render([self.result(MIX, 2)]).partition("## Mix")[2]
+
+    def test_results_of_other_programs_are_read_and_other_files_left_out(self, tmp_path):
+        facts = self.result(MIX, 2)["environment"]
+        reader = {"kind": "pixel_reader", "environment": facts, "side": 64, "images": 9, "repeats": 2, "rows": []}
+        files = {"small": self.result(MIX, 2), "pixels": reader, "rates": {"side": 64}}
+        for name, content in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        page = render(read_results(tmp_path))
+        assert page.index("## Mix `small`") < page.index("## Reading pixels, 64 px")

@@ -1,0 +1,64 @@
+"""Where the time of a sweep goes: start-up, trials, features; on the driver's clock."""
+
+import pytest
+
+from cxr_models.trial import METRICS, EpochMetrics
+from sweep import timeline
+from sweep.timeline import Timeline
+
+BEGUN_S = 7.0  # the program had run this long when the sweep began
+
+
+class Sweep:
+    """A timeline with a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(timeline.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(timeline.time, "time", lambda: 5e8 + self.now)
+        monkeypatch.setattr(timeline.psutil.Process, "create_time", lambda process: 5e8 + 1000.0 - BEGUN_S)
+        self.timeline = Timeline()
+
+    def epoch(self, at: float, *, trial: float, features: float = 0.0, name: str = "t", number: int = 1) -> None:
+        """An epoch heard of `at` seconds from the sweep's begin, `trial` seconds after its trial began."""
+        self.now = 1000.0 + at
+        values = dict.fromkeys(METRICS, 0.5)
+        self.timeline.epoch(
+            EpochMetrics(name, number, 0, 0.1, values, values, 1.0, 1.0, features_seconds=features, trial_seconds=trial)
+        )
+
+
+@pytest.fixture
+def sweep(monkeypatch) -> Sweep:
+    return Sweep(monkeypatch)
+
+
+def test_without_an_epoch_there_are_no_times(sweep):
+    assert sweep.timeline.seconds == {}
+
+
+def test_the_start_counts_from_the_program_to_the_first_trial_in_a_worker(sweep):
+    sweep.epoch(20.0, trial=5.0)
+    assert sweep.timeline.seconds == pytest.approx({"startup": BEGUN_S + 15.0, "features": 0.0, "trials": 5.0})
+
+
+def test_the_trials_last_from_the_first_one_begun_to_the_last_epoch(sweep):
+    sweep.epoch(20.0, trial=5.0, name="short")
+    sweep.epoch(22.0, trial=12.0, name="long")  # heard of later, begun before
+    sweep.epoch(30.0, trial=1.0, name="next")
+    sweep.now += 100.0  # the test set, the report
+    assert sweep.timeline.seconds == pytest.approx({"startup": BEGUN_S + 10.0, "features": 0.0, "trials": 20.0})
+
+
+def test_what_workers_spent_on_features_is_summed(sweep):
+    sweep.epoch(20.0, trial=5.0, features=3.0, name="a")
+    sweep.epoch(20.0, trial=5.0, features=2.5, name="b")
+    sweep.epoch(21.0, trial=6.0, name="a", number=2)
+    assert sweep.timeline.seconds["features"] == pytest.approx(5.5)
+
+
+def test_the_program_began_before_the_sweep():
+    measured = Timeline()
+    values = dict.fromkeys(METRICS, 0.5)
+    measured.epoch(EpochMetrics("t", 1, 0, 0.1, values, values, 1.0, 1.0))
+    assert measured.seconds["startup"] > 0.05, "this process has been up for longer"
