@@ -85,7 +85,8 @@ def train(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
     from cxr_models import steps, training
 
     steps.configure(job.work.threads)
-    return training.run_trial(job.trial_id, job.config, job.work.data, job.folder, job.work.objective)
+    work = job.work
+    return training.run_trial(job.trial_id, job.config, work.data, job.folder, work.objective, decisions=work.decisions)
 
 
 def load_program(name: str) -> Program:

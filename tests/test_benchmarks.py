@@ -228,8 +228,18 @@ class TestPage:
     def test_results_of_other_programs_are_read_and_other_files_left_out(self, tmp_path):
         facts = self.result(MIX, 2)["environment"]
         reader = {"kind": "pixel_reader", "environment": facts, "side": 64, "images": 9, "repeats": 2, "rows": []}
-        files = {"small": self.result(MIX, 2), "pixels": reader, "rates": {"side": 64}}
+        row = {"freeze": "all", "cut": "out_relu", "seconds_whole": 3.0, "seconds_stored": 0.1}
+        gains = {
+            "kind": "cut_gains",
+            "environment": facts,
+            "side": 64,
+            "rows": [{**row, "expected": 9, "measured": 30}],
+        }
+        files = {"small": self.result(MIX, 2), "pixels": reader, "gains": gains, "rates": {"side": 64}}
         for name, content in files.items():
             (tmp_path / f"{name}.json").write_text(json.dumps(content))
         page = render(read_results(tmp_path))
-        assert page.index("## Mix `small`") < page.index("## Reading pixels, 64 px")
+        places = [
+            page.index(heading) for heading in ("## Mix `small`", "## Gain of storing", "## Reading pixels, 64 px")
+        ]
+        assert places == sorted(places)

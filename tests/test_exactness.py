@@ -37,12 +37,13 @@ TRIALS = {
     "convs:5": {"freeze": "convs:5"},
     "stages:1": {"freeze": "stages:1"},
     "all>stages:1": {"freeze": "all>stages:1"},
+    "convs:2>all": {"freeze": "convs:2>all"},  # what the first phase moved must not be read from the store
     "light": {"freeze": "all", "augmentation": "light"},
     "light-again": {"freeze": "convs:2", "augmentation": "light", "learning_rate": 0.003, "weight_decay": 0.1},
     "two-views": {"freeze": "convs:2", "augmentation": "light", "augmented_views": 2},
     "affine": {"freeze": "stages:1", "batch_norm": "affine"},
 }
-QUICK = ("all", "convs:2", "stages:1", "all>stages:1", "light", "light-again", "two-views")
+QUICK = ("all", "convs:2", "stages:1", "all>stages:1", "convs:2>all", "light", "light-again", "two-views")
 # What takes long to compile runs with the slow tests.
 MANY = ("all", "convs:2", "stages:1", "all>stages:1", "light", "affine")
 SLOW = {"mobilenet_v2_0.35": ("convs:5", "affine"), "efficientnet_b0": MANY, "resnet50": MANY}

@@ -75,7 +75,7 @@ def test_every_trial_is_told(on_ray):
     (failed,) = (trial for trial in trials if trial["outcome"] == "failed")
     assert "DivergedError: diverged in epoch" in failed["error"]
     assert len(of) == 4
-    (deep,) = (trial for trial in trials if trial["freeze"] == "convs:1")
+    deep = next(trial for trial in trials if trial["freeze"] == "convs:1")
     assert deep["frozen_parameters"] == "266848"
     assert {trial["weights"] for trial in trials if trial["backbone"] == "vanilla_cnn"} == {"none"}
     assert {"epochs", "best_epoch", "val_macro_f1", "val_recall/COVID", "train_seconds", "learning_rate"} <= deep.keys()

@@ -320,7 +320,7 @@ class TestStoredFeatures:
 
     @pytest.mark.parametrize(
         ("freeze", "batch_norm"),
-        [("all", "frozen"), ("convs:1", "train"), ("all>stages:1", "frozen"), ("convs:2", "affine")],
+        [("all", "frozen"), ("convs:1", "train"), ("all>stages:1", "frozen"), ("convs:2>all", "affine")],
     )
     def test_the_saved_model_is_the_whole_network(self, freeze, batch_norm, watch, images, tmp_path):
         config = replace(self.GIVEN, freeze=freeze, batch_norm=batch_norm)
