@@ -96,6 +96,7 @@ def trial_config(side: int, freeze: str, batch_size: int) -> TrialConfig:
 def _rates(data: TrialData, side: int, folder: Path) -> tuple[float, Mapping[str, float]]:
     """In a process of its own: images a second through the prefix, and seconds of an epoch behind each cut."""
     from cxr_models import steps, training
+    from cxr_models.network import build_network
 
     steps.configure(1)
     seconds: dict[str, float] = {}
@@ -113,7 +114,7 @@ def _rates(data: TrialData, side: int, folder: Path) -> tuple[float, Mapping[str
         seconds[freeze] = statistics.mean(medians)
     config = trial_config(side, "all", BATCH_SIZES[0])
     weights = data.weights[config.backbone, config.weights, config.image_side]
-    network = training.build_network(config, classes=len(data.classes), channels=data.channels, weights=weights)
+    network = build_network(config, classes=len(data.classes), channels=data.channels, weights=weights)
     cuts = data.features.cuts[config.backbone, config.weights, config.image_side] if data.features else ()
     prefix = steps.Prefix(network, [cut for cut in cuts if cut.pooling])
     pixels = np.load(data.pixels[side], mmap_mode="r")[:EXTRACTED]
