@@ -140,8 +140,12 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
 
 
 def own_command() -> list[str]:
-    """This program's command line; the script's path is told from the repository's root."""
-    return [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
+    """This program's command line, with the script's path from the repository's root.
+
+    What lies below the folder `CXR_REAL_DATA` is told by that name: where it is on this machine helps nobody.
+    """
+    real, shown = os.environ.get("CXR_REAL_DATA"), [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
+    return [part.replace(real, "$CXR_REAL_DATA") for part in shown] if real else shown
 
 
 def _cpu_model() -> str:
