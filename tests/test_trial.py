@@ -39,7 +39,8 @@ def test_a_configuration_survives_json():
 
 
 def test_a_configuration_of_before_an_axis_existed_is_read_with_its_default():
-    values = {name: value for name, value in CONFIG.to_json().items() if name not in ("augmentation", "augmented_views")}
+    later = ("augmentation", "augmented_views")
+    values = {name: value for name, value in CONFIG.to_json().items() if name not in later}
     assert TrialConfig.from_json(values) == CONFIG
 
 
