@@ -27,7 +27,7 @@ Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
-FEATURES_VERSION = 1  # raise it with any change of what is stored: features of before are then not used again
+FEATURES_VERSION = 2  # raise it with any change of what is stored: features of before are then not used again
 WAIT_S = 0.02
 UNFINISHED = ".partial"
 DONE = "pass.done"

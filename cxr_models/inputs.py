@@ -26,9 +26,10 @@ class Inputs:
     Args:
         data: which images, and the features that may be kept of them.
         config: of the trial.
-        network: whose frozen part is run; it holds the trial's first weights as far as the cut.
+        network: of the trial; as far as the cut it holds the trial's first weights.
         cut: where the images are run to beforehand; None for pixels.
-        pristine: no weight of the network has moved yet, so cuts behind this one can be stored in the same pass.
+        untrained: gives such a network with the trial's first weights throughout. With it, a pass stores the cuts of
+            other trials too; layers that this trial trains may lie in front of those.
         progress: told (done, total) images while features are computed.
 
     Raises:
@@ -45,14 +46,14 @@ class Inputs:
         network: Network,
         cut: Cut | None,
         *,
-        pristine: bool = False,
+        untrained: Callable[[], Network] | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._data = data
         self._config = config
         self._network = network
         self._cut = cut
-        self._pristine = pristine
+        self._untrained = untrained
         self._progress = progress
         self._pixels = np.load(data.pixels[config.image_side], mmap_mode="r")
         self.source = cut.name if cut else "pixels"
@@ -112,11 +113,11 @@ class Inputs:
             key=self._key(rows, view),
             images=len(rows),
             pixels=lambda chosen: self._augmented(rows[chosen], view) if view else self._pixels[rows[chosen]],
-            prefix=lambda cuts: _warm_prefix(self._network, tuple(cuts)),
+            prefix=lambda cuts: _warm_prefix(self._untrained() if self._untrained else self._network, tuple(cuts)),
             images_at_once=max(64, steps.inference_batch()),
         )
         kept = budget.cuts.get((self._config.backbone, self._config.weights, self._config.image_side), ())
-        wanted = kept if self._pristine else ()
+        wanted = kept if self._untrained else ()
         return obtain(budget, extraction, self._cut, wanted=wanted, progress=self._progress)
 
     def _key(self, rows: Rows, view: int) -> dict[str, object]:

@@ -137,6 +137,12 @@ def warm_network(shaping: TrialConfig, classes: int, channels: int, weights: Pat
     return build_network(shaping, classes=classes, channels=channels, weights=weights)
 
 
+@lru_cache(maxsize=WARM_NETWORKS)
+def _other_network(shaping: TrialConfig, classes: int, channels: int, weights: Path | None) -> Network:
+    """A second network of the shape, which is never trained: it runs frozen layers while the first one trains."""
+    return build_network(shaping, classes=classes, channels=channels, weights=weights)
+
+
 @lru_cache(maxsize=WARM_STEPS)
 def _warm_steps(
     network: Network, phase: tuple[str, float], batch_norm: str, cut: Cut | None, optimizer: str
@@ -163,10 +169,12 @@ class _EpochLoop:
         self._phase = len(phases) - 1
         self._rate = config.learning_rate * phases[-1].learning_rate_scale
         self._weights = class_weights(config, data.labels[data.train], len(data.classes))
+        self._network = network
+        self._moved = len(phases) > 1
         start = time.perf_counter()
         cut = _kept_cut(config, data, network, phases)
         try:
-            self._inputs = Inputs(data, config, network, cut, pristine=len(phases) == 1, progress=progress)
+            self._inputs = Inputs(data, config, network, cut, untrained=self._untrained, progress=progress)
         except NoRoomError as error:
             cut = None
             self._inputs = Inputs(data, config, network, None)
@@ -181,6 +189,7 @@ class _EpochLoop:
         """One epoch of a trial that began at `begun`; its metrics and validation scores (images, classes)."""
         start = time.perf_counter()
         gather = self._inputs.training(epoch)
+        self._moved = True
         waited = self._features_seconds + time.perf_counter() - start
         self._features_seconds = 0.0
         start = time.perf_counter()
@@ -211,6 +220,14 @@ class _EpochLoop:
 
     def close(self) -> None:
         self._inputs.close()
+
+    def _untrained(self) -> Network:
+        """The trial's network as long as none of its weights has moved, then another."""
+        if not self._moved:
+            return self._network
+        other = _other_network(*_shape(self._config, self._data))
+        other.reset(self._config.seed, self._config.dropout)
+        return other
 
     def _train(self, epoch: int, gather: Gather) -> Mapping[str, float]:
         batch, seed = self._config.batch_size, self._config.seed

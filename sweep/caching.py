@@ -150,7 +150,7 @@ def plan_cache(rules: CacheRules, configs: Sequence[TrialConfig], cache_dir: Pat
                 chosen.append(cut)
                 left -= size
             else:
-                notes.append(_refusal(group, cut, size, limit_bytes, configs))
+                notes.append(_refusal(group, cut, size, left, configs))
         kept[group] = tuple(chosen)
     return CachePlan(FeatureBudget(features_folder(cache_dir), limit_bytes, kept), tuple(notes))
 
@@ -162,13 +162,13 @@ def _fits(config: TrialConfig, classes: int) -> bool:
         return False
 
 
-def _refusal(group: Group, cut: Cut, size: int, limit_bytes: int, configs: Sequence[TrialConfig]) -> str:
+def _refusal(group: Group, cut: Cut, size: int, left: int, configs: Sequence[TrialConfig]) -> str:
     backbone, _, side = group
     augmented = any(config.augmentation != "none" and group_of(config) == group for config in configs)
     remedy = "fewer views (augmented_views, which is not the same training) or more room" if augmented else "more room"
     return (
-        f"the features of {backbone} at {cut.name}, {side} px, take {size_text(size)}, more than the cache has left of "
-        f"{size_text(limit_bytes)}: these trials run from the pixels; {remedy} (--cache-gb) would spare that"
+        f"the features of {backbone} at {cut.name}, {side} px, take {size_text(size)}, and the cache has room for "
+        f"{size_text(left)}: these trials run from the pixels; {remedy} (--cache-gb) would spare that"
     )
 
 

@@ -171,8 +171,9 @@ def make_plan(
     rules = CacheRules(tables, len(manifest.classes), counts[TRAIN], counts[VAL])
     max_epochs = max(int(epochs) for epochs in _values(spec, "epochs"))
     limit = default_limit_bytes(cache_dir) if cache_bytes is None else cache_bytes
-    cache = plan_cache(rules, [replace(config, epochs=max_epochs) for config in networks], cache_dir, limit)
-    strategies = _strategies(networks, rules, cache, problems)
+    longest = [replace(config, epochs=max_epochs) for config in networks]
+    cache = plan_cache(rules, longest, cache_dir, limit)
+    strategies = _strategies(longest, rules, cache, problems)
     trials = _trials(spec)
     try:
         batch_size = max(int(size) for size in _values(spec, "batch_size"))

@@ -83,7 +83,10 @@ def _strategy_table(plan: Plan) -> Table:
 def _cache(plan: Plan) -> tuple[RenderableType, ...]:
     if plan.cache.budget is None:
         return (Text("no features are kept: every trial runs its frozen layers in every epoch"),)
-    limit = f"features may take {size_text(plan.cache.budget.limit_bytes)} in {plan.cache.budget.folder}"
+    limit = (
+        "sizes are of all training and validation images; computing is an estimate of forward and backward work. "
+        f"Features may take {size_text(plan.cache.budget.limit_bytes)} in {plan.cache.budget.folder}"
+    )
     return _cache_table(plan), Text(limit)
 
 
@@ -106,8 +109,12 @@ def _spread(phase: tuple[PhaseCache, ...]) -> tuple[str, str, str]:
     sizes = sorted({cache.stored_bytes for cache in phase})
     gains = sorted({cache.gain for cache in phase})
     size = size_text(sizes[0]) if len(sizes) == 1 else f"{size_text(sizes[0])} to {size_text(sizes[-1])}"
-    gain = f"{gains[0]:,.1f}" if len(gains) == 1 else f"{gains[0]:,.1f} to {gains[-1]:,.1f}"
+    gain = _rounded(gains[0]) if len(gains) == 1 else f"{_rounded(gains[0])} to {_rounded(gains[-1])}"
     return " or ".join(cuts), size if sizes[-1] else "-", f"{gain} times less" if gains[-1] > 1 else "the same"
+
+
+def _rounded(gain: float) -> str:
+    return f"{gain:.1f}" if gain < 20 else f"{float(f'{gain:.1g}'):,.0f}"
 
 
 def _counts(phases: tuple[tuple[int, int], ...]) -> str:

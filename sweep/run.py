@@ -48,10 +48,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where run folders lie (runs)")
     found.add_argument("--name", metavar="NAME", help="of the run folder; refused if it exists")
     found.add_argument("--cache-dir", type=Path, metavar="DIR", help="for decoded images and other work to keep")
-    found.add_argument(
+    caching = found.add_mutually_exclusive_group()
+    caching.add_argument(
         "--cache-gb", type=_gigabytes, metavar="X", help="of stored features, at most (a quarter of the free disk)"
     )
-    found.add_argument("--no-cache", action="store_true", help="store no features: run frozen layers in every epoch")
+    caching.add_argument("--no-cache", action="store_true", help="store no features: run frozen layers in every epoch")
     found.add_argument("--weights-dir", type=Path, metavar="DIR", help="where files of ImageNet weights lie")
     found.add_argument("--tracking-uri", metavar="URI", help="MLflow server (a SQLite store in the run folder)")
     found.add_argument("--cpus-per-trial", type=float, metavar="X", help="CPUs a trial gets")

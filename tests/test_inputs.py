@@ -94,7 +94,7 @@ class TestPlain:
     def test_cuts_of_other_trials_are_stored_in_the_same_pass(self, data, opened, ran, network):
         groups = {("vanilla_cnn", "none", SIDE): (CUT, EARLIER)}
         data = replace(data, features=replace(data.features, cuts=groups))
-        opened(data, pristine=True)
+        opened(data, untrained=lambda: network)
         found = opened(data, cut=EARLIER).validation()(ROWS)
         assert ran == [TRAIN + VAL]
         np.testing.assert_array_equal(found, Prefix(network, [EARLIER])(pixels_of(data))[0][ROWS])

@@ -192,11 +192,11 @@ def test_a_cache_size_that_cannot_be_one(space, cache_dir, capsys, size):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--cache-gb", "1.5"], "features may take 1.5 GB in"),
+        (["--cache-gb", "1.5"], "Features may take 1.5 GB in"),
         (["--no-cache"], "no features are kept: every trial runs its frozen layers in every epoch"),
         (["--cache-gb", "3", "--no-cache"], "no features are kept"),
-        (["--cache-gb", "1e-6"], "more than the cache has left of 0.0 MB: these trials run from the pixels"),
-        ([], "features may take"),
+        (["--cache-gb", "1e-6"], "and the cache has room for 0.0 MB: these trials run from the pixels"),
+        ([], "Features may take"),
     ],
 )
 def test_a_plan_says_what_features_may_take(cache_dir, capsys, arguments, expected):

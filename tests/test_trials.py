@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -190,8 +191,9 @@ def test_the_resources_of_a_running_cluster(local_ray):
     code = f"from sweep.trials import cluster_machine; print(cluster_machine({address!r}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("Machine(cores=8, gpus=4, memory_bytes=")
-    assert int(found.stdout.strip(")\n").rpartition("=")[2]) > 1024**3
+    machine = re.fullmatch(r"Machine\(cores=8, gpus=4, memory_bytes=(\d+), gpu_memory_bytes=0\)\n", found.stdout)
+    assert machine, found.stdout
+    assert int(machine[1]) > 1024**3
 
 
 class TestCheckAddress:

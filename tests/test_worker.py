@@ -59,8 +59,22 @@ def alive(process: psutil.Process) -> bool:
 
 
 def children() -> set[int]:
-    """Living processes below this one, without multiprocessing's own two servers."""
-    return {child.pid for child in psutil.Process().children(recursive=True) if alive(child)} - servers()
+    """Living processes below this one that the test has started, without multiprocessing's own two servers."""
+    return below() - servers() - _older
+
+
+def below() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True) if alive(child)}
+
+
+@pytest.fixture(autouse=True)
+def _children_of_other_tests() -> None:
+    """Files before this one may keep a driver of their own until the session ends."""
+    _older.clear()
+    _older.update(below())
+
+
+_older: set[int] = set()
 
 
 def servers() -> set[int]:
