@@ -189,12 +189,18 @@ def test_a_cache_size_that_cannot_be_one(space, cache_dir, capsys, size):
     assert f"argument --cache-gb: expected GB above 0 (--no-cache keeps nothing), but got {size!r}" in said
 
 
+def test_a_size_for_nothing_is_refused(capsys):
+    with pytest.raises(SystemExit) as refused:
+        main([str(ROOT / "search_spaces" / "smoke.yaml"), "--cache-gb", "3", "--no-cache"])
+    assert refused.value.code == 2
+    assert "argument --no-cache: not allowed with argument --cache-gb" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--cache-gb", "1.5"], "Features may take 1.5 GB in"),
         (["--no-cache"], "no features are kept: every trial runs its frozen layers in every epoch"),
-        (["--cache-gb", "3", "--no-cache"], "no features are kept"),
         (["--cache-gb", "1e-6"], "and the cache has room for 0.0 MB: these trials run from the pixels"),
         ([], "Features may take"),
     ],
