@@ -6,7 +6,6 @@ all epochs but the first, which compiles.
     python benchmarks/cut_gains.py --data DIR --weights FILE --out benchmarks/results     # some 5 minutes
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -14,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measure_rates import add_arguments, strategies, trial_config, trial_data
+from measure_rates import parser, strategies, trial_config, trial_data
 from measuring import environment, own_command
 
 from cxr_models.layer_table import layer_tables
@@ -26,10 +25,8 @@ BATCH_SIZE = 32
 
 
 def main() -> None:
-    known = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_arguments(known)
-    known.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
-    arguments = known.parse_args()
+    """The command."""
+    arguments = parser(__doc__, out="folder for the results").parse_args()
     from cxr_models import steps
 
     steps.configure(1)

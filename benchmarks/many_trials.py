@@ -50,6 +50,7 @@ space:
 
 
 def main() -> None:
+    """The command."""
     arguments = parser().parse_args()
     rows = [in_own_process(trials, arguments.workers) for trials in sorted(arguments.sizes)]
     result = {
@@ -66,6 +67,7 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Its arguments."""
     found = argparse.ArgumentParser(description="Seconds per trial of trials that train nothing.")
     found.add_argument("--sizes", type=int, nargs="+", default=[100, 300, 1000], metavar="N", help="(100 300 1000)")
     found.add_argument("--workers", type=int, default=2, metavar="N", help="trials at once (2)")

@@ -34,10 +34,8 @@ PASSES = 5
 
 
 def main() -> None:
-    known = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_arguments(known)
-    known.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the rates are written")
-    arguments = known.parse_args()
+    """The command."""
+    arguments = parser(__doc__, out="file for the rates").parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         data = trial_data(arguments, Path(scratch))
         cores = this_machine().cores
@@ -54,12 +52,15 @@ def main() -> None:
     print(json.dumps(rates, indent=2))
 
 
-def add_arguments(known: argparse.ArgumentParser) -> None:
-    """The images and weights to measure with."""
+def parser(doc: str, *, out: str) -> argparse.ArgumentParser:
+    """For the images and weights to measure with, and for what is written."""
+    known = argparse.ArgumentParser(description=doc.partition("\n")[0])
     known.add_argument("--data", type=Path, required=True, metavar="DIR", help="X-rays")
     known.add_argument("--patient", default="nih", metavar="PATTERN", help="as data.patient of a search space (nih)")
     known.add_argument("--weights", type=Path, required=True, metavar="FILE", help="MobileNetV2 0.35 without top")
     known.add_argument("--side", type=int, default=224, metavar="PX", help="image side (224)")
+    known.add_argument("--out", type=Path, required=True, metavar="PATH", help=out)
+    return known
 
 
 def trial_data(arguments: argparse.Namespace, scratch: Path) -> TrialData:

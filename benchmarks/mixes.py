@@ -26,6 +26,7 @@ class Mix:
 
     @property
     def trials(self) -> int:
+        """How many trials."""
         return sum(self.counts.values())
 
 

@@ -25,6 +25,7 @@ BATCH = 64
 
 
 def main() -> None:
+    """The command."""
     arguments = parser().parse_args()
     with tempfile.TemporaryDirectory(prefix="pixel-reader-") as cache:
         manifest = read_manifest(arguments.data)
@@ -48,6 +49,7 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Its arguments."""
     found = argparse.ArgumentParser(description="Images per second of the pixel reader and of decoding.")
     found.add_argument("--data", type=Path, required=True, metavar="DIR", help="X-rays, as sweep.run takes them")
     found.add_argument("--side", type=int, default=224, metavar="PX", help="image side (224)")

@@ -151,4 +151,5 @@ def run_baseline(
 
 
 def tell(what: str) -> None:
+    """Say how far the benchmark is."""
     print(f"running {what}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ LABELS = {
     "optuna": "Optuna loop",
     "strong": "strong (images in memory, warm processes)",
 }
-ORDER = ("sweep_speed", "cut_gains", "pixel_reader", "many_trials")
+ORDER = ("sweep_speed", "cut_gains", "compiled_steps", "pixel_reader", "many_trials")
 PREFACE = """\
 # Measured
 
@@ -48,6 +48,7 @@ pip install -e '.[benchmark]'
 python benchmarks/measure_rates.py --data DIR --weights FILE --out rates.json   # for the speed of light
 python benchmarks/sweep_speed.py --data DIR --weights FILE --rates rates.json --baseline-trials 2 --baseline-epochs 3
 python benchmarks/cut_gains.py --data DIR --weights FILE --out benchmarks/results
+python benchmarks/compiled_steps.py --data DIR --weights FILE --out benchmarks/results
 python benchmarks/pixel_reader.py --data DIR
 python benchmarks/many_trials.py
 python benchmarks/sweep_speed.py --render benchmarks/results > benchmarks/RESULTS.md
@@ -72,6 +73,7 @@ def render_one(result: Result) -> str:
     kinds: Mapping[str, Callable[[Result], list[str]]] = {
         "sweep_speed": _sweep_speed,
         "cut_gains": _cut_gains,
+        "compiled_steps": _compiled_steps,
         "pixel_reader": _pixel_reader,
         "many_trials": _many_trials,
     }
@@ -210,6 +212,23 @@ def _cut_gains(result: Result) -> list[str]:
     header = ["strategy", "cut at", "seconds of an epoch from pixels", "from stored features", "gain, as planned"]
     how = "One process with one thread; the first epoch, which compiles, is left out."
     return [f"## Gain of storing frozen layers, {result['side']} px", how, table([*header, "gain, measured"], rows)]
+
+
+def _compiled_steps(result: Result) -> list[str]:
+    training = [
+        [f"`{row['freeze']}`", f"{row['plain']:.3f}", f"{row['xla']:.3f}", _ratio(row["xla"] / row["plain"])]
+        for row in result["training"]
+    ]
+    return [
+        f"## Compiled steps, {result['side']} px",
+        f"An epoch's training from stored features, batches of {result['batch_size']}, one thread: XLA is not used, "
+        "because it is slower on CPUs. How it does on GPUs is not measured.",
+        table(["freeze", "seconds", "with XLA", "times slower"], training),
+        "Extraction of pooled features by the images in a batch, one thread:",
+        table(
+            ["images in a batch", "images a second"], [[n, f"{rate:.0f}"] for n, rate in result["inference"].items()]
+        ),
+    ]
 
 
 def _pixel_reader(result: Result) -> list[str]:

@@ -56,6 +56,7 @@ class Setup:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Its arguments."""
     found = argparse.ArgumentParser(description="Time the same trials in this product and in other tools, on CPUs.")
     found.add_argument("--data", type=Path, metavar="DIR", help="X-rays, as sweep.run takes them")
     found.add_argument("--patient", default="nih", metavar="PATTERN", help="as data.patient of a search space (nih)")
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
+    """The command; its exit status."""
     arguments = checked(parser())
     if arguments.render:
         sys.stdout.write(render(read_results(arguments.render)))

@@ -17,17 +17,19 @@ from cxr_models.layer_table import Layer, LayerTable
 
 BYTES_PER_ELEMENT = 4  # float32: what is stored is exact
 
-# Moving one element through memory takes as long as this many multiply-accumulates on current CPUs, where small
-# networks are bound by memory; measured with benchmarks/cut_gains.py.
-TRAFFIC = 10.0
+# In multiply-accumulates; with these the plan's gains came closest to those that benchmarks/cut_gains.py measured
+# with MobileNetV2 on a CPU, where small networks are bound by memory: moving one element through it, ...
+TRAFFIC = 20.0
+# ... reading a stored one back, from the page cache or a disk, ...
+READING = 4 * TRAFFIC
+# ... and what every image costs in an epoch whatever is computed: gathering it, metrics, its part of a step.
+IMAGE = 7e5
 # Forward, gradient by weight and gradient by input.
 TRAINING_STEP = 3.0
 # A narrower cut further in front may cost this much more of what the trial computes anyway.
 RECOMPUTED_SHARE = 0.1
 # Below this gain the cache is not worth its place.
 LEAST_GAIN = 1.1
-# Reading a stored element back, from the page cache or a disk, in the same unit.
-READING = 4 * TRAFFIC
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Cut:
 
     @property
     def name(self) -> str:
+        """As plans, records and files call it."""
         return f"{self.layer}-{self.pooling}" if self.pooling else self.layer
 
     @property
@@ -60,12 +63,10 @@ class Work:
     Attributes:
         whole: when the network is run from the pixels.
         rest: when it is run from the stored output of the cut, reading included; the same as `whole` without a cut.
-        prefix: of running the prefix once.
     """
 
     whole: float
     rest: float
-    prefix: float
 
     @property
     def gain(self) -> float:
@@ -138,15 +139,15 @@ def work(
     boundary, behind = _boundary(phases, backbone, table), _work_behind(table)
     # Gradients stop where this phase's own frozen part begins, which may lie behind a former phase's.
     frozen = frozen_layers(phases[-1], backbone, table)
-    trained = TRAINING_STEP * (behind[frozen] + head_parameters)
+    trained = IMAGE + TRAINING_STEP * (behind[frozen] + head_parameters)
     whole = behind[0] - behind[frozen] + trained
     if cut is None:
-        return Work(whole, whole, 0.0)
+        return Work(whole, whole)
     place = [layer.name for layer in table.layers].index(cut.layer)
     if place >= boundary:
         raise ValueError(f"the cut {cut.name} lies behind the first trained layer, {table.layers[boundary].name}")
     rest = READING * prod(cut.shape) + behind[place + 1] - behind[frozen] + trained
-    return Work(whole, rest, behind[0] - behind[place + 1])
+    return Work(whole, rest)
 
 
 def activation_bytes(phase: Phase, backbone: Backbone, table: LayerTable, batch_size: int) -> int:

@@ -21,7 +21,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from cxr_models.cuts import Cut
-from cxr_models.storage import written_whole
+from cxr_models.storage import size_text, written_whole
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -59,6 +59,7 @@ class Extraction:
     """A pass of a frozen prefix over images.
 
     Attributes:
+        title: what a person is told of it.
         key: everything the outcome depends on, as JSON has it.
         images: how many.
         pixels: positions among them -> what the prefix is given.
@@ -66,6 +67,7 @@ class Extraction:
         images_at_once: a whole number of the prefix' batches.
     """
 
+    title: str
     key: Mapping[str, object]
     images: int
     pixels: Callable[[Rows], Pixels]
@@ -74,10 +76,12 @@ class Extraction:
 
     @property
     def digest(self) -> str:
+        """Name of the folder its features lie in."""
         described = json.dumps([FEATURES_VERSION, self.images, self.key], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()[:24]
 
     def bytes_of(self, cut: Cut) -> int:
+        """Size of all features of a cut."""
         return self.images * cut.bytes_per_image
 
     @property
@@ -86,6 +90,7 @@ class Extraction:
         return -(-self.images // self.images_at_once)
 
     def positions(self, share: int) -> Rows:
+        """Places of a share's images among all."""
         first = share * self.images_at_once
         return np.arange(first, min(first + self.images_at_once, self.images))
 
@@ -103,18 +108,21 @@ class Features:
         self.array: Floats = np.memmap(file, np.float32, mode="r", shape=shape)
 
     def close(self) -> None:
+        """End the use: from now on the features may be evicted."""
         fcntl.flock(self._file, fcntl.LOCK_UN)  # a map of the file that somebody still has would go on holding it
         self._file.close()
 
 
-def obtain(
-    budget: FeatureBudget,
-    extraction: Extraction,
-    cut: Cut,
-    *,
-    wanted: Sequence[Cut] = (),
-    progress: Callable[[int, int], None] | None = None,
-) -> Features:
+@dataclass(frozen=True)
+class UnderWay:
+    """A pass that workers are computing at the moment: its title with its cuts, and its parts."""
+
+    title: str
+    done: int
+    parts: int
+
+
+def obtain(budget: FeatureBudget, extraction: Extraction, cut: Cut, *, wanted: Sequence[Cut] = ()) -> Features:
     """The features of one cut, from the store or computed now, together with other processes that want them.
 
     Args:
@@ -123,7 +131,6 @@ def obtain(
         cut: whose features.
         wanted: cuts that will be needed too; those that are missing are stored in the same pass, if there is room. To
             these and `cut` alone the prefix can be run: its later layers may have been trained since.
-        progress: told (done, total) images while they are computed.
 
     Raises:
         NoRoomError: the budget or the disk has no room for them.
@@ -138,7 +145,7 @@ def obtain(
                 mine = _can_join(begun, budget, extraction, cut, wanted)
                 part = stack.enter_context(_opened(begun)) if mine else None
             if part:
-                _take_part(extraction, part, progress)
+                _take_part(extraction, part)
             else:
                 time.sleep(WAIT_S)
 
@@ -148,15 +155,17 @@ def stored_bytes(folder: Path) -> int:
     return sum(size for _, _, size in _files(folder))
 
 
-def under_way(folder: Path) -> tuple[int, int]:
-    """(done, total) parts of all passes that workers are computing at the moment."""
-    done = total = 0
-    for path in folder.glob(f"*/{DONE}"):
+def under_way(folder: Path) -> dict[str, UnderWay]:
+    """The passes that workers of any sweep are computing at the moment, by their digests."""
+    found = {}
+    for path in sorted(folder.glob(f"*/{DONE}")):
         with suppress(FileNotFoundError):
-            parts = path.read_bytes()
-            if _Pass(path.parent).has_workers():
-                done, total = done + sum(parts), total + len(parts)
-    return done, total
+            begun, parts = _Pass(path.parent), path.read_bytes()
+            if begun.has_workers():
+                title, cuts = begun.described()
+                cut_names = " and ".join(cut.name for cut in cuts)
+                found[path.parent.name] = UnderWay(f"{title}, up to {cut_names}", sum(parts), len(parts))
+    return found
 
 
 def _open(path: Path, cut: Cut, images: int) -> Features | None:
@@ -196,12 +205,16 @@ class _Pass:
     def finished(self, cut: Cut) -> Path:
         return self.folder / f"{cut.name}.f32"
 
-    def cuts(self) -> list[Cut]:
+    def described(self) -> tuple[str, list[Cut]]:
+        """Its title and its cuts; no cuts where it has not begun."""
         try:
-            rows = json.loads(self.plan.read_text())
+            plan = json.loads(self.plan.read_text())
         except FileNotFoundError:
-            return []
-        return [Cut(layer, pooling, tuple(shape)) for layer, pooling, shape in rows]
+            return "", []
+        return plan["title"], [Cut(layer, pooling, tuple(shape)) for layer, pooling, shape in plan["cuts"]]
+
+    def cuts(self) -> list[Cut]:
+        return self.described()[1]
 
     def is_intact(self, shares: int) -> bool:
         """Whether it can be gone on with. A crash of the machine may have lost what is marked as done."""
@@ -225,7 +238,8 @@ class _Pass:
                 chosen.append(other)
         self.done.write_bytes(bytes(extraction.shares))
         with written_whole(self.plan) as scratch:  # last: from here on the pass is one
-            scratch.write_text(json.dumps([[one.layer, one.pooling, one.shape] for one in chosen]))
+            cuts = [[one.layer, one.pooling, one.shape] for one in chosen]
+            scratch.write_text(json.dumps({"title": extraction.title, "cuts": cuts}))
 
     def finish(self) -> None:
         for cut in self.cuts():
@@ -297,7 +311,7 @@ def _opened(begun: _Pass) -> Iterator[_Part]:
         yield _Part(begun, cuts, files, done)
 
 
-def _take_part(extraction: Extraction, part: _Part, progress: Callable[[int, int], None] | None) -> None:
+def _take_part(extraction: Extraction, part: _Part) -> None:
     """Compute shares nobody else computes until all are done."""
     run = extraction.prefix(part.cuts)
     while missing := [share for share, byte in enumerate(os.pread(part.done, extraction.shares, 0)) if not byte]:
@@ -310,9 +324,6 @@ def _take_part(extraction: Extraction, part: _Part, progress: Callable[[int, int
                 positions = extraction.positions(share)
                 _write(part, int(positions[0]), run(extraction.pixels(positions)))
                 os.pwrite(part.done, b"\1", share)
-            if progress is not None:
-                finished = sum(os.pread(part.done, extraction.shares, 0))
-                progress(min(extraction.images, finished * extraction.images_at_once), extraction.images)
         time.sleep(WAIT_S)  # for the shares of others
     for file in part.files:
         os.fsync(file)
@@ -356,7 +367,9 @@ def _claimed(done: int, share: int) -> Iterator[bool]:
 def _make_room(budget: FeatureBudget, wanted_bytes: int) -> None:
     """Remove what was not used for longest until there is room; what is in use stays. The store is locked."""
     if wanted_bytes > budget.limit_bytes:
-        raise NoRoomError(f"its features take {_size(wanted_bytes)}, the cache may take {_size(budget.limit_bytes)}")
+        raise NoRoomError(
+            f"its features take {size_text(wanted_bytes)}, the cache may take {size_text(budget.limit_bytes)}"
+        )
     taken = stored_bytes(budget.folder)
     for _, path, size in sorted(_files(budget.folder)):
         if taken + wanted_bytes <= budget.limit_bytes:
@@ -364,7 +377,9 @@ def _make_room(budget: FeatureBudget, wanted_bytes: int) -> None:
         if _removed(path):
             taken -= size
     if taken + wanted_bytes > budget.limit_bytes:
-        raise NoRoomError(f"its features take {_size(wanted_bytes)}, and {_size(taken)} of the cache are in use")
+        raise NoRoomError(
+            f"its features take {size_text(wanted_bytes)}, and {size_text(taken)} of the cache are in use"
+        )
 
 
 def _removed(path: Path) -> bool:
@@ -394,7 +409,3 @@ def _files(folder: Path) -> list[tuple[float, Path, int]]:
             status = path.stat()
             found.append((status.st_mtime, path, status.st_size))
     return found
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 10_000_000 else f"{number / 1e6:.2f} MB"

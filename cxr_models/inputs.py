@@ -13,11 +13,10 @@ from cxr_models.augmentation import AUGMENTATION_VERSION, augmented, view_of_epo
 from cxr_models.cuts import Cut
 from cxr_models.features import Extraction, Features, NoRoomError, Rows, obtain
 from cxr_models.network import Network
-from cxr_models.trial import TrialConfig, TrialData
+from cxr_models.trial import PIXELS, TrialConfig, TrialData
 
 # Images of the data set, by their place in it -> what the network is given of them.
 Gather = Callable[[Rows], steps.Array]
-Progress = Callable[[int, int], None]
 
 
 class Inputs:
@@ -30,7 +29,6 @@ class Inputs:
         cut: where the images are run to beforehand; None for pixels.
         untrained: gives such a network with the trial's first weights throughout. With it, a pass stores the cuts of
             other trials too; layers that this trial trains may lie in front of those.
-        progress: told (done, total) images while features are computed.
 
     Raises:
         NoRoomError: the features cannot be kept; with `cut=None` the phase can run all the same.
@@ -47,16 +45,14 @@ class Inputs:
         cut: Cut | None,
         *,
         untrained: Callable[[], Network] | None = None,
-        progress: Progress | None = None,
     ) -> None:
         self._data = data
         self._config = config
         self._network = network
         self._cut = cut
         self._untrained = untrained
-        self._progress = progress
         self._pixels = np.load(data.pixels[config.image_side], mmap_mode="r")
-        self.source = cut.name if cut else "pixels"
+        self.source = cut.name if cut else PIXELS
         self._view: tuple[int, Features] | None = None
         self._plain: Features | None = None
         if cut is not None:
@@ -84,13 +80,14 @@ class Inputs:
             try:
                 self._view = view, self._obtain(rows, view)
             except NoRoomError as error:
-                self.source = f"pixels: {error}"
+                self.source = f"{PIXELS}: {error}"
                 run = _warm_prefix(self._network, (self._cut,))  # the same bits, for this epoch of this trial alone
                 return lambda wanted: run(self._augmented(wanted, view))[0]
         array = self._view[1].array
         return lambda wanted: array[np.searchsorted(rows, wanted)]
 
     def close(self) -> None:
+        """Let the features go: they may be evicted from now on."""
         self._close_view()
         if self._plain is not None:
             self._plain.close()
@@ -110,6 +107,7 @@ class Inputs:
         if budget is None or self._cut is None:
             raise NoRoomError("this trial keeps no features")
         extraction = Extraction(
+            title=self._title(view),
             key=self._key(rows, view),
             images=len(rows),
             pixels=lambda chosen: self._augmented(rows[chosen], view) if view else self._pixels[rows[chosen]],
@@ -118,7 +116,15 @@ class Inputs:
         )
         kept = budget.cuts.get((self._config.backbone, self._config.weights, self._config.image_side), ())
         wanted = kept if self._untrained else ()
-        return obtain(budget, extraction, self._cut, wanted=wanted, progress=self._progress)
+        return obtain(budget, extraction, self._cut, wanted=wanted)
+
+    def _title(self, view: int) -> str:
+        config = self._config
+        title = f"{config.backbone} at {config.image_side} px"
+        if not view:
+            return title
+        views = min(config.augmented_views or config.epochs, config.epochs)
+        return f"{title}, {config.augmentation} view {view} of {max(view, views)}"
 
     def _key(self, rows: Rows, view: int) -> dict[str, object]:
         config = self._config

@@ -51,6 +51,7 @@ class Layer:
 
     @property
     def parameters(self) -> int:
+        """Number of weights."""
         return sum(prod(shape) for shape in self.shapes)
 
     @property
@@ -68,6 +69,7 @@ class LayerTable:
 
     @property
     def parameters(self) -> int:
+        """Number of weights."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
@@ -76,6 +78,7 @@ class LayerTable:
         return self.layers[-1].output
 
     def to_json(self) -> str:
+        """As text, one layer a line."""
         rows = ",\n".join(
             json.dumps([layer.name, layer.kind, layer.shapes, layer.trainable, layer.inputs, layer.output])
             for layer in self.layers
@@ -85,6 +88,7 @@ class LayerTable:
 
     @classmethod
     def from_json(cls, text: str) -> LayerTable:
+        """Read what `to_json` wrote; ValueError where another format did."""
         values = json.loads(text)
         if values.get("format") != _FORMAT:
             raise ValueError(f"expected a layer table of format {_FORMAT}, got format {values.get('format')!r}")

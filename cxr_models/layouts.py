@@ -61,6 +61,7 @@ class Listing:
 
 
 def data_error(expected: str, found: str, remedy: str) -> DataError:
+    """An error in the words that all of them have."""
     return DataError(f"expected {expected}\n  found: {found}\n  remedy: {remedy}")
 
 

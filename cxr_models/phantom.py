@@ -295,10 +295,12 @@ def _exposed(density: Field, view: View, side: int) -> Field:
 
 
 def sample_anatomy(rng: Generator) -> Anatomy:
+    """A random chest."""
     return Anatomy(**_uniform(rng, ANATOMY_RANGES), seed=_seed(rng))
 
 
 def sample_view(rng: Generator) -> View:
+    """A random exposure and position."""
     return View(**_uniform(rng, VIEW_RANGES), seed=_seed(rng))
 
 

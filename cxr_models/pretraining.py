@@ -50,6 +50,7 @@ def sample_mixture(rng: Generator) -> Finding:
 
 
 def sample_drawing(seed: int, index: int) -> Drawing:
+    """One drawing to train on; it follows from seed and index."""
     rng = default_rng([STREAM, index, seed])
     return Drawing(sample_anatomy(rng), sample_view(rng), sample_mixture(rng))
 
@@ -142,6 +143,7 @@ def pretrain(out: Path, *, images: int, epochs: int, seed: int = 0, batch_size: 
 
 
 def main() -> None:
+    """Draw phantoms, train on them and write the weights."""
     parser = argparse.ArgumentParser(prog="python -m cxr_models.pretraining", description=__doc__)
     parser.add_argument("--out", type=Path, default=BUNDLED)
     parser.add_argument("--images", type=int, default=9000)

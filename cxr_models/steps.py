@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -16,6 +19,8 @@ from cxr_models.network import Network
 
 # Inference runs in batches of one shape, the last one padded: the results of some operations depend on the shape, and
 # below 8 images those of convolutions do. A CPU is fastest where a batch's activations stay near it, a GPU wants many.
+# Nothing is compiled by XLA, which made a head-only epoch 24 times slower on a CPU. benchmarks/compiled_steps.py
+# measures both.
 CPU_BATCH, GPU_BATCH = 16, 256
 CHUNK_BYTES = 64 * 1024**2  # of input that is gathered at once
 
@@ -51,12 +56,20 @@ def numerics() -> dict[str, str | int]:
     return {
         "keras": keras.__version__,
         "tensorflow": tf.__version__,
-        "device": "GPU" if device() != "CPU" else "CPU",
+        "device": _processor() if device() == "CPU" else "GPU",
         "threads": tf.config.threading.get_intra_op_parallelism_threads(),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
         "batch": inference_batch(),
         "precision": keras.config.dtype_policy().name,
     }
+
+
+@cache
+def _processor() -> str:
+    """Kind of CPU: its instructions decide in which order the libraries add."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    told = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 def inference_batch() -> int:
@@ -162,11 +175,12 @@ class Steps:
         return tf.nn.log_softmax(logits)
 
     def _train_steps(self, inputs: Any, labels: Any, weights: Any, seeds: Any) -> Any:
-        def take(step: Any, found: Any) -> tuple[Any, Any]:
-            scores = self._train_step(inputs[step], labels[step], weights[step], seeds[step])
-            return step + 1, found.write(step, scores)
-
-        return _loop(tf.shape(labels)[0], take)
+        (scores,) = _loop(
+            tf.shape(labels)[0],
+            lambda step: [self._train_step(inputs[step], labels[step], weights[step], seeds[step])],
+            outputs=1,
+        )
+        return scores
 
     def _train_step(self, images: Any, labels: Any, weights: Any, seeds: Any) -> Any:
         for index, state in enumerate(self._dropout_seeds):
@@ -179,25 +193,22 @@ class Steps:
         return scores
 
 
-def _loop(steps: Any, take: Callable[[Any, Any], tuple[Any, Any]]) -> Any:
-    """Run `take` inside the graph; stacks what it writes into its array."""
-    empty = tf.TensorArray(tf.float32, size=steps)
-    _, found = tf.while_loop(lambda step, _: step < steps, take, (0, empty), parallel_iterations=1)
-    return found.stack()
+def _loop(steps: Any, take: Callable[[Any], list[Any]], outputs: int) -> list[Any]:
+    """Run `take` for each step inside the graph; the outputs of all steps, stacked."""
+
+    def body(step: Any, *found: Any) -> tuple[Any, ...]:
+        return step + 1, *(array.write(step, one) for array, one in zip(found, take(step), strict=True))
+
+    empty = [tf.TensorArray(tf.float32, size=steps) for _ in range(outputs)]
+    _, *found = tf.while_loop(lambda step, *_: step < steps, body, (0, *empty), parallel_iterations=1)
+    return [array.stack() for array in found]
 
 
 def _in_batches(model: Callable[[Any], list[Any]], outputs: int) -> Callable[[Array], list[NDArray[np.float32]]]:
     """Compile `model`, which has a list of outputs, to run over any number of images inside the graph."""
 
-    def run(batches: Any) -> Any:
-        def take(step: Any, *found: Any) -> tuple[Any, ...]:
-            given = model(batches[step])
-            return step + 1, *(array.write(step, one) for array, one in zip(found, given, strict=True))
-
-        steps = tf.shape(batches)[0]
-        empty = [tf.TensorArray(tf.float32, size=steps) for _ in range(outputs)]
-        _, *found = tf.while_loop(lambda step, *_: step < steps, take, (0, *empty), parallel_iterations=1)
-        return [array.stack() for array in found]
+    def run(batches: Any) -> list[Any]:
+        return _loop(tf.shape(batches)[0], lambda step: model(batches[step]), outputs)
 
     programs: dict[tuple[int, ...], Callable[[Any], Any]] = {}
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and their sizes in words."""
 
 import os
 from collections.abc import Iterator
@@ -22,3 +22,9 @@ def written_whole(path: Path) -> Iterator[Path]:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def size_text(size: int) -> str:
+    """`1.2 GB`, `34.5 MB`, `0.6 kB`."""
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if size >= unit), (1e3, "kB"))
+    return f"{size / unit:.1f} {name}"

@@ -15,11 +15,19 @@ from cxr_models.backbones import BACKBONES
 from cxr_models.cuts import Cut, choose_cut
 from cxr_models.features import NoRoomError
 from cxr_models.freezing import Phase, parse_strategy
-from cxr_models.inputs import Gather, Inputs, Progress
+from cxr_models.inputs import Gather, Inputs
 from cxr_models.metrics import evaluate
 from cxr_models.network import Network, build_network, export_model, head_parameters
 from cxr_models.storage import written_whole
-from cxr_models.trial import BEST_WEIGHTS, VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialData
+from cxr_models.trial import (
+    BEST_WEIGHTS,
+    PIXELS,
+    VALIDATION_SCORES,
+    EpochMetrics,
+    Objective,
+    TrialConfig,
+    TrialData,
+)
 
 WARM_NETWORKS = 4  # of different shapes, in one process
 WARM_STEPS = 12
@@ -37,7 +45,6 @@ def run_trial(
     objective: Objective,
     *,
     decisions: Collection[int] = (),
-    progress: Progress | None = None,
 ) -> Generator[EpochMetrics, bool, None]:
     """Train one configuration, yielding what each epoch measured.
 
@@ -54,7 +61,6 @@ def run_trial(
         folder: for what the trial leaves.
         objective: which epoch is the best.
         decisions: epochs after which the caller may end the trial and still rank it.
-        progress: told (done, total) images while features are computed.
 
     Raises:
         DivergedError: a loss is not finite.
@@ -70,7 +76,7 @@ def run_trial(
     for index, (phase, epochs) in enumerate(zip(strategy.phases, strategy.epochs(config.epochs), strict=True)):
         network.enter(phase, config.batch_norm)
         best.watch(network, everything=shape[-1] is None)
-        loop = _EpochLoop(trial_id, config, data, network, strategy.phases[: index + 1], progress)
+        loop = _EpochLoop(trial_id, config, data, network, strategy.phases[: index + 1])
         lowest_loss, waited = math.inf, 0
         try:
             for _ in range(epochs):
@@ -161,7 +167,6 @@ class _EpochLoop:
         data: TrialData,
         network: Network,
         phases: Sequence[Phase],
-        progress: Progress | None,
     ) -> None:
         self._trial_id = trial_id
         self._config = config
@@ -174,11 +179,11 @@ class _EpochLoop:
         start = time.perf_counter()
         cut = _kept_cut(config, data, network, phases)
         try:
-            self._inputs = Inputs(data, config, network, cut, untrained=self._untrained, progress=progress)
+            self._inputs = Inputs(data, config, network, cut, untrained=self._untrained)
         except NoRoomError as error:
             cut = None
             self._inputs = Inputs(data, config, network, None)
-            self._inputs.source = f"pixels: {error}"
+            self._inputs.source = f"{PIXELS}: {error}"
         self._features_seconds = time.perf_counter() - start
         key = phases[-1].rule, phases[-1].amount
         self._steps = _warm_steps(network, key, config.batch_norm, cut, config.optimizer)

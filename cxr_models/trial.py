@@ -20,6 +20,7 @@ TRAIN, VAL, TEST = SPLITS = ("train", "val", "test")
 # its validation scores there (arrays `index`, `labels` and `scores`, which are log-probabilities).
 BEST_WEIGHTS = "best.npz"
 VALIDATION_SCORES = "validation.npz"
+PIXELS = "pixels"  # what `EpochMetrics.source` begins with where an epoch ran the whole network
 
 # Metric -> which way is better. Every epoch reports each of them for the training and the validation images.
 METRICS: Mapping[str, str] = {
@@ -114,10 +115,12 @@ class TrialConfig:
             raise ValueError(f"hidden_units must each be at least 1, but got {list(self.hidden_units)}")
 
     def to_json(self) -> dict[str, Any]:
+        """Values that JSON has."""
         return {**asdict(self), "hidden_units": list(self.hidden_units)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read what `to_json` gave."""
         return cls(**{**values, "hidden_units": tuple(values.get("hidden_units", ()))})
 
     @property
@@ -179,8 +182,8 @@ class EpochMetrics:
         seconds: of training and validation in this epoch, without checkpoints; a phase's first epoch compiles too.
         images_per_second: training images per second of the epoch's training.
         device: what the trial's process sees: `CPU` or `GPU <ids>`.
-        source: what the epoch was given of each image: the name of the cut whose features were stored, or `pixels`,
-            followed by the reason where features could not be kept.
+        source: what the epoch was given of each image: the name of the cut whose features were stored, or `PIXELS`,
+            followed by a colon and the reason where features could not be kept.
         features_seconds: that were spent computing features for this epoch, or waiting for them.
         trial_seconds: from the trial's start in its process to the end of this epoch.
     """
@@ -194,11 +197,12 @@ class EpochMetrics:
     seconds: float
     images_per_second: float
     device: str = "CPU"
-    source: str = "pixels"
+    source: str = PIXELS
     features_seconds: float = 0.0
     trial_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
+        """Values that JSON has."""
         return asdict(self)
 
 
@@ -220,7 +224,8 @@ class TrialResult:
         best_epoch: epoch with the best objective value, 0 if no epoch finished.
         val: metrics of that epoch, empty if no epoch finished.
         trainable_parameters, frozen_parameters: of the last phase; batch norms' moving statistics are frozen always.
-        train_seconds: from the start of the trial to its last epoch, building and compiling included.
+        train_seconds: from the start of the trial to its last epoch: building and compiling included, and the features
+            that it computed or waited for, which later trials then find.
         error: for a failed trial, one line with the cause; the traceback is in `traceback`.
     """
 
@@ -245,6 +250,7 @@ class TrialResult:
             )
 
     def to_json(self) -> dict[str, Any]:
+        """Values that JSON has."""
         return {**asdict(self), "config": self.config.to_json(), "outcome": str(self.outcome)}
 
 

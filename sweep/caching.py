@@ -12,6 +12,7 @@ from cxr_models.features import FeatureBudget, stored_bytes
 from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import LayerTable
 from cxr_models.network import head_parameters, output_units
+from cxr_models.storage import size_text
 from cxr_models.trial import TrialConfig
 
 # The axes that decide what a trial keeps, beside those that shape its network.
@@ -107,6 +108,7 @@ def _views(config: TrialConfig, phase: int) -> set[int]:
 
 
 def group_of(config: TrialConfig) -> Group:
+    """What the configuration's prefix is shared by."""
     return config.backbone, config.weights, config.image_side
 
 
@@ -118,6 +120,7 @@ def default_limit_bytes(cache_dir: Path) -> int:
 
 
 def features_folder(cache_dir: Path) -> Path:
+    """Where the features of every sweep lie."""
     return cache_dir / "features"
 
 
@@ -170,7 +173,3 @@ def _refusal(group: Group, cut: Cut, size: int, left: int, configs: Sequence[Tri
         f"the features of {backbone} at {cut.name}, {side} px, take {size_text(size)}, and the cache has room for "
         f"{size_text(left)}: these trials run from the pixels; {remedy} (--cache-gb) would spare that"
     )
-
-
-def size_text(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

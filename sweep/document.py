@@ -242,6 +242,7 @@ def parse_value(text: str) -> Any:
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:
+    """As YAML text, in the order of the keys."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
 
 

@@ -132,6 +132,7 @@ class Plan:
         return counts
 
     def patients(self, part: str) -> int:
+        """How many patients a part has."""
         owners = zip(self.manifest.records, self.splits, strict=True)
         return len({record.patient for record, own_part in owners if own_part == part})
 
@@ -205,6 +206,7 @@ def make_plan(
 
 
 def read_data(spec: SweepSpec, cache_dir: Path, progress: Callable[[str], Progress] | None) -> Manifest:
+    """The images of a spec, with what `read_manifest` raises."""
     if spec.data.source == PHANTOM:
         drawing = progress("drawing phantoms") if progress else None
         source = phantom_dataset(cache_dir, seed=0, progress=drawing)
@@ -307,6 +309,8 @@ def _notes(
         )
     if manifest.patients < len(manifest.records) and not spec.data.patient and spec.data.source != PHANTOM:
         yield "patients follow from a CSV or from names as NIH and Kermany give them; data.patient: none ignores names"
+    if any(config.augmented_views for config in networks) and all(config.augmentation == "none" for config in networks):
+        yield "augmented_views does nothing here: no trial augments its images (augmentation: light, or strong)"
     if spec.dropped_points:
         yield f"{spec.dropped_points} fixed points of the file lie outside the space that --set left, and are not run"
     own = sum(record.patient == record.path for record in manifest.records)

@@ -5,7 +5,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cxr_models.dataset import patients_on_two_sides
-from sweep.caching import PhaseCache, size_text
+from cxr_models.storage import size_text
+from sweep.caching import PhaseCache
 from sweep.plan import Plan
 from sweep.space import Constant
 
@@ -35,10 +36,7 @@ def render_plan(plan: Plan) -> RenderableType:
 
 
 def _split_table(plan: Plan) -> Table:
-    table = Table(title="Images by part", title_justify="left")
-    table.add_column("part")
-    for name in (*plan.manifest.classes, "all", "patients"):
-        table.add_column(name, justify="right")
+    table = _table("Images by part", ("part",), numbers=(*plan.manifest.classes, "all", "patients"))
     for part, counts in plan.class_counts().items():
         own = [f"{counts[name]:,}" for name in plan.manifest.classes]
         table.add_row(part, *own, f"{counts.total():,}", f"{plan.patients(part):,}")
@@ -46,9 +44,7 @@ def _split_table(plan: Plan) -> Table:
 
 
 def _axis_table(plan: Plan) -> Table:
-    table = Table(title="Search space", title_justify="left")
-    for name in ("axis", "values", "where"):
-        table.add_column(name)
+    table = _table("Search space", ("axis", "values", "where"), numbers=())
     for axis in plan.spec.space.axes.values():
         if not axis.cases and isinstance(axis.domain, Constant):
             continue
@@ -70,11 +66,9 @@ def _constants(plan: Plan) -> Text:
 
 
 def _strategy_table(plan: Plan) -> Table:
-    table = Table(title="Strategies and their parameters", title_justify="left")
-    for name in ("backbone", "freeze", "batch norm"):
-        table.add_column(name, overflow="fold")
-    for name in ("trainable", "frozen"):
-        table.add_column(name, justify="right")
+    table = _table(
+        "Strategies and their parameters", ("backbone", "freeze", "batch norm"), numbers=("trainable", "frozen")
+    )
     for row in plan.strategies:
         table.add_row(row.backbone, row.freeze, row.batch_norm, _counts(row.trainable), _counts(row.frozen))
     return table
@@ -91,15 +85,21 @@ def _cache(plan: Plan) -> tuple[RenderableType, ...]:
 
 
 def _cache_table(plan: Plan) -> Table:
-    table = Table(title="Frozen layers, computed once: what is stored and what it spares", title_justify="left")
-    for name in ("backbone", "freeze", "stored output of"):
-        table.add_column(name, overflow="fold")
-    for name in ("size", "computing per epoch"):
-        table.add_column(name, justify="right")
+    title = "Frozen layers, computed once: what is stored and what it spares"
+    table = _table(title, ("backbone", "freeze", "stored output of"), numbers=("size", "computing per epoch"))
     for row in plan.strategies:
         phases = [_spread(phase) for phase in zip(*row.caches, strict=True)]
         cells = (", then ".join(part) for part in zip(*phases, strict=True))
         table.add_row(row.backbone, row.freeze, *cells)
+    return table
+
+
+def _table(title: str, names: tuple[str, ...], *, numbers: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right")
     return table
 
 

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cxr_models.dataset import Progress
-from cxr_models.features import under_way
-from cxr_models.trial import EpochMetrics, Objective, Outcome, Suggestion, TrialResult
+from cxr_models.features import UnderWay, under_way
+from cxr_models.trial import PIXELS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
 
 SHOWN_TRIALS = 12
 LINE_INTERVAL_S = 5.0
@@ -70,22 +70,22 @@ class _Extraction:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._first = self._last = 0.0, 0, 0  # time, parts done, parts
+        self._first: dict[str, tuple[float, int]] = {}  # when a pass was first seen, and how much was done then
 
-    def line(self) -> str:
-        """Empty while none are computed."""
-        done, total = under_way(self._folder)
-        now, (_, done_before, total_before) = time.monotonic(), self._last
-        self._last = now, done, total
-        if total != total_before or done < done_before:
-            self._first = self._last  # another pass
-        if done == total:
-            return ""
-        shown = f"computing features of frozen layers: {100 * done // total} %"
-        since, done_first, _ = self._first
-        if done == done_first:
+    def lines(self) -> list[str]:
+        """One for each pass that is being computed."""
+        passes = under_way(self._folder)
+        self._first = {digest: seen for digest, seen in self._first.items() if digest in passes}
+        return [self._line(digest, found) for digest, found in passes.items() if found.done < found.parts]
+
+    def _line(self, digest: str, found: UnderWay) -> str:
+        now = time.monotonic()
+        since, done_then = self._first.setdefault(digest, (now, found.done))
+        shown = f"computing features of frozen layers ({found.title}): {100 * found.done // found.parts} %"
+        if found.done <= done_then:
             return shown
-        return f"{shown}, about {duration((now - since) * (total - done) / (done - done_first))} left"
+        left = (now - since) * (found.parts - found.done) / (found.done - done_then)
+        return f"{shown}, about {duration(left)} left"
 
 
 class SweepProgress:
@@ -146,7 +146,7 @@ class SweepProgress:
 
         def tell() -> None:
             while not ended.wait(LINE_INTERVAL_S):
-                if line := extraction.line():
+                for line in extraction.lines():
                     self._say(line)
 
         thread = threading.Thread(target=tell, name="extraction-progress", daemon=True)
@@ -158,11 +158,13 @@ class SweepProgress:
             thread.join()
 
     def started(self, suggestion: Suggestion) -> None:
+        """A trial begins."""
         self._running[suggestion.trial_id] = suggestion, None
         self._told[suggestion.trial_id] = time.monotonic()
         self._say(f"trial {suggestion.number + 1} of {self._trials} starts: {describe(suggestion)}")
 
     def epoch(self, metrics: EpochMetrics) -> None:
+        """An epoch ended."""
         self._epochs += 1
         if self._expects_gpu and metrics.device == "CPU":
             self._expects_gpu = False  # said once
@@ -179,7 +181,7 @@ class SweepProgress:
 
     def _tell_uncached(self, suggestion: Suggestion, metrics: EpochMetrics) -> None:
         """Once for each reason."""
-        _, _, reason = metrics.source.partition("pixels: ")
+        _, _, reason = metrics.source.partition(f"{PIXELS}: ")
         if reason and reason not in self._uncached:
             self._uncached.add(reason)
             self._console.print(f"note: trial {suggestion.number + 1} runs from the pixels: {reason}", markup=False)
@@ -196,6 +198,7 @@ class SweepProgress:
         )
 
     def ended(self, number: int, result: TrialResult) -> None:
+        """A trial ended."""
         self._running.pop(result.trial_id, None)
         self._told.pop(result.trial_id, None)
         self._outcomes[result.outcome] += 1
@@ -244,12 +247,13 @@ class SweepProgress:
                 row += [f"{metrics.val['loss']:.3f}", f"{metrics.val[self._objective.metric]:.3f}"]
             table.add_row(*map(Text, row))
         lines = [Text(f"best so far: {describe_result(self._best, self._objective)}")] if self._best else []
-        if self._extraction and (computing := self._extraction.line()):
-            lines.append(Text(computing))
+        if self._extraction:
+            lines.extend(map(Text, self._extraction.lines()))
         return Group(table, *lines, self._status())
 
 
 def describe(suggestion: Suggestion) -> str:
+    """A trial in one phrase."""
     config = suggestion.config
     return (
         f"{config.backbone} {config.freeze}, lr {config.learning_rate:.1e}, "
@@ -258,6 +262,7 @@ def describe(suggestion: Suggestion) -> str:
 
 
 def describe_result(result: TrialResult, objective: Objective) -> str:
+    """A trial that ended, in one phrase."""
     config = result.config
     return (
         f"{config.backbone} {config.freeze}, lr {config.learning_rate:.1e}, "

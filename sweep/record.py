@@ -222,6 +222,7 @@ def best_by_strategy(results: tuple[TrialResult, ...], objective: Objective) -> 
 
 
 def write_trials_csv(path: Path, results: tuple[TrialResult, ...]) -> None:
+    """One row a trial, in the order given."""
     metrics = _table_metrics(name for result in results for name in result.val)
     with written_whole(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -180,6 +180,8 @@ def overview(run: Run) -> list[str]:
         phrases.append(f"{_count(len(run.split), 'image')} of {_count(patients, 'patient')}")
     if "epochs" in run.summary:
         phrases.append("{run:,} of {full:,} epochs run".format(**run.summary["epochs"]))
+    if spared := run.summary.get("epochs", {}).get("from_features"):
+        phrases.append(f"{spared:,} of these from stored features of frozen layers")
     if "seconds" in run.summary:
         phrases.append(_duration(run.summary["seconds"]["total"]))
     return phrases
@@ -235,6 +237,7 @@ def write_report(folder: RunFolder) -> Path:
 
 
 def render(run: Run) -> str:
+    """The page as HTML."""
     environment = Environment(
         loader=PackageLoader("sweep"),
         autoescape=True,
@@ -329,6 +332,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m sweep.report", description="Write report.html of a run folder.")
     parser.add_argument("run_dir", type=Path, help="the folder a sweep wrote, ended or interrupted")
     folder = parser.parse_args(arguments).run_dir

@@ -8,10 +8,11 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from platformdirs import user_cache_path
 from rich.console import Console
@@ -34,6 +35,7 @@ PIPED_WIDTH = 140
 
 
 def parser() -> argparse.ArgumentParser:
+    """The arguments of `python -m sweep.run`."""
     found = argparse.ArgumentParser(
         prog="python -m sweep.run",
         description="Run the sweep a YAML file describes: every trial is tracked in MLflow, the best model saved.",
@@ -70,7 +72,10 @@ def _gigabytes(text: str) -> float:
     except ValueError:
         found = math.nan
     if not 0 < found < math.inf:
-        raise argparse.ArgumentTypeError(f"expected GB above 0 (--no-cache keeps nothing), but got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a finite number of GB above 0, but got {text!r}; --no-cache keeps nothing, and without either "
+            "features may take a quarter of the free disk"
+        )
     return found
 
 
@@ -91,6 +96,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
     arguments = parser().parse_args(argv)
     console, errors = _console(), Console(stderr=True, highlight=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -154,7 +160,7 @@ def _machine(address: str) -> Machine:
     return cluster_machine(address)
 
 
-def print_results(plan: Plan, results: Sequence[TrialResult], summary: dict[str, object], console: Console) -> None:
+def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[str, Any], console: Console) -> None:
     """The ranking, the strategies, the best configuration and its test metrics."""
     objective = plan.spec.objective
     order = ranked(tuple(results), objective)
@@ -166,11 +172,11 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: dict[str,
         return
     console.print(_ranking(order, objective))
     console.print(_strategy_table(summary, objective))
+    console.print(_features_line(summary))
     best = order[0].config.to_json()
     shown = (f"{axis} {value:.4g}" if isinstance(value, float) else f"{axis} {value}" for axis, value in best.items())
     console.print(Text(f"best configuration: {', '.join(shown)}"))
-    test = summary.get("test")
-    if isinstance(test, dict):
+    if test := summary.get("test"):
         console.print(f"test set, opened once: {test['images']} images of {test['patients']} patients")
         for name in METRICS:
             found = test[name]
@@ -191,20 +197,29 @@ def _ranking(order: Sequence[TrialResult], objective: Objective) -> Table:
     return table
 
 
-def _strategy_table(summary: dict[str, object], objective: Objective) -> Table:
+def _strategy_table(summary: Mapping[str, Any], objective: Objective) -> Table:
     table = Table(title="Strategies", title_justify="left")
     for name in ("backbone", "freeze"):
         table.add_column(name)
     for name in ("trials", f"best {objective.metric}", f"median {objective.metric}", "trainable", "frozen", "time"):
         table.add_column(name, justify="right")
-    rows = summary["strategies"]
-    for row in rows if isinstance(rows, list) else []:
+    for row in summary["strategies"]:
         counts = f"{row['trainable_parameters']:,}", f"{row['frozen_parameters']:,}"
         values = f"{row['best_val']:.3f}", f"{row['median_val']:.3f}"
         table.add_row(
             row["backbone"], row["freeze"], str(row["trials"]), *values, *counts, duration(row["train_seconds"])
         )
     return table
+
+
+def _features_line(summary: Mapping[str, Any]) -> str:
+    epochs = summary["epochs"]
+    if not epochs["from_features"]:
+        return f"{epochs['run']:,} epochs, none of them from stored features of frozen layers"
+    return (
+        f"{epochs['from_features']:,} of {epochs['run']:,} epochs were trained from stored features of frozen layers; "
+        f"computing these, or waiting for them, took workers {duration(summary['seconds']['features'])} in all"
+    )
 
 
 def _console() -> Console:

@@ -73,6 +73,7 @@ class Stopwatch:
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
+        """Count the seconds of a block as a part."""
         begun = time.perf_counter()
         try:
             yield
@@ -81,6 +82,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> dict[str, float]:
+        """Of each part, and in `total` since the beginning."""
         return {"total": time.perf_counter() - self._begun, **self._parts}
 
 
@@ -135,6 +137,7 @@ def run_sweep(
                 "train": sum(result.train_seconds for result in record.results),
             },
             epochs_run=conductor.epochs_run,
+            epochs_from_features=timeline.epochs_from_features,
             interrupted=interrupted or bool(failure),
             test=tested or None,
         )
@@ -165,6 +168,7 @@ def write_inputs(plan: Plan, folder: RunFolder) -> None:
 
 
 def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
+    """Begin the tracking of a sweep in MLflow."""
     spec, manifest = plan.spec, plan.manifest
     tracker = Tracker(
         folder,

@@ -20,6 +20,7 @@ def summarise(
     *,
     seconds: Mapping[str, float],
     epochs_run: int,
+    epochs_from_features: int,
     interrupted: bool,
     test: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def summarise(
         results: every ended trial.
         seconds: what took how long; `total` and `train` among them.
         epochs_run: by all trials, unfinished ones included.
+        epochs_from_features: how many of these were trained on stored features of frozen layers.
         interrupted: the sweep was ended before its last trial.
         test: of the best trial; None where the test set stayed sealed.
     """
@@ -48,7 +50,11 @@ def summarise(
         },
         "strategies": _strategies(plan, results),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "epochs": {"run": epochs_run, "full": sum(result.config.epochs for result in results)},
+        "epochs": {
+            "run": epochs_run,
+            "full": sum(result.config.epochs for result in results),
+            "from_features": epochs_from_features,
+        },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",

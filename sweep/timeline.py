@@ -1,11 +1,11 @@
-"""When things happened in a sweep: how long it took to start, to compute features, to train."""
+"""Where the time of a sweep went: starting, computing features, training; and how many epochs features spared."""
 
 import time
 from collections.abc import Mapping
 
 import psutil
 
-from cxr_models.trial import EpochMetrics, Suggestion, TrialResult
+from cxr_models.trial import PIXELS, EpochMetrics, Suggestion, TrialResult
 
 
 class Timeline:
@@ -14,6 +14,7 @@ class Timeline:
     def __init__(self) -> None:
         self._begun = time.monotonic() - (time.time() - psutil.Process().create_time())
         self._first_trial = self._last_epoch = self._features = 0.0
+        self.epochs_from_features = 0  # which ran no frozen layer in front of their cut
 
     def started(self, suggestion: Suggestion) -> None:
         pass  # handed out, but its worker may still be starting: see `epoch`
@@ -24,6 +25,7 @@ class Timeline:
         self._first_trial = min(self._first_trial or trial_began, trial_began)
         self._last_epoch = now
         self._features += metrics.features_seconds
+        self.epochs_from_features += not metrics.source.startswith(PIXELS)
 
     def ended(self, number: int, result: TrialResult) -> None:
         pass

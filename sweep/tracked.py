@@ -62,6 +62,7 @@ def flat_params(spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def config_params(config: TrialConfig) -> dict[str, str]:
+    """A configuration as MLflow has parameters."""
     return {axis: _param_text(value) for axis, value in config.to_json().items()}
 
 
@@ -133,6 +134,7 @@ def own_tags() -> Mapping[str, str]:
 
 
 def trial_tags(suggestion: Suggestion, sweep: str, parent_run_id: str) -> dict[str, str]:
+    """What marks the run of a trial in MLflow."""
     return {
         "mlflow.parentRunId": parent_run_id,
         "sweep": sweep,
@@ -173,6 +175,7 @@ def without_password(text: str) -> str:
 
 
 def result_tags(result: TrialResult) -> dict[str, str]:
+    """What MLflow is told of how a trial ended."""
     tags = {"outcome": str(result.outcome), "device": result.device, "error": result.error}
     return {name: text for name, text in tags.items() if text}
 

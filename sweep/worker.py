@@ -90,6 +90,7 @@ def train(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
 
 
 def load_program(name: str) -> Program:
+    """The program of a `module:function` name."""
     module, _, function = name.partition(":")
     program: Program = getattr(importlib.import_module(module), function)
     return program

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from cxr_models.cuts import Cut
 from cxr_models.layer_table import layer_tables
+from cxr_models.storage import size_text
 from cxr_models.trial import TrialConfig
 from sweep import caching
-from sweep.caching import CachePlan, CacheRules, default_limit_bytes, features_folder, group_of, plan_cache, size_text
+from sweep.caching import CachePlan, CacheRules, default_limit_bytes, features_folder, group_of, plan_cache
 from sweep.machine import Machine
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
@@ -219,7 +220,7 @@ class TestPlan:
     def test_what_does_not_fit_is_noted(self, make):
         text = " ".join(shown(make(cache_bytes=1)).split())
         assert "note: the features of mobilenet_v2_0.35 at block_12_add, 96 px, take" in text
-        assert "and the cache has room for 0.0 MB" in text
+        assert "and the cache has room for 0.0 kB" in text
 
     def test_trials_get_what_is_planned(self, make):
         plan = make()
@@ -245,4 +246,4 @@ class TestPlan:
 
 
 def test_sizes_as_a_person_reads_them():
-    assert (size_text(1_234_000), size_text(2_500_000_000)) == ("1.2 MB", "2.5 GB")
+    assert [size_text(size) for size in (600, 1_234_000, 2_500_000_000)] == ["0.6 kB", "1.2 MB", "2.5 GB"]

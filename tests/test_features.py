@@ -24,6 +24,7 @@ from cxr_models.features import (
     NoRoomError,
     Pixels,
     Rows,
+    UnderWay,
     obtain,
     stored_bytes,
     under_way,
@@ -33,6 +34,7 @@ EARLY, LATE, POOLED = Cut("early", "", (2, 2, 3)), Cut("late", "", (2, 2, 2)), C
 IMAGES, AT_ONCE = 50, 4
 SHARES = 13
 PLENTY = 10**9
+TITLE = "a backbone at 2 px"
 KEY = {"pixels": ["a.npy", 1, 2], "weights": "w", "view": None, "numerics": {"threads": 1}}
 
 
@@ -73,7 +75,7 @@ class Prefix:
 
 
 def extraction(prefix: Prefix, *, images: int = IMAGES, **changed: object) -> Extraction:
-    return Extraction({**KEY, **changed}, images, pixels_of, prefix, AT_ONCE)
+    return Extraction(TITLE, {**KEY, **changed}, images, pixels_of, prefix, AT_ONCE)
 
 
 def budget(folder: Path, limit_bytes: int = PLENTY) -> FeatureBudget:
@@ -163,7 +165,7 @@ class TestOnce:
 
             return counted
 
-        obtain(budget(tmp_path), Extraction(KEY, IMAGES, pixels_of, run, AT_ONCE), EARLY)
+        obtain(budget(tmp_path), Extraction(TITLE, KEY, IMAGES, pixels_of, run, AT_ONCE), EARLY)
         assert longest == AT_ONCE
 
     def test_cuts_that_are_wanted_too_come_from_the_same_pass(self, tmp_path):
@@ -179,11 +181,6 @@ class TestOnce:
         obtain(budget(tmp_path), extraction(prefix), LATE)
         obtain(budget(tmp_path), extraction(prefix), EARLY, wanted=(LATE, POOLED))
         assert prefix.cuts == [(LATE,), (EARLY, POOLED)]
-
-    def test_what_is_done_is_told(self, tmp_path):
-        told: list[tuple[int, int]] = []
-        obtain(budget(tmp_path), extraction(Prefix()), EARLY, progress=lambda done, total: told.append((done, total)))
-        assert told == [(min(IMAGES, AT_ONCE * share), IMAGES) for share in range(1, SHARES + 1)]
 
     @pytest.mark.parametrize(
         "changed",
@@ -203,7 +200,7 @@ class TestOnce:
 
     def test_other_images_are_another_file_and_the_order_of_the_key_is_not(self, tmp_path):
         prefix = Prefix()
-        turned = Extraction(dict(reversed(KEY.items())), IMAGES, pixels_of, prefix, AT_ONCE)
+        turned = Extraction("another title", dict(reversed(KEY.items())), IMAGES, pixels_of, prefix, AT_ONCE)
         assert turned.digest == extraction(prefix).digest
         assert extraction(prefix, images=IMAGES - 1).digest != turned.digest
 
@@ -308,19 +305,20 @@ class TestProcesses:
 
 class TestUnderWay:
     def test_parts_while_they_are_computed(self, tmp_path):
-        seen: list[tuple[int, int]] = []
-        prefix = Prefix(before=lambda: seen.append(under_way(tmp_path / "features")))
-        obtain(budget(tmp_path), extraction(prefix), EARLY)
-        assert seen == [(share, SHARES) for share in range(SHARES)]
+        seen: list[UnderWay] = []
+        prefix = Prefix(before=lambda: seen.extend(under_way(tmp_path / "features").values()))
+        obtain(budget(tmp_path), extraction(prefix), EARLY, wanted=(POOLED,))
+        title = "a backbone at 2 px, up to early and late-average"
+        assert seen == [UnderWay(title, share, SHARES) for share in range(SHARES)]
 
     def test_nothing_before_and_after(self, tmp_path):
-        assert under_way(tmp_path / "features") == (0, 0)
+        assert not under_way(tmp_path / "features")
         obtain(budget(tmp_path), extraction(Prefix()), EARLY)
-        assert under_way(tmp_path / "features") == (0, 0)
+        assert not under_way(tmp_path / "features")
 
     def test_what_a_killed_process_left_is_not_under_way(self, tmp_path):
         kill_in_the_middle(tmp_path, 5)
-        assert under_way(tmp_path / "features") == (0, 0)
+        assert not under_way(tmp_path / "features")
 
 
 class TestRoom:
@@ -368,7 +366,7 @@ class TestRoom:
 
     def test_more_than_the_cache_may_take(self, tmp_path):
         prefix = Prefix()
-        with pytest.raises(NoRoomError, match=r"its features take 0\.02 MB, the cache may take 0\.01 MB"):
+        with pytest.raises(NoRoomError, match=r"its features take 19\.2 kB, the cache may take 10\.0 kB"):
             obtain(budget(tmp_path, 10_000), extraction(prefix, images=400), EARLY)
         assert not prefix.images
         assert not stored(tmp_path)

@@ -107,10 +107,10 @@ def test_the_best_is_that_of_trials_that_may_rank(sweep):
 class Pass:
     """An extraction of 20 parts as it lies in the store; in the hands of a worker while `worked_at`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / "digest"
+    def __init__(self, folder: Path, digest: str, title: str) -> None:
+        self._folder = folder / digest
         self._folder.mkdir(parents=True)
-        (self._folder / "pass.json").write_text(json.dumps([["cut", "", [4]]]))
+        (self._folder / "pass.json").write_text(json.dumps({"title": title, "cuts": [["cut", "", [4]]]}))
         self._file = (self._folder / "cut.f32.partial").open("wb")
         self.done(0)
 
@@ -134,7 +134,7 @@ class Pass:
 
 @pytest.fixture
 def extraction(tmp_path) -> Iterator[Pass]:
-    made = Pass(tmp_path / "features")
+    made = Pass(tmp_path / "features", "one", "resnet50")
     yield made
     made.close()
 
@@ -152,25 +152,32 @@ def test_features_being_computed_are_told_every_few_seconds(sweep, extraction, t
     extraction.worked_at()
     extraction.done(5)
     with shown.told.shown():
-        wait_for(shown, "computing features of frozen layers: 25 %")
+        wait_for(shown, "computing features of frozen layers (resnet50, up to cut): 25 %")
         shown.now += 100.0
         extraction.done(10)
-        wait_for(shown, "computing features of frozen layers: 50 %, about 3 min 20 s left")
+        wait_for(shown, "(resnet50, up to cut): 50 %, about 3 min 20 s left")
     told = len(shown.lines)
     time.sleep(0.05)
     assert len(shown.lines) == told, "told after the trials"
-    assert all(line.startswith("computing features of frozen layers: ") for line in shown.lines)
+    assert all(line.startswith("computing features of frozen layers (resnet50") for line in shown.lines)
 
 
 def test_a_second_pass_has_a_pace_of_its_own(sweep, extraction, tmp_path):
     shown = sweep(1, 1, tmp_path / "features", terminal=True)
     extraction.worked_at()
-    for parts, seconds in ((0, 100.0), (19, 100.0), (4, 10.0)):
+    for parts in (0, 10):
         extraction.done(parts)
         drawn(shown)
-        shown.now += seconds
-    extraction.done(6)
-    assert "30 %, about 1 min 10 s left" in drawn(shown)
+        shown.now += 100.0
+    second = Pass(tmp_path / "features", "two", "xception")
+    second.worked_at()
+    second.done(4)
+    drawn(shown)
+    shown.now += 10.0
+    second.done(6)
+    assert "(xception, up to cut): 30 %, about 1 min 10 s left" in drawn(shown)
+    assert "(resnet50, up to cut): 50 %, about 3 min 30 s left" in drawn(shown)
+    second.close()
 
 
 def test_features_being_computed_are_shown_in_the_table(sweep, extraction, tmp_path):
@@ -178,7 +185,7 @@ def test_features_being_computed_are_shown_in_the_table(sweep, extraction, tmp_p
     extraction.done(9)
     assert "computing" not in drawn(shown), "left behind by a sweep that died"
     extraction.worked_at()
-    assert "computing features of frozen layers: 45 %" in drawn(shown)
+    assert "computing features of frozen layers (resnet50, up to cut): 45 %" in drawn(shown)
     extraction.left()
     extraction.ended()
     assert "computing" not in drawn(shown)

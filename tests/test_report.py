@@ -152,7 +152,7 @@ def summary(classes: tuple[str, ...], **changes: Any) -> dict[str, Any]:
         },
         "best": {"trial_id": "trial-2", "config": RESULTS[1].config.to_json(), "val": RESULTS[1].val, "epoch": 2},
         "seconds": {"total": 754.0, "train": 700.0},
-        "epochs": {"run": 9, "full": 16},
+        "epochs": {"run": 9, "full": 16, "from_features": 6},
         "versions": {"keras": "3.15.1"},
         "machine": {"cores": 2, "gpus": 0, "threads_per_trial": 1, "concurrency": 2},
         "interrupted": False,

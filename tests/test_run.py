@@ -186,7 +186,7 @@ def test_a_cache_size_that_cannot_be_one(space, cache_dir, capsys, size):
         main([str(space), "--plan", "--cache-dir", str(cache_dir), f"--cache-gb={size}"])
     assert refused.value.code == WRONG_INPUT
     said = capsys.readouterr().err
-    assert f"argument --cache-gb: expected GB above 0 (--no-cache keeps nothing), but got {size!r}" in said
+    assert f"argument --cache-gb: expected a finite number of GB above 0, but got {size!r}; --no-cache keeps" in said
 
 
 def test_a_size_for_nothing_is_refused(capsys):
@@ -201,7 +201,7 @@ def test_a_size_for_nothing_is_refused(capsys):
     [
         (["--cache-gb", "1.5"], "Features may take 1.5 GB in"),
         (["--no-cache"], "no features are kept: every trial runs its frozen layers in every epoch"),
-        (["--cache-gb", "1e-6"], "and the cache has room for 0.0 MB: these trials run from the pixels"),
+        (["--cache-gb", "1e-6"], "and the cache has room for 1.0 kB: these trials run from the pixels"),
         ([], "Features may take"),
     ],
 )

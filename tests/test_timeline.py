@@ -2,7 +2,7 @@
 
 import pytest
 
-from cxr_models.trial import METRICS, EpochMetrics
+from cxr_models.trial import METRICS, PIXELS, EpochMetrics
 from sweep import timeline
 from sweep.timeline import Timeline
 
@@ -19,12 +19,14 @@ class Sweep:
         monkeypatch.setattr(timeline.psutil.Process, "create_time", lambda process: 5e8 + 1000.0 - BEGUN_S)
         self.timeline = Timeline()
 
-    def epoch(self, at: float, *, trial: float, features: float = 0.0, name: str = "t", number: int = 1) -> None:
+    def epoch(
+        self, at: float, *, trial: float, features: float = 0.0, name: str = "t", number: int = 1, source: str = PIXELS
+    ) -> None:
         """An epoch heard of `at` seconds from the sweep's begin, `trial` seconds after its trial began."""
         self.now = 1000.0 + at
         values = dict.fromkeys(METRICS, 0.5)
         self.timeline.epoch(
-            EpochMetrics(name, number, 0, 0.1, values, values, 1.0, 1.0, features_seconds=features, trial_seconds=trial)
+            EpochMetrics(name, number, 0, 0.1, values, values, 1.0, 1.0, "CPU", source, features, trial)
         )
 
 
@@ -55,6 +57,12 @@ def test_what_workers_spent_on_features_is_summed(sweep):
     sweep.epoch(20.0, trial=5.0, features=2.5, name="b")
     sweep.epoch(21.0, trial=6.0, name="a", number=2)
     assert sweep.timeline.seconds["features"] == pytest.approx(5.5)
+
+
+def test_epochs_that_ran_frozen_layers_are_told_from_those_that_were_spared(sweep):
+    for source in ("pixels", "block_15_add", "pixels: the cache may take 1 MB", "out_relu-average"):
+        sweep.epoch(20.0, trial=5.0, source=source)
+    assert sweep.timeline.epochs_from_features == 2
 
 
 def test_the_program_began_before_the_sweep():

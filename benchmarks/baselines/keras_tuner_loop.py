@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 import keras_tuner  # type: ignore
-from model import EpochTimes, build_model, image_datasets, trainable_parameters
+from model import EpochTimes, as_run, build_model, image_datasets
 from protocol import Arguments, Ran, Trial, read_arguments, write_results
 
 
@@ -57,13 +57,12 @@ class ListedModel(keras_tuner.HyperModel):  # type: ignore[misc]
             callbacks=[*callbacks, times],
             **options,
         )
-        accuracy, loss = history.history["val_accuracy"], history.history["val_loss"]
-        parameters = trainable_parameters(model)
-        self.ran.append(Ran(trial, self._began, time.time(), times.seconds, accuracy[-1], loss[-1], parameters))
+        self.ran.append(as_run(trial, self._began, times, model, history))
         return history
 
 
 def main() -> None:
+    """Run every trial."""
     arguments = read_arguments("KerasTuner")
     model = ListedModel(arguments)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from protocol import Ran, Trial
 
 # The first layer that trains. `cxr_models.freezing` has the same boundaries; `sweep_speed.py` compares the parameters.
 FIRST_TRAINED = {"convs:1": "Conv_1", "convs:2": "block_16_project", "stages:1": "block_13_expand"}
@@ -77,5 +78,12 @@ class EpochTimes(keras.callbacks.Callback):  # type: ignore[misc]
         return [after - before for before, after in pairwise(self._marks)]
 
 
+def as_run(trial: Trial, began: float, times: EpochTimes, model: keras.Model, history: keras.callbacks.History) -> Ran:
+    """A trial that `fit` has just ended."""
+    accuracy, loss = history.history["val_accuracy"][-1], history.history["val_loss"][-1]
+    return Ran(trial, began, time.time(), times.seconds, accuracy, loss, trainable_parameters(model))
+
+
 def trainable_parameters(model: keras.Model) -> int:
+    """How many weights train."""
     return sum(math.prod(weight.shape) for weight in model.trainable_weights)

@@ -11,11 +11,12 @@ import time
 
 import keras
 import optuna
-from model import FIRST_TRAINED, EpochTimes, build_model, image_datasets, trainable_parameters
+from model import FIRST_TRAINED, EpochTimes, as_run, build_model, image_datasets
 from protocol import Arguments, Ran, read_arguments, write_results
 
 
 def fit(arguments: Arguments, trial: optuna.Trial) -> Ran:
+    """Train one trial; what it took."""
     began = time.time()
     keras.backend.clear_session()
     listed = arguments.trials[trial.number]
@@ -36,15 +37,12 @@ def fit(arguments: Arguments, trial: optuna.Trial) -> Ran:
         weights=arguments.weights,
     )
     times = EpochTimes()
-    history = model.fit(
-        train_images, validation_data=val_images, epochs=listed.epochs, verbose=0, callbacks=[times]
-    ).history
-    accuracy, loss = history["val_accuracy"], history["val_loss"]
-    parameters = trainable_parameters(model)
-    return Ran(listed, began, time.time(), times.seconds, accuracy[-1], loss[-1], parameters)
+    history = model.fit(train_images, validation_data=val_images, epochs=listed.epochs, verbose=0, callbacks=[times])
+    return as_run(listed, began, times, model, history)
 
 
 def main() -> None:
+    """Run every trial."""
     arguments = read_arguments("Optuna loop + Keras")
     ran: list[Ran] = []
 

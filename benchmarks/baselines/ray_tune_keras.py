@@ -19,6 +19,7 @@ from ray import tune
 
 
 def train(config: dict[str, Any]) -> None:
+    """Train one trial, in a process of its own."""
     os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
     import keras
     from model import EpochTimes, build_model, image_datasets, trainable_parameters
@@ -50,6 +51,7 @@ def train(config: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """Run every trial."""
     arguments = read_arguments("Plain Ray Tune + Keras")
     ray.init(num_cpus=arguments.cores)
     shared = {

@@ -29,11 +29,13 @@ class Images:
 
 
 def decode(path: Path, side: int) -> NDArray[np.uint8]:
+    """One image, uint8 (side, side, 3)."""
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
 
 
 def read_images(folder: Path, side: int, threads: int) -> Images:
+    """All images of a folder, decoded into memory."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     listed = [(path, label) for label, class_folder in enumerate(classes) for path in sorted(class_folder.iterdir())]
     with ThreadPoolExecutor(threads) as pool:
@@ -58,7 +60,7 @@ class Worker:
     @classmethod
     def run(cls, trial: Trial) -> Ran:
         import keras
-        from model import EpochTimes, build_model, trainable_parameters
+        from model import EpochTimes, as_run, build_model
 
         began = time.time()
         keras.backend.clear_session()
@@ -80,13 +82,12 @@ class Worker:
             epochs=trial.epochs,
             verbose=0,
             callbacks=[times],
-        ).history
-        accuracy, loss = history["val_accuracy"], history["val_loss"]
-        parameters = trainable_parameters(model)
-        return Ran(trial, began, time.time(), times.seconds, accuracy[-1], loss[-1], parameters)
+        )
+        return as_run(trial, began, times, model, history)
 
 
 def main() -> None:
+    """Run every trial."""
     arguments = read_arguments("Decoded images in memory, warm processes")
     train, val = (read_images(arguments.data / part, arguments.side, arguments.cores) for part in ("train", "val"))
     fork = multiprocessing.get_context("fork")
