@@ -4,6 +4,7 @@ Workers that need the same features compute them together: each takes the next b
 What they write is one memory-mapped float32 array per cut, named after everything its bits depend on.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -133,21 +134,26 @@ def obtain(budget: FeatureBudget, extraction: Extraction, cut: Cut, *, wanted: S
             these and `cut` alone the prefix can be run: its later layers may have been trained since.
 
     Raises:
-        NoRoomError: the budget or the disk has no room for them.
+        NoRoomError: the budget or the disk has no room for them, or its file system refuses what they need.
     """
     begun = _Pass(budget.folder / extraction.digest)
-    budget.folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        if (found := _open(begun.finished(cut), cut, extraction.images)) is not None:
-            return found
-        with ExitStack() as stack:
-            with FileLock(budget.folder / LOCK):
-                mine = _can_join(begun, budget, extraction, cut, wanted)
-                part = stack.enter_context(_opened(begun)) if mine else None
-            if part:
-                _take_part(extraction, part)
-            else:
-                time.sleep(WAIT_S)
+    try:
+        budget.folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            if (found := _open(begun.finished(cut), cut, extraction.images)) is not None:
+                return found
+            with ExitStack() as stack:
+                with FileLock(budget.folder / LOCK):
+                    mine = _can_join(begun, budget, extraction, cut, wanted)
+                    part = stack.enter_context(_opened(begun)) if mine else None
+                if part:
+                    _take_part(extraction, part)
+                else:
+                    time.sleep(WAIT_S)
+    except NoRoomError:
+        raise
+    except OSError as error:
+        raise NoRoomError(f"its features could not be kept: {error}") from error
 
 
 def stored_bytes(folder: Path) -> int:
@@ -158,13 +164,13 @@ def stored_bytes(folder: Path) -> int:
 def under_way(folder: Path) -> dict[str, UnderWay]:
     """The passes that workers of any sweep are computing at the moment, by their digests."""
     found = {}
-    for path in sorted(folder.glob(f"*/{DONE}")):
-        with suppress(FileNotFoundError):
-            begun, parts = _Pass(path.parent), path.read_bytes()
+    for begun in map(_Pass, _passes(folder)):
+        with suppress(FileNotFoundError):  # ended
+            parts = begun.done.read_bytes()
             if begun.has_workers():
                 title, cuts = begun.described()
                 cut_names = " and ".join(cut.name for cut in cuts)
-                found[path.parent.name] = UnderWay(f"{title}, up to {cut_names}", sum(parts), len(parts))
+                found[begun.folder.name] = UnderWay(f"{title}, up to {cut_names}", sum(parts), len(parts))
     return found
 
 
@@ -282,7 +288,11 @@ def _can_join(begun: _Pass, budget: FeatureBudget, extraction: Extraction, cut: 
         if other != cut and not begun.finished(other).exists() and extraction.bytes_of(other) <= free:
             others.append(other)
             free -= extraction.bytes_of(other)
-    begun.begin(cut, others, extraction)
+    try:
+        begun.begin(cut, others, extraction)
+    except OSError:
+        begun.discard()
+        raise
     return True
 
 
@@ -325,8 +335,6 @@ def _take_part(extraction: Extraction, part: _Part) -> None:
                 _write(part, int(positions[0]), run(extraction.pixels(positions)))
                 os.pwrite(part.done, b"\1", share)
         time.sleep(WAIT_S)  # for the shares of others
-    for file in part.files:
-        os.fsync(file)
     _end(part, part.begun.finish)
 
 
@@ -338,6 +346,7 @@ def _write(part: _Part, first: int, found: Sequence[Floats]) -> None:
             while rest:
                 written = os.pwrite(file, rest, place)
                 rest, place = rest[written:], place + written
+            os.fdatasync(file)  # before the share is marked as done: another machine may read it from then on
     except OSError as error:
         _end(part, part.begun.discard)
         raise _unwritten(error) from error
@@ -355,7 +364,9 @@ def _claimed(done: int, share: int) -> Iterator[bool]:
     """Whether this process alone has a share now. The claim of a process that dies ends with it."""
     try:
         fcntl.lockf(done, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, share)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without such locks
+            raise
         yield False
         return
     try:
@@ -370,13 +381,13 @@ def _make_room(budget: FeatureBudget, wanted_bytes: int) -> None:
         raise NoRoomError(
             f"its features take {size_text(wanted_bytes)}, the cache may take {size_text(budget.limit_bytes)}"
         )
-    taken = stored_bytes(budget.folder)
-    for _, path, size in sorted(_files(budget.folder)):
-        if taken + wanted_bytes <= budget.limit_bytes:
-            return
-        if _removed(path):
-            taken -= size
-    if taken + wanted_bytes > budget.limit_bytes:
+    while (excess := (taken := stored_bytes(budget.folder)) + wanted_bytes - budget.limit_bytes) > 0:
+        idle = [(path, size) for _, path, size in sorted(_files(budget.folder)) if not _in_use(path)]
+        if sum(size for _, size in idle) >= excess:  # nothing goes in vain
+            for path, size in idle:
+                if excess > 0 and _removed(path):
+                    excess -= size
+            continue
         raise NoRoomError(
             f"its features take {size_text(wanted_bytes)}, and {size_text(taken)} of the cache are in use"
         )
@@ -401,11 +412,19 @@ def _in_use(path: Path) -> bool:
     return True
 
 
+def _passes(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except FileNotFoundError:
+        return []
+
+
 def _files(folder: Path) -> list[tuple[float, Path, int]]:
     """(last use, path, bytes) of each cut's file."""
     found = []
-    for path in folder.glob("*/*.f32*"):
+    for begun in _passes(folder):
         with suppress(FileNotFoundError):  # evicted by another sweep
-            status = path.stat()
-            found.append((status.st_mtime, path, status.st_size))
+            for path in begun.glob("*.f32*"):
+                status = path.stat()
+                found.append((status.st_mtime, path, status.st_size))
     return found

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 
 from cxr_models import steps
@@ -34,7 +35,7 @@ class Inputs:
         NoRoomError: the features cannot be kept; with `cut=None` the phase can run all the same.
 
     Attributes:
-        source: what `EpochMetrics.source` says.
+        source: what `EpochMetrics.source` says of the epoch whose `training` was asked for last.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Inputs:
                 self.source = f"{PIXELS}: {error}"
                 run = _warm_prefix(self._network, (self._cut,))  # the same bits, for this epoch of this trial alone
                 return lambda wanted: run(self._augmented(wanted, view))[0]
+        self.source = self._cut.name
         array = self._view[1].array
         return lambda wanted: array[np.searchsorted(rows, wanted)]
 
@@ -91,6 +93,7 @@ class Inputs:
         self._close_view()
         if self._plain is not None:
             self._plain.close()
+        self._plain = self._untrained = None  # what gives that network may hold these inputs
 
     def _close_view(self) -> None:
         if self._view is not None:
@@ -134,7 +137,7 @@ class Inputs:
         return {
             "pixels": [pixels.name, status.st_size, status.st_mtime_ns],
             "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
-            "view": [AUGMENTATION_VERSION, config.augmentation, config.seed, view] if view else None,
+            "view": [AUGMENTATION_VERSION, PIL.__version__, config.augmentation, config.seed, view] if view else None,
             "backbone": config.backbone,
             "image_side": config.image_side,
             "channels": self._data.channels,

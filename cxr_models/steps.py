@@ -19,8 +19,8 @@ from cxr_models.network import Network
 
 # Inference runs in batches of one shape, the last one padded: the results of some operations depend on the shape, and
 # below 8 images those of convolutions do. A CPU is fastest where a batch's activations stay near it, a GPU wants many.
-# Nothing is compiled by XLA, which made a head-only epoch 24 times slower on a CPU. benchmarks/compiled_steps.py
-# measures both.
+# Nothing is compiled by XLA, which made head-only epochs more than twenty times slower on a CPU, and deeper ones some
+# times. benchmarks/compiled_steps.py measures both.
 CPU_BATCH, GPU_BATCH = 16, 256
 CHUNK_BYTES = 64 * 1024**2  # of input that is gathered at once
 
@@ -56,12 +56,20 @@ def numerics() -> dict[str, str | int]:
     return {
         "keras": keras.__version__,
         "tensorflow": tf.__version__,
-        "device": _processor() if device() == "CPU" else "GPU",
+        "device": _processor() if device() == "CPU" else _gpus(),
         "threads": tf.config.threading.get_intra_op_parallelism_threads(),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
         "batch": inference_batch(),
         "precision": keras.config.dtype_policy().name,
     }
+
+
+def _gpus() -> str:
+    """Kinds of GPU, and whether they multiply with shortened numbers."""
+    devices = tf.config.list_physical_devices("GPU")
+    kinds = {tf.config.experimental.get_device_details(one).get("device_name", "GPU") for one in devices}
+    short = tf.config.experimental.tensor_float_32_execution_enabled()
+    return f"{', '.join(sorted(kinds))}{', TF32' if short else ''}"
 
 
 @cache

@@ -185,9 +185,13 @@ class _EpochLoop:
             self._inputs = Inputs(data, config, network, None)
             self._inputs.source = f"{PIXELS}: {error}"
         self._features_seconds = time.perf_counter() - start
-        key = phases[-1].rule, phases[-1].amount
-        self._steps = _warm_steps(network, key, config.batch_norm, cut, config.optimizer)
-        self._steps.begin(self._rate, config.weight_decay)
+        try:
+            key = phases[-1].rule, phases[-1].amount
+            self._steps = _warm_steps(network, key, config.batch_norm, cut, config.optimizer)
+            self._steps.begin(self._rate, config.weight_decay)
+        except BaseException:
+            self._inputs.close()
+            raise
         self._device = steps.device()
 
     def run(self, epoch: int, begun: float) -> tuple[EpochMetrics, NDArray[np.float32]]:

@@ -138,7 +138,7 @@ def plan_cache(rules: CacheRules, configs: Sequence[TrialConfig], cache_dir: Pat
         return CachePlan(None, ())
     wanted: dict[Group, dict[Cut, tuple[int, float]]] = {}
     for config in configs:
-        if not _fits(config, rules.classes):
+        if not fits(config, rules.classes):
             continue  # the plan says what is wrong with it
         cuts = wanted.setdefault(group_of(config), {})
         for cut, (size, gain) in rules.wanted(config).items():
@@ -158,7 +158,8 @@ def plan_cache(rules: CacheRules, configs: Sequence[TrialConfig], cache_dir: Pat
     return CachePlan(FeatureBudget(features_folder(cache_dir), limit_bytes, kept), tuple(notes))
 
 
-def _fits(config: TrialConfig, classes: int) -> bool:
+def fits(config: TrialConfig, classes: int) -> bool:
+    """Whether the configuration's output can tell these classes apart."""
     try:
         return output_units(config, classes) > 0
     except ValueError:

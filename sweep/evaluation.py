@@ -5,7 +5,7 @@ Everything that needs Keras runs in a child process; the driver's own never impo
 
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cxr_models.metrics import confusion_matrix, patient_intervals
 from cxr_models.storage import written_whole
-from cxr_models.trial import TEST, VAL, TrialConfig, TrialResult
+from cxr_models.trial import TEST, VAL, TrialConfig, TrialData, TrialResult
 from sweep.plan import Plan
 from sweep.record import RunFolder, append_line, write_json
 from sweep.worker import redirect_output
@@ -120,17 +120,16 @@ def register_champion(best: BestModel, uri: str, run_id: str, name: str) -> str:
     return log_champion(keras.saving.load_model(best.model), example, uri=uri, run_id=run_id, name=name)
 
 
-def best_model(plan: Plan, result: TrialResult, folder: RunFolder, pixels: Mapping[int, Path]) -> BestModel:
+def best_model(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData) -> BestModel:
     """The best trial's model with the validation and test images, in this order."""
     config = result.config
-    weights = plan.weights.get((config.backbone, config.weights, config.image_side))
     return BestModel(
         config=config,
         trial_folder=folder.trial(result.trial_id),
-        classes=len(plan.manifest.classes),
-        channels=1 if plan.manifest.grey else 3,
-        pixels=pixels[config.image_side],
-        weights=weights.path if weights else None,
+        classes=len(data.classes),
+        channels=data.channels,
+        pixels=data.pixels[config.image_side],
+        weights=data.weights.get((config.backbone, config.weights, config.image_side)),
         indices=np.concatenate([plan.indices(VAL), plan.indices(TEST)]),
         model=folder.model,
         threads=plan.allotment.threads,

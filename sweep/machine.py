@@ -62,10 +62,12 @@ class TrialMemory:
     Attributes:
         process_bytes: of the machine's memory, when it trains on CPUs.
         on_gpu_bytes: of a GPU's memory, when it trains there.
+        beside_gpu_bytes: of the machine's memory then.
     """
 
     process_bytes: int
     on_gpu_bytes: int
+    beside_gpu_bytes: int
 
 
 def this_machine() -> Machine:
@@ -117,7 +119,7 @@ def _share_of_gpu(machine: Machine, trials: int, need: TrialMemory) -> float:
 
 
 def _most_at_once(wanted: ResourceSpec, machine: Machine, gpus: float, trials: int, need: TrialMemory) -> int:
-    by_memory = max(1, machine.memory_bytes // need.process_bytes)
+    by_memory = max(1, machine.memory_bytes // (need.beside_gpu_bytes if gpus else need.process_bytes))
     return max(1, min(trials, by_memory, _fitting(machine, wanted.cpus_per_trial or 1.0, gpus)))
 
 

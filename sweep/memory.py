@@ -15,6 +15,8 @@ MIB = 1024**2
 PROCESS_BYTES = 1200 * MIB
 # The same on a GPU: its context, its libraries' work space, and the inputs of some steps.
 CONTEXT_BYTES = 1500 * MIB
+# What CUDA's libraries take of the machine's memory beside the process.
+CUDA_BYTES = 2500 * MIB
 # A weight, its gradient, two moments of the optimizer, and its best value so far.
 COPIES = 5
 
@@ -30,16 +32,17 @@ def trial_memory(
         classes: of the data.
         batch_size: the largest of the space.
     """
-    largest = max(_network_bytes(config, tables, classes, batch_size) for config in configs)
-    return TrialMemory(PROCESS_BYTES + largest, CONTEXT_BYTES + largest)
+    weights = [COPIES * BYTES_PER_ELEMENT * _parameters(config, tables, classes) for config in configs]
+    activations = [_activations(config, tables, batch_size) for config in configs]
+    largest = max(map(sum, zip(weights, activations, strict=True)))
+    return TrialMemory(PROCESS_BYTES + largest, CONTEXT_BYTES + largest, PROCESS_BYTES + CUDA_BYTES + max(weights))
 
 
-def _network_bytes(
-    config: TrialConfig, tables: Mapping[tuple[str, int], LayerTable], classes: int, batch_size: int
-) -> int:
+def _parameters(config: TrialConfig, tables: Mapping[tuple[str, int], LayerTable], classes: int) -> int:
     table = tables[config.backbone, config.image_side]
-    parameters = table.parameters + head_parameters(config, table, classes)
-    phases = parse_strategy(config.freeze).phases
-    row = BACKBONES[config.backbone]
-    activations = max(activation_bytes(phase, row, table, batch_size) for phase in phases)
-    return COPIES * BYTES_PER_ELEMENT * parameters + activations
+    return table.parameters + head_parameters(config, table, classes)
+
+
+def _activations(config: TrialConfig, tables: Mapping[tuple[str, int], LayerTable], batch_size: int) -> int:
+    row, table = BACKBONES[config.backbone], tables[config.backbone, config.image_side]
+    return max(activation_bytes(phase, row, table, batch_size) for phase in parse_strategy(config.freeze).phases)

@@ -25,8 +25,10 @@ from sweep.caching import (
     KEEPING,
     CachePlan,
     CacheRules,
+    Group,
     PhaseCache,
     default_limit_bytes,
+    fits,
     group_of,
     plan_cache,
 )
@@ -108,8 +110,13 @@ class Plan:
         """Positions of a part's images in the manifest."""
         return np.flatnonzero(np.array(self.splits) == part).astype(np.int64)
 
-    def trial_data(self, pixels: Mapping[int, Path]) -> TrialData:
-        """What trials may read; the labels of the test images are not among it."""
+    def trial_data(self, pixels: Mapping[int, Path], weights: Mapping[Group, Path]) -> TrialData:
+        """What trials may read; the labels of the test images are not among it.
+
+        Args:
+            pixels: image side -> decoded images.
+            weights: where the weights of `Plan.weights` lie for the length of the sweep.
+        """
         labels = self.manifest.labels.copy()
         labels[self.indices(TEST)] = -1
         return TrialData(
@@ -119,7 +126,7 @@ class Plan:
             val=self.indices(VAL),
             channels=1 if self.manifest.grey else 3,
             pixels=pixels,
-            weights={key: file.path for key, file in self.weights.items()},
+            weights=weights,
             image_ids=np.array([int(record.sha256[:16], 16) for record in self.manifest.records], np.uint64),
             features=self.cache.budget,
         )
@@ -178,8 +185,10 @@ def make_plan(
     trials = _trials(spec)
     try:
         batch_size = max(int(size) for size in _values(spec, "batch_size"))
-        need = trial_memory(networks, tables, len(manifest.classes), batch_size)
-        allotment = allot(spec.resources, machine, trials, need)
+        fitting = [config for config in networks if fits(config, rules.classes)]  # the others are told of above
+        if fitting:
+            need = trial_memory(fitting, tables, rules.classes, batch_size)
+            allotment = allot(spec.resources, machine, trials, need)
     except ValueError as error:
         problems.append(f"resources: {error}")
     if problems:

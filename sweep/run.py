@@ -131,13 +131,13 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         return DONE
     from sweep.session import prepare, run_sweep  # brings pandas and matplotlib, which a plan can do without
 
-    pixels = prepare(plan, cache_dir, StepProgress(console))
+    data = prepare(plan, cache_dir, StepProgress(console))
     try:
         folder = RunFolder.create(arguments.out, arguments.name or spec.name, exactly=bool(arguments.name))
     except ValueError as error:
         raise SpecError("the command", [str(error)]) from None
     console.print(f"run folder: {folder.path}")
-    ended = run_sweep(plan, folder, pixels, inline=arguments.inline, address=arguments.address, console=console)
+    ended = run_sweep(plan, folder, data, inline=arguments.inline, address=arguments.address, console=console)
     print_results(plan, ended.results, ended.summary, console)
     if ended.tracking_problem:
         console.print(Text(f"note: {ended.tracking_problem}", style="yellow"))

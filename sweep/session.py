@@ -4,7 +4,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from cxr_models.backbones import BACKBONES
 from cxr_models.dataset import write_split_csv
 from cxr_models.pixels import pixel_array
 from cxr_models.storage import written_whole
-from cxr_models.trial import TrialResult
+from cxr_models.trial import TrialData, TrialResult
 from sweep.evaluation import (
     best_model,
     evaluate_test,
@@ -37,7 +37,7 @@ from sweep.search import Search
 from sweep.summary import summarise
 from sweep.timeline import Timeline
 from sweep.tracking import DatasetInfo, RunStatus, Tracker
-from sweep.weights import fetch_weights
+from sweep.weights import fetch_weights, kept_weights
 from sweep.worker import Work
 
 TRACKING_TIMEOUT_S = 120.0
@@ -86,9 +86,7 @@ class Stopwatch:
         return {"total": time.perf_counter() - self._begun, **self._parts}
 
 
-def run_sweep(
-    plan: Plan, folder: RunFolder, pixels: Mapping[int, Path], *, inline: bool, address: str, console: Console
-) -> Ended:
+def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, address: str, console: Console) -> Ended:
     """Run every trial, open the test set once for the best one, and write everything into the run folder.
 
     A sweep that was interrupted or failed keeps its finished trials. Unless the last trial had ended, its test set
@@ -107,7 +105,7 @@ def run_sweep(
         features=plan.cache.budget.folder if plan.cache.budget else None,
     )
     timeline = Timeline()
-    conductor = _conductor(plan, folder, pixels, (record, tracker, progress, timeline))
+    conductor = _conductor(plan, folder, data, (record, tracker, progress, timeline))
     tested: dict[str, Any] = {}
     failure, interrupted = "", False
     try:
@@ -118,7 +116,7 @@ def run_sweep(
         if best := ranked(record.results, plan.spec.objective):
             with watch.time("evaluate"):
                 console.print("opening the test set for the best trial, then registering its model (some 20 seconds)")
-                _evaluate(plan, best[0], folder, pixels, tracker, tested)
+                _evaluate(plan, best[0], folder, data, tracker, tested)
     except KeyboardInterrupt:
         interrupted = True
     except SweepFailed as error:
@@ -190,8 +188,8 @@ def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
     return tracker
 
 
-def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> dict[int, Path]:
-    """Fetch the weights that are not here yet, and decode every image once per side.
+def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> TrialData:
+    """Fetch the weights that are not here yet, decode every image once per side, and keep both for the sweep.
 
     Raises:
         DataError: an image can no longer be read.
@@ -200,15 +198,16 @@ def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> dict[int, Pa
     for (backbone, _, side), weights in plan.weights.items():
         if weights.fetch and not weights.path.is_file():
             fetch_weights(BACKBONES[backbone], side)
-    return {
+    pixels = {
         side: pixel_array(plan.manifest, side, cache_dir, progress(f"decoding at {side} px")) for side in plan.sides
     }
+    return plan.trial_data(pixels, {key: kept_weights(file.path, cache_dir) for key, file in plan.weights.items()})
 
 
-def _conductor(plan: Plan, folder: RunFolder, pixels: Mapping[int, Path], listeners: tuple[Listener, ...]) -> Conductor:
+def _conductor(plan: Plan, folder: RunFolder, data: TrialData, listeners: tuple[Listener, ...]) -> Conductor:
     spec = plan.spec
     work = Work(
-        plan.trial_data(pixels),
+        data,
         spec.objective,
         folder.state / "trials",
         plan.allotment.threads,
@@ -242,12 +241,12 @@ def _evaluate(
     plan: Plan,
     result: TrialResult,
     folder: RunFolder,
-    pixels: Mapping[int, Path],
+    data: TrialData,
     tracker: Tracker,
     tested: dict[str, Any],
 ) -> None:
     """Fill `tested` with the test figures as soon as they are there; registering the model comes after."""
-    best = best_model(plan, result, folder, pixels)
+    best = best_model(plan, result, folder, data)
     with keras_child(folder.log("evaluation")) as call:
         record_opening(folder, result)
         probabilities = call(save_and_predict, best)

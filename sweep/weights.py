@@ -1,5 +1,6 @@
 """Where the pretrained weights of a space come from, checked before anything starts."""
 
+import hashlib
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from cxr_models.backbones import BACKBONES, Backbone
 from cxr_models.layer_table import LayerTable, weight_problems
+from cxr_models.storage import written_whole
 from cxr_models.trial import TrialConfig
 
 # Where Keras fetches its ImageNet weights.
@@ -93,6 +95,16 @@ def _imagenet(backbone: Backbone, side: int, weights_dir: Path | None) -> Weight
             f"put the file {name} into one of the two folders"
         )
     return WeightsFile(keras_folder() / name, fetch=True)
+
+
+def kept_weights(path: Path, cache_dir: Path) -> Path:
+    """A copy that is named after its contents: whoever replaces the file while a sweep runs changes no trial."""
+    contents = path.read_bytes()
+    kept = cache_dir / "weights" / hashlib.sha256(contents).hexdigest()[:24] / path.name
+    if not kept.is_file():
+        with written_whole(kept) as scratch:
+            scratch.write_bytes(contents)
+    return kept
 
 
 def _server_answers(timeout_s: float = 3.0) -> bool:

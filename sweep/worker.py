@@ -287,7 +287,9 @@ def redirect_output(log: Path) -> None:
 
 
 def _resident_bytes(pid: int | None) -> int:
+    """Of its own: mapped files, such as pixels and features, are the machine's to take back."""
     try:
-        return int(psutil.Process(pid).memory_info().rss)
+        memory = psutil.Process(pid).memory_info()
+        return int(memory.rss - getattr(memory, "shared", 0))
     except psutil.Error:
         return 0

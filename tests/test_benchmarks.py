@@ -235,11 +235,20 @@ class TestPage:
             "side": 64,
             "rows": [{**row, "expected": 9, "measured": 30}],
         }
-        files = {"small": self.result(MIX, 2), "pixels": reader, "gains": gains, "rates": {"side": 64}}
+        steps = {
+            "kind": "compiled_steps",
+            "environment": facts,
+            "side": 64,
+            "batch_size": 16,
+            "training": [{"freeze": "all", "plain": 0.02, "xla": 0.5}],
+            "inference": {"8": 201.4, "16": 190.0},
+        }
+        files = {"small": self.result(MIX, 2), "pixels": reader, "gains": gains, "steps": steps, "rates": {"side": 64}}
         for name, content in files.items():
             (tmp_path / f"{name}.json").write_text(json.dumps(content))
         page = render(read_results(tmp_path))
-        places = [
-            page.index(heading) for heading in ("## Mix `small`", "## Gain of storing", "## Reading pixels, 64 px")
-        ]
+        headings = ("## Mix `small`", "## Gain of storing", "## Compiled steps", "## Reading pixels, 64 px")
+        places = [page.index(heading) for heading in headings]
         assert places == sorted(places)
+        assert "| `all` | 0.020 | 0.500 | 25.0 |" in page
+        assert "| 8 | 201 |" in page

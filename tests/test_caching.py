@@ -224,8 +224,8 @@ class TestPlan:
 
     def test_trials_get_what_is_planned(self, make):
         plan = make()
-        assert plan.trial_data({}).features is plan.cache.budget
-        assert make(cache_bytes=0).trial_data({}).features is None
+        assert plan.trial_data({}, {}).features is plan.cache.budget
+        assert make(cache_bytes=0).trial_data({}, {}).features is None
 
     def test_trials_of_one_group_and_cut_follow_each_other_the_deep_ones_first(self, make):
         plan = make()

@@ -371,6 +371,17 @@ class TestRoom:
         assert not prefix.images
         assert not stored(tmp_path)
 
+    def test_nothing_goes_in_vain(self, tmp_path):
+        given = budget(tmp_path, 2 * size_of(EARLY))
+        used = obtain(given, extraction(Prefix(), weights="used"), EARLY)
+        obtain(given, extraction(Prefix(), weights="idle"), EARLY).close()
+        with pytest.raises(NoRoomError, match="of the cache are in use"):
+            obtain(given, extraction(Prefix(), images=IMAGES + 1), EARLY)
+        prefix = Prefix()
+        obtain(given, extraction(prefix, weights="idle"), EARLY)
+        assert not prefix.images
+        used.close()
+
     def test_all_of_the_cache_in_use(self, tmp_path):
         given = budget(tmp_path, size_of(EARLY) + 1)
         used = obtain(given, extraction(Prefix()), EARLY)
@@ -427,6 +438,39 @@ class TestFullDisk:
         assert not stored(tmp_path)
         monkeypatch.undo()
         np.testing.assert_array_equal(obtain(budget(tmp_path), extraction(prefix), EARLY).array, whole(EARLY))
+
+    def test_what_a_pass_notes_of_itself_may_not_fit_either(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(features, "written_whole", full)
+        with pytest.raises(NoRoomError, match=r"could not be kept: .*No space left on device"):
+            obtain(budget(tmp_path), extraction(Prefix()), EARLY)
+        assert not stored(tmp_path)
+
+    def test_a_share_is_on_the_disk_before_it_is_marked_as_done(self, tmp_path, monkeypatch):
+        """Else another machine could read zeros that it takes for features."""
+        calls: list[str] = []
+        write, sync = os.pwrite, os.fdatasync
+
+        def written(file: int, data: bytes, place: int) -> int:
+            calls.append("done" if data == b"\1" else "features")
+            return write(file, data, place)
+
+        def synced(file: int) -> None:
+            calls.append("synced")
+            sync(file)
+
+        monkeypatch.setattr(features.os, "pwrite", written)
+        monkeypatch.setattr(features.os, "fdatasync", synced)
+        obtain(budget(tmp_path), extraction(Prefix()), EARLY)
+        assert calls == ["features", "synced", "done"] * SHARES
+
+    @pytest.mark.parametrize("kind", ["lockf", "flock"])
+    def test_a_file_system_without_locks_keeps_nothing(self, kind, tmp_path, monkeypatch):
+        def refused(*given: object) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(features.fcntl, kind, refused)
+        with pytest.raises(NoRoomError, match="could not be kept: .*No locks available"):
+            obtain(budget(tmp_path), extraction(Prefix()), EARLY)
 
     def test_writes_that_take_a_part_are_gone_on_with(self, tmp_path, monkeypatch):
         write = os.pwrite

@@ -155,7 +155,20 @@ class TestViews:
         rows = data.train[:16]
         for epoch in (1, 2):
             np.testing.assert_array_equal(views.training(epoch)(rows), prefix(view_of(data, rows, epoch))[0])
+            assert views.source == "pixels: its features take 10.2 kB, the cache may take 5.6 kB"
         assert stored_bytes(data.features.folder) == VAL * CUT.bytes_per_image
+
+    def test_the_next_one_is_stored_again_where_there_is_room_by_then(self, data, opened, prefix, network):
+        room = (2 * VAL + TRAIN) * CUT.bytes_per_image
+        data = replace(data, features=replace(data.features, limit_bytes=room))
+        views, other = opened(data, LIGHT), Inputs(data, replace(LIGHT, seed=9), network, CUT)
+        other.training(1)
+        views.training(1)
+        assert views.source.startswith("pixels: ")
+        other.close()
+        rows = data.train[:16]
+        np.testing.assert_array_equal(views.training(2)(rows), prefix(view_of(data, rows, 2))[0])
+        assert views.source == CUT.name
 
 
 class TestKeys:

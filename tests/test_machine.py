@@ -1,5 +1,6 @@
 """How trials share a machine."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,7 @@ from sweep.spec import ResourceSpec
 GIB = 1024**3
 LAPTOP = Machine(cores=8, gpus=0, memory_bytes=64 * GIB)
 SERVER = Machine(cores=16, gpus=4, memory_bytes=256 * GIB)
-SMALL, LARGE = TrialMemory(2 * GIB, 2 * GIB), TrialMemory(20 * GIB, 20 * GIB)
+SMALL, LARGE = TrialMemory(2 * GIB, 2 * GIB, 3 * GIB), TrialMemory(20 * GIB, 20 * GIB, 4 * GIB)
 
 
 def given(cpus: float | None = None, gpus: float | None = None, at_once: int | None = None) -> ResourceSpec:
@@ -82,6 +83,12 @@ def test_small_trials_share_a_gpu(gpu_gib, cores, trials, need, share):
 def test_large_trials_get_more_threads_in_place_of_company():
     found = allot(given(), LAPTOP, 100, LARGE)
     assert (found.concurrency, found.threads) == (3, 2)
+
+
+def test_what_a_trial_takes_of_a_gpu_is_not_taken_of_the_machine():
+    machine = Machine(16, 8, 64 * GIB, 24 * GIB)
+    assert allot(given(), machine, 100, LARGE).concurrency == 8
+    assert allot(given(), replace(machine, gpus=0), 100, LARGE).concurrency == 3
 
 
 def test_more_than_the_machine_has():

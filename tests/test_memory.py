@@ -45,3 +45,10 @@ def test_a_gpu_holds_the_same_beside_its_context(cache_dir):
     tables = layer_tables([("mobilenet_v2_0.35", 96)], cache_dir)
     found = trial_memory([SMALL], tables, 4, 16)
     assert found.on_gpu_bytes - CONTEXT_BYTES == found.process_bytes - PROCESS_BYTES > 0
+
+
+def test_of_the_machine_it_takes_no_activations_then(cache_dir):
+    tables = layer_tables([("mobilenet_v2_0.35", 96)], cache_dir)
+    small, large = (trial_memory([replace(SMALL, freeze="none")], tables, 4, size) for size in (16, 64))
+    assert large.on_gpu_bytes > small.on_gpu_bytes + 100 * MIB
+    assert large.beside_gpu_bytes == small.beside_gpu_bytes > PROCESS_BYTES

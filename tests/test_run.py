@@ -110,6 +110,10 @@ def test_what_the_space_cannot_be(refuse, space, setting, message):
     assert message in refuse(space, "--set", setting)
 
 
+def test_an_output_that_cannot_be_is_told_once(refuse, space):
+    assert "has 1 problem:" in refuse(space, "--set", "output=sigmoid")
+
+
 def test_weights_that_do_not_fit(refuse, space, tmp_path):
     (tmp_path / "wrong.weights.h5").write_text("no weights")
     pretrained = (space, "--set", "backbone=mobilenet_v2_0.35", "--set", "freeze=all")

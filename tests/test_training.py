@@ -351,10 +351,20 @@ class TestStoredFeatures:
         found = watch(self.GIVEN, keeping(images, [self.GIVEN], tmp_path / "features", limit_bytes=1000))
         assert {metrics.source for metrics in expected.epochs} == {"pixels"}
         assert {metrics.source for metrics in found.epochs} == {
-            "pixels: its features take 0.15 MB, the cache may take 0.00 MB"
+            "pixels: its features take 153.6 kB, the cache may take 1.0 kB"
         }
         assert [one.val for one in found.epochs] == [one.val for one in expected.epochs]
         assert found.epochs[0].features_seconds > 0
+
+    def test_a_trial_whose_steps_cannot_be_built_lets_its_features_go(self, watch, images, tmp_path, monkeypatch):
+        room = keeping(images, [self.GIVEN], tmp_path / "features")
+        with monkeypatch.context() as patched:
+            patched.setattr(training, "_warm_steps", out_of_memory)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                watch(self.GIVEN, room)
+        taken = sum(file.stat().st_size for file in (tmp_path / "features").glob("*/*.f32"))
+        other = replace(room, val=room.val[1:], features=replace(room.features, limit_bytes=taken))
+        assert {metrics.source for metrics in watch(self.GIVEN, other).epochs} == {"out_relu-average"}
 
     def test_what_trains_is_not_read_from_the_store(self, watch, images, tmp_path):
         """In the second phase everything has moved."""
@@ -363,6 +373,10 @@ class TestStoredFeatures:
         assert [metrics.source for metrics in trial.epochs] == ["out_relu-average", "pixels", "pixels"]
         waits = [metrics.features_seconds > 0.001 for metrics in trial.epochs]
         assert waits == [True, False, False]
+
+
+def out_of_memory(*given: object) -> None:
+    raise RuntimeError("out of memory")
 
 
 class TestClassWeights:
