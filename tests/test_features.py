@@ -469,7 +469,7 @@ class TestFullDisk:
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
         monkeypatch.setattr(features.fcntl, kind, refused)
-        with pytest.raises(NoRoomError, match="could not be kept: .*No locks available"):
+        with pytest.raises(NoRoomError, match=r"could not be kept: .*No locks available"):
             obtain(budget(tmp_path), extraction(Prefix()), EARLY)
 
     def test_writes_that_take_a_part_are_gone_on_with(self, tmp_path, monkeypatch):
