@@ -25,8 +25,8 @@ def render_plan(plan: Plan) -> RenderableType:
         ("rungs", f"after epochs {halving}" if plan.rungs else "none: every trial runs to its end"),
         (
             "resources",
-            f"{allotment.concurrency} trials at once, each {allotment.cpus_per_trial:g} CPU, {device}, "
-            f"{allotment.threads} {'thread' if allotment.threads == 1 else 'threads'}",
+            f"{_counted(allotment.concurrency, 'trial')} at once, each with "
+            f"{_counted(allotment.cpus_per_trial, 'CPU')}, {device} and {_counted(allotment.threads, 'thread')}",
         ),
     ):
         facts.add_row(Text(name, style="bold"), Text(value))
@@ -101,6 +101,10 @@ def _table(title: str, names: tuple[str, ...], *, numbers: tuple[str, ...]) -> T
     for name in numbers:
         table.add_column(name, justify="right")
     return table
+
+
+def _counted(number: float, what: str) -> str:
+    return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
 def _spread(phase: tuple[PhaseCache, ...]) -> tuple[str, str, str]:

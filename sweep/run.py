@@ -216,9 +216,11 @@ def _features_line(summary: Mapping[str, Any]) -> str:
     epochs = summary["epochs"]
     if not epochs["from_features"]:
         return f"{epochs['run']:,} epochs, none of them from stored features of frozen layers"
+    seconds = summary["seconds"]["features"]
+    took = f"took workers {duration(seconds)} in all" if seconds >= 1 else "took less than a second"
     return (
         f"{epochs['from_features']:,} of {epochs['run']:,} epochs were trained from stored features of frozen layers; "
-        f"computing these, or waiting for them, took workers {duration(summary['seconds']['features'])} in all"
+        f"computing these, or finding those of an earlier sweep, {took}"
     )
 
 

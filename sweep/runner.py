@@ -26,8 +26,6 @@ class Listener(Protocol):
 @dataclass
 class _Running:
     suggestion: Suggestion
-    started: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0
     epochs: list[EpochMetrics] = field(default_factory=list)
 
 
@@ -86,7 +84,6 @@ class Conductor:
             return False  # its end was decided before
         running.epochs.append(metrics)
         self.epochs_run += 1
-        running.seconds = time.monotonic() - running.started
         value = metrics.val[self.work.objective.metric]
         for listener in self._listeners:
             listener.epoch(metrics)
@@ -139,7 +136,7 @@ class Conductor:
             val=best.val if best else {},
             trainable_parameters=trainable,
             frozen_parameters=frozen,
-            train_seconds=running.seconds,
+            train_seconds=running.epochs[-1].trial_seconds if running.epochs else 0.0,
             device=running.epochs[-1].device if running.epochs else "",
             error=end.error,
             traceback=end.traceback,

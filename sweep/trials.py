@@ -205,24 +205,27 @@ def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder
         ),
     )
     failures: list[str] = []
+    over = threading.Event()
 
     def fit() -> None:
         try:
             tuner.fit()
         except BaseException:  # whatever ends this thread early ends the sweep, and must be told
             failures.append(traceback.format_exc())
+        finally:
+            over.set()
 
     # Off the main thread Ray leaves the signal handlers alone, so Ctrl-C arrives here.
-    thread = threading.Thread(target=fit, name="ray-tune", daemon=True)
-    thread.start()
+    threading.Thread(target=fit, name="ray-tune", daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        # Not Thread.join: up to Python 3.12, one that is interrupted takes the thread for ended.
+        while not over.wait(0.2):
+            pass
     except KeyboardInterrupt:
         # A second one would shut Ray down below the running loop, which aborts the whole process.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         conductor.interrupt()
-        thread.join(STOPPING_TIMEOUT_S)
+        over.wait(STOPPING_TIMEOUT_S)  # shutting Ray down while its loop runs would abort the process, too
         raise
     if reference.failure or failures:
         raise SweepFailed(reference.failure or failures[0])

@@ -30,7 +30,8 @@ def value_of(seed: int, epoch: int) -> float:
 def measured(job: TrialJob, epoch: int, value: float, **facts: float) -> EpochMetrics:
     values = {**dict.fromkeys(METRICS, value), **facts}
     device = f"GPU {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"
-    return EpochMetrics(job.trial_id, epoch, 0, 0.1, {"loss": 1 - value}, values, 0.01, 100.0, device)
+    known = {"device": device, "trial_seconds": 0.5 * epoch}
+    return EpochMetrics(job.trial_id, epoch, 0, 0.1, {"loss": 1 - value}, values, 0.01, 100.0, **known)
 
 
 def told_epochs(job: TrialJob, happens: Callable[[int], None]) -> Epochs:

@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,10 +149,18 @@ def test_a_killed_ray_worker_does_not_stop_the_sweep(local_ray, tmp_path):
 class Interrupter(Heard):
     """Presses Ctrl-C when the second trial has ended."""
 
+    loop = 0  # the thread Ray's loop runs in
+
     def ended(self, number: int, result: TrialResult) -> None:
         super().ended(number, result)
+        self.loop = threading.get_ident()
         if len(self.results) == 2:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def in_ray(thread: int) -> bool:
+    frame = sys._current_frames().get(thread)
+    return any("/ray/" in each.filename for each in traceback.extract_stack(frame)) if frame else False
 
 
 def test_an_interruption_keeps_the_finished_trials(local_ray, tmp_path):
@@ -159,6 +169,7 @@ def test_an_interruption_keeps_the_finished_trials(local_ray, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(conductor, tmp_path, total=20, at_once=2)
     assert time.monotonic() - begun < 30
+    assert not in_ray(heard.loop), "Ray would be shut down below its running loop"
     assert conductor.interrupted
     assert 2 <= len(heard.results) <= 4
     assert len(heard.begun) <= len(heard.results) + 2
