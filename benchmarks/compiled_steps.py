@@ -18,7 +18,8 @@ from unittest.mock import patch
 
 import numpy as np
 from measure_rates import parser, strategies, trial_config, trial_data
-from measuring import environment, own_command
+from measuring import environment, own_command, write_result
+from rendering import render_one
 
 from cxr_models.trial import Objective, TrialData
 
@@ -48,9 +49,8 @@ def main() -> None:
         "training": training,
         "inference": inference,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "compiled_steps.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    write_result(result, arguments.out / "compiled_steps.json")
+    print(render_one(json.loads(json.dumps(result))))  # as it reads from the file: keys are text there
 
 
 def _epochs(data: TrialData, side: int, freeze: str, folder: Path) -> dict[str, Any]:

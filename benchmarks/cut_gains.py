@@ -3,7 +3,7 @@
 One process with one thread trains each strategy for some epochs, from stored features and from the pixels; medians of
 all epochs but the first, which compiles.
 
-    python benchmarks/cut_gains.py --data DIR --weights FILE --out benchmarks/results     # some 5 minutes
+    python benchmarks/cut_gains.py --data DIR --weights FILE --out benchmarks/results     # some 3 minutes
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from measure_rates import parser, strategies, trial_config, trial_data
-from measuring import environment, own_command
+from measuring import environment, own_command, write_result
 
 from cxr_models.layer_table import layer_tables
 from cxr_models.trial import Objective, TrialConfig, TrialData
@@ -38,8 +38,7 @@ def main() -> None:
                 rows.append(_row(data, trial_config(arguments.side, freeze, BATCH_SIZE), Path(scratch)))
                 print(json.dumps(rows[-1]), flush=True)
     result = {"kind": "cut_gains", "environment": environment(own_command()), "side": arguments.side, "rows": rows}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "cut_gains.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, arguments.out / "cut_gains.json")
 
 
 def _row(data: TrialData, config: TrialConfig, folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ Cost: about a tenth of a second to a second a trial.
 """
 
 import argparse
-import json
 import multiprocessing
 import resource
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import environment, own_command
+from measuring import environment, own_command, write_result
 from rendering import render_one
 from trivial_program import CLASSES, IMAGES
 
@@ -61,8 +60,7 @@ def main() -> None:
         "rows": rows,
         "growth_exponent": growth_exponent(rows) if len(rows) > 1 else None,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "many_trials.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result, arguments.out / "many_trials.json")
     print(render_one(result))
 
 

@@ -3,7 +3,7 @@
 One warm process per core, one thread each, all of them at the same work and nothing else running; medians. The file
 that is written goes into `sweep_speed.py --rates`.
 
-    python benchmarks/measure_rates.py --data DIR --weights FILE --out rates.json     # some 3 minutes on 2 cores
+    python benchmarks/measure_rates.py --data DIR --weights FILE --out rates.json     # some 7 minutes on 2 cores
 """
 
 import argparse

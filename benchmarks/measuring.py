@@ -1,5 +1,6 @@
 """A program run and watched: its wall time and the memory of its processes; and the machine it ran on."""
 
+import json
 import os
 import platform
 import subprocess
@@ -146,6 +147,12 @@ def own_command() -> list[str]:
     """
     real, shown = os.environ.get("CXR_REAL_DATA"), [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
     return [part.replace(real, "$CXR_REAL_DATA") for part in shown] if real else shown
+
+
+def write_result(result: Mapping[str, Any], file: Path) -> None:
+    """Keep a result as JSON, in a folder that need not exist yet."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _cpu_model() -> str:

@@ -5,7 +5,6 @@ Cost: some 20 passes over the images: a minute for a thousand images at 224 px o
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from measuring import environment, own_command
+from measuring import environment, own_command, write_result
 from rendering import render_one
 
 from cxr_models.dataset import Manifest, in_threads, read_manifest
@@ -43,8 +42,7 @@ def main() -> None:
         "repeats": arguments.repeats,
         "rows": rows,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"pixel_reader-{arguments.side}px.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result, arguments.out / f"pixel_reader-{arguments.side}px.json")
     print(render_one(result))
 
 

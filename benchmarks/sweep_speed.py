@@ -11,7 +11,6 @@ Cost: on 2 cores and a thousand images at 224 px some 2 minutes for each baselin
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from comparing import compared
-from measuring import environment, own_command
+from measuring import environment, own_command, write_result
 from mixes import MIXES, Mix, list_trials, to_space, trials_for_baselines
 from programs import BASELINES, HERE, Images, lay_out, run_baseline, run_product, weights_file
 from rendering import read_results, render, render_one
@@ -179,8 +178,7 @@ def _light(mix: Mix, rates: Rates, product: Mapping[str, Any], images: int) -> d
 
 
 def _write(result: Mapping[str, Any], folder: Path) -> None:
-    file = folder / f"{result['mix']['name']}-{result['side']}px.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result, folder / f"{result['mix']['name']}-{result['side']}px.json")
 
 
 if __name__ == "__main__":

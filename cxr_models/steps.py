@@ -19,8 +19,8 @@ from cxr_models.network import Network
 
 # Inference runs in batches of one shape, the last one padded: the results of some operations depend on the shape, and
 # below 8 images those of convolutions do. A CPU is fastest where a batch's activations stay near it, a GPU wants many.
-# Nothing is compiled by XLA, which made head-only epochs more than twenty times slower on a CPU, and deeper ones some
-# times. benchmarks/compiled_steps.py measures both.
+# Nothing is compiled by XLA, which made head-only epochs more than twenty times slower on a CPU, and deeper ones up
+# to five times. benchmarks/compiled_steps.py measures both.
 CPU_BATCH, GPU_BATCH = 16, 256
 CHUNK_BYTES = 64 * 1024**2  # of input that is gathered at once
 

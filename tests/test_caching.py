@@ -18,6 +18,8 @@ from sweep.caching import CachePlan, CacheRules, default_limit_bytes, features_f
 from sweep.machine import Machine
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
+from sweep.progress import StepProgress
+from sweep.session import prepare
 from sweep.spec import read_spec
 
 TRAIN, VAL = 100, 20
@@ -222,9 +224,12 @@ class TestPlan:
         assert "note: the features of mobilenet_v2_0.35 at block_12_add, 96 px, take" in text
         assert "and the cache has room for 0.0 kB" in text
 
-    def test_trials_get_what_is_planned(self, make):
+    def test_trials_get_what_is_planned(self, make, cache_dir):
         plan = make()
         assert plan.trial_data({}, {}).features is plan.cache.budget
+        assert {file.parent.parent for file in prepare(plan, cache_dir, StepProgress(Console())).weights.values()} == {
+            cache_dir / "weights"
+        }, "trials start from the sweep's own copies"
         assert make(cache_bytes=0).trial_data({}, {}).features is None
 
     def test_trials_of_one_group_and_cut_follow_each_other_the_deep_ones_first(self, make):

@@ -158,6 +158,13 @@ class TestViews:
             assert views.source == "pixels: its features take 10.2 kB, the cache may take 5.6 kB"
         assert stored_bytes(data.features.folder) == VAL * CUT.bytes_per_image
 
+    def test_what_a_pass_is_called(self, data, opened):
+        views = opened(data, replace(LIGHT, epochs=4, augmented_views=3))
+        assert [views._title(view) for view in (0, 2)] == [
+            "vanilla_cnn at 70 px",
+            "vanilla_cnn at 70 px, light view 2 of 3",
+        ]
+
     def test_the_next_one_is_stored_again_where_there_is_room_by_then(self, data, opened, prefix, network):
         room = (2 * VAL + TRAIN) * CUT.bytes_per_image
         data = replace(data, features=replace(data.features, limit_bytes=room))

@@ -187,6 +187,10 @@ def test_the_answer_names_the_leading_trial_and_its_test_figures_with_intervals(
     assert "opened once, after the search, for this model only: 24 images of 12 patients" in page.text
 
 
+def test_epochs_that_were_spared_the_frozen_layers_are_told(folder: RunFolder) -> None:
+    assert "9 of 16 epochs run · 6 of these from stored features of frozen layers" in Page(write_report(folder)).text
+
+
 def test_every_trial_is_on_the_page_in_the_order_of_the_objective(folder: RunFolder) -> None:
     tables = Page(write_report(folder)).tables
     assert [row[-1] for row in tables["ranking"][1:]] == ["trial-2", "trial-1", "trial-3"]

@@ -68,7 +68,8 @@ def trials_of(folder: Path) -> list[dict[str, str]]:
 
 
 def test_every_trial_is_told(on_ray):
-    folder, _ = on_ray
+    folder, said = on_ray
+    assert re.search(r"\n\d+ of \d+ epochs were trained from stored features of frozen layers; computing", said)
     trials = trials_of(folder)
     of = {(trial["backbone"], trial["freeze"], trial["learning_rate"]): trial for trial in trials}
     assert sorted(trial["outcome"] for trial in trials) == ["completed", "completed", "completed", "failed"]
