@@ -383,14 +383,15 @@ def _make_room(budget: FeatureBudget, wanted_bytes: int) -> None:
         )
     while (excess := (taken := stored_bytes(budget.folder)) + wanted_bytes - budget.limit_bytes) > 0:
         idle = [(path, size) for _, path, size in sorted(_files(budget.folder)) if not _in_use(path)]
+        removed = 0
         if sum(size for _, size in idle) >= excess:  # nothing goes in vain
             for path, size in idle:
-                if excess > 0 and _removed(path):
-                    excess -= size
-            continue
-        raise NoRoomError(
-            f"its features take {size_text(wanted_bytes)}, and {size_text(taken)} of the cache are in use"
-        )
+                if removed < excess and _removed(path):
+                    removed += size
+        if not removed:
+            raise NoRoomError(
+                f"its features take {size_text(wanted_bytes)}, and {size_text(taken)} of the cache are in use"
+            )
 
 
 def _removed(path: Path) -> bool:
@@ -406,10 +407,15 @@ def _removed(path: Path) -> bool:
 
 
 def _in_use(path: Path) -> bool:
-    with path.open("r+b") as file, suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Whether somebody uses a file, or it is not this user's to remove."""
+    try:
+        with path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
         return False
-    return True
+    except (BlockingIOError, PermissionError):
+        return True
+    return False
 
 
 def _passes(folder: Path) -> list[Path]:

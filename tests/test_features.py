@@ -382,6 +382,15 @@ class TestRoom:
         assert not prefix.images
         used.close()
 
+    def test_what_cannot_be_removed_stays_and_nobody_waits_for_it(self, tmp_path, monkeypatch):
+        """Another user's, in a cache that several share."""
+        given = budget(tmp_path, size_of(EARLY))
+        obtain(given, extraction(Prefix(), weights="theirs"), EARLY).close()
+        monkeypatch.setattr(features, "_removed", lambda path: False)
+        with pytest.raises(NoRoomError, match="of the cache are in use"):
+            obtain(given, extraction(Prefix()), EARLY)
+        assert stored(tmp_path) == ["early.f32"]
+
     def test_all_of_the_cache_in_use(self, tmp_path):
         given = budget(tmp_path, size_of(EARLY) + 1)
         used = obtain(given, extraction(Prefix()), EARLY)
