@@ -1,6 +1,7 @@
 """What a phase of a trial is given of each image: pixels, or what is stored at the cut."""
 
 import hashlib
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +37,7 @@ class Inputs:
 
     Attributes:
         source: what `EpochMetrics.source` says of the epoch whose `training` was asked for last.
+        features_seconds: spent on features so far, computing them or waiting for others who do.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Inputs:
         self._untrained = untrained
         self._pixels = np.load(data.pixels[config.image_side], mmap_mode="r")
         self.source = cut.name if cut else PIXELS
+        self.features_seconds = 0.0
         self._view: tuple[int, Features] | None = None
         self._plain: Features | None = None
         if cut is not None:
@@ -119,7 +122,11 @@ class Inputs:
         )
         kept = budget.cuts.get((self._config.backbone, self._config.weights, self._config.image_side), ())
         wanted = kept if self._untrained else ()
-        return obtain(budget, extraction, self._cut, wanted=wanted)
+        begun = time.perf_counter()
+        try:
+            return obtain(budget, extraction, self._cut, wanted=wanted)
+        finally:
+            self.features_seconds += time.perf_counter() - begun
 
     def _title(self, view: int) -> str:
         config = self._config

@@ -176,15 +176,15 @@ class _EpochLoop:
         self._weights = class_weights(config, data.labels[data.train], len(data.classes))
         self._network = network
         self._moved = len(phases) > 1
-        start = time.perf_counter()
         cut = _kept_cut(config, data, network, phases)
+        start = time.perf_counter()
         try:
             self._inputs = Inputs(data, config, network, cut, untrained=self._untrained)
         except NoRoomError as error:
             cut = None
             self._inputs = Inputs(data, config, network, None)
+            self._inputs.features_seconds = time.perf_counter() - start  # in vain, but spent
             self._inputs.source = f"{PIXELS}: {error}"
-        self._features_seconds = time.perf_counter() - start
         try:
             key = phases[-1].rule, phases[-1].amount
             self._steps = _warm_steps(network, key, config.batch_norm, cut, config.optimizer)
@@ -196,11 +196,9 @@ class _EpochLoop:
 
     def run(self, epoch: int, begun: float) -> tuple[EpochMetrics, NDArray[np.float32]]:
         """One epoch of a trial that began at `begun`; its metrics and validation scores (images, classes)."""
-        start = time.perf_counter()
         gather = self._inputs.training(epoch)
         self._moved = True
-        waited = self._features_seconds + time.perf_counter() - start
-        self._features_seconds = 0.0
+        waited, self._inputs.features_seconds = self._inputs.features_seconds, 0.0
         start = time.perf_counter()
         train = self._train(epoch, gather)
         trained = time.perf_counter()
