@@ -1,12 +1,12 @@
 """Random views of an image, each a function of (seed, view, image) alone, so that trials can share them.
 
-There is no horizontal flip: in a chest X-ray left and right are not alike. The heart lies left and the liver right; a
-mirrored image shows what hardly anybody has.
+Nothing is mirrored unless asked for: in a chest X-ray left and right are not alike. The heart lies left and the liver
+right; a mirrored image shows what hardly anybody has.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -43,12 +43,20 @@ class Augmentation:
 
 
 # Set by judgement, not tuned: `light` looks like another exposure of the same patient, `strong` like a poorer one.
+# `wide` is what introductions to Keras write: RandomRotation(0.1), a tenth of a full turn, RandomZoom(0.1) and
+# RandomContrast(0.1). `geometry` and `exposure` are the two halves of `strong`.
 AUGMENTATIONS: Mapping[str, Augmentation] = {
     "light": Augmentation(rotation_degrees=5.0, zoom=0.05, shift=0.04, contrast=0.10, brightness=0.05),
     "strong": Augmentation(
         rotation_degrees=10.0, zoom=0.10, shift=0.08, contrast=0.20, brightness=0.10, noise_deviation=4.0
     ),
+    "wide": Augmentation(rotation_degrees=36.0, zoom=0.10, shift=0.0, contrast=0.10, brightness=0.0),
+    "geometry": Augmentation(rotation_degrees=10.0, zoom=0.10, shift=0.08, contrast=0.0, brightness=0.0),
+    "exposure": Augmentation(
+        rotation_degrees=0.0, zoom=0.0, shift=0.0, contrast=0.20, brightness=0.10, noise_deviation=4.0
+    ),
 }
+MOST_ZOOM = 0.9  # a strength may not shrink an image to nothing
 
 
 def view_of_epoch(epoch: int, views: int) -> int:
@@ -65,7 +73,14 @@ def view_of_epoch(epoch: int, views: int) -> int:
 
 
 def augmented(
-    pixels: NDArray[np.uint8], image_ids: NDArray[np.uint64], *, kind: str, seed: int, view: int
+    pixels: NDArray[np.uint8],
+    image_ids: NDArray[np.uint64],
+    *,
+    kind: str,
+    seed: int,
+    view: int,
+    strength: float = 1.0,
+    flip: bool = False,
 ) -> NDArray[np.uint8]:
     """One view of each image.
 
@@ -81,6 +96,8 @@ def augmented(
         kind: a name in `AUGMENTATIONS`.
         seed: at least 0, below 2**64.
         view: as `view_of_epoch`.
+        strength: factor on every bound, above 0. Zoom stays below `MOST_ZOOM`.
+        flip: mirror every other view, drawn by chance, left to right.
 
     Returns:
         An array of the shape of `pixels`.
@@ -99,10 +116,19 @@ def augmented(
         raise ValueError(
             f"image_ids must be uint64 ({len(pixels)},), one an image, but got {image_ids.dtype} {image_ids.shape}"
         )
+    bounds = _scaled(AUGMENTATIONS[kind], strength)
     views = np.empty(pixels.shape, np.uint8)
     for index, image_id in enumerate(image_ids):
-        views[index] = _view(pixels[index], AUGMENTATIONS[kind], _generator(seed, view, int(image_id)))
+        generator = _generator(seed, view, int(image_id))
+        views[index] = _view(pixels[index], bounds, generator)
+        if flip and generator.random() < 0.5:
+            views[index] = views[index, :, ::-1]
     return views
+
+
+def _scaled(bounds: Augmentation, strength: float) -> Augmentation:
+    scaled = Augmentation(**{name: strength * bound for name, bound in asdict(bounds).items()})
+    return replace(scaled, zoom=min(MOST_ZOOM, scaled.zoom))
 
 
 def _generator(seed: int, view: int, image_id: int) -> np.random.Generator:

@@ -40,16 +40,19 @@ class Cut:
         layer: the backbone's layer whose output it is.
         pooling: `average` or `max` where the pooled vector is stored in place of the map, else empty.
         shape: of what is stored, per image.
+        taps: layers whose pooled vectors are stored, joined; empty for that of `layer` alone.
     """
 
     layer: str
     pooling: str
     shape: tuple[int, ...]
+    taps: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """As plans, records and files call it."""
-        return f"{self.layer}-{self.pooling}" if self.pooling else self.layer
+        joined = f"-{len(self.taps)}taps" if self.taps else ""
+        return f"{self.layer}-{self.pooling}{joined}" if self.pooling else self.layer
 
     @property
     def bytes_per_image(self) -> int:
@@ -96,8 +99,20 @@ def cut_layers(table: LayerTable) -> list[int]:
     return found[::-1]
 
 
+def tapped_layers(table: LayerTable, taps: int) -> tuple[Layer, ...]:
+    """The layers whose pooled outputs feed the head, first to last: evenly spaced among those that can be cuts.
+
+    Raises:
+        ValueError: the backbone has fewer such layers.
+    """
+    possible = [table.layers[number] for number in cut_layers(table)[1:]]
+    if taps > len(possible):
+        raise ValueError(f"taps: {taps} does not fit {table.backbone}, which can be tapped at {len(possible)} depths")
+    return tuple(possible[round(place * len(possible) / taps) - 1] for place in range(1, taps + 1))
+
+
 def choose_cut(
-    phases: Sequence[Phase], backbone: Backbone, table: LayerTable, *, pooling: str, head_parameters: int
+    phases: Sequence[Phase], backbone: Backbone, table: LayerTable, *, pooling: str, taps: int, head_parameters: int
 ) -> Cut | None:
     """The cut of the last of `phases`, or None where running from the pixels is better.
 
@@ -110,13 +125,18 @@ def choose_cut(
         backbone: the row the table belongs to.
         table: the backbone's layers.
         pooling: of the network's head.
+        taps: depths that feed the head; what lies behind the first of them needs more than one tensor.
         head_parameters: of that head, a measure of its work.
     """
     boundary = _boundary(phases, backbone, table)
     layers = table.layers
+    tapped = tapped_layers(table, taps)
     if boundary == len(layers) and pooling != "flatten":
-        return Cut(layers[-1].name, pooling, (layers[-1].output[-1],))
-    candidates = [number for number in cut_layers(table) if 0 < number < boundary]
+        width = sum(layer.output[-1] for layer in tapped)
+        names = tuple(layer.name for layer in tapped) if taps > 1 else ()
+        return Cut(layers[-1].name, pooling, (width,), names)
+    last = min(boundary - 1, layers.index(tapped[0]))
+    candidates = [number for number in cut_layers(table) if 0 < number <= last]
     if not candidates:
         return None
     behind = _work_behind(table)

@@ -28,7 +28,7 @@ Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
-FEATURES_VERSION = 2  # raise it with any change of what is stored: features of before are then not used again
+FEATURES_VERSION = 3  # raise it with any change of what is stored: features of before are then not used again
 WAIT_S = 0.02
 UNFINISHED = ".partial"
 DONE = "pass.done"
@@ -217,7 +217,9 @@ class _Pass:
             plan = json.loads(self.plan.read_text())
         except FileNotFoundError:
             return "", []
-        return plan["title"], [Cut(layer, pooling, tuple(shape)) for layer, pooling, shape in plan["cuts"]]
+        return plan["title"], [
+            Cut(layer, pooling, tuple(shape), tuple(taps)) for layer, pooling, shape, taps in plan["cuts"]
+        ]
 
     def cuts(self) -> list[Cut]:
         return self.described()[1]
@@ -244,7 +246,7 @@ class _Pass:
                 chosen.append(other)
         self.done.write_bytes(bytes(extraction.shares))
         with written_whole(self.plan) as scratch:  # last: from here on the pass is one
-            cuts = [[one.layer, one.pooling, one.shape] for one in chosen]
+            cuts = [[one.layer, one.pooling, one.shape, one.taps] for one in chosen]
             scratch.write_text(json.dumps({"title": extraction.title, "cuts": cuts}))
 
     def finish(self) -> None:

@@ -10,8 +10,8 @@ A strategy counts over the backbone's layers as `keras.applications` lists them,
     convs:K       everything from the K-th last convolution to the output trains
     stages:K      the last K stages train
 
-`A>B` runs A, then B at a lower rate: `all>stages:1` is LP-FT (Kumar et al., ICLR 2022), `all>stages:1>none` gradual
-unfreezing (Howard and Ruder, ACL 2018).
+`A>B` runs A, then B, at a lower rate as a rule: `all>stages:1` is LP-FT (Kumar et al., ICLR 2022), `all>stages:1>none`
+gradual unfreezing (Howard and Ruder, ACL 2018).
 """
 
 from __future__ import annotations
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 CONVOLUTIONS = ("Conv2D", "DepthwiseConv2D", "SeparableConv2D")
 FORMS = "all, none, first:N, last:N, fraction:F, convs:K, stages:K, or several joined by '>'"
 
-# The head converges in the first third; fine-tuning goes on at a tenth of its rate, as Keras' own guide advises.
-PROBE_SHARE = 0.3
-FINE_TUNE_SCALE = 0.1
-
 
 class Treatment(StrEnum):
     """What happens to one layer in one phase."""
@@ -52,14 +48,10 @@ class Phase:
     Attributes:
         rule: `all`, `none`, or the word in front of the colon.
         amount: the number behind it, 0 where there is none.
-        share: of the trial's epochs, in (0, 1].
-        learning_rate_scale: factor on the trial's learning rate.
     """
 
     rule: str
     amount: float
-    share: float
-    learning_rate_scale: float
 
     @property
     def text(self) -> str:
@@ -68,13 +60,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class FreezeStrategy:
-    """The phases of a strategy, in order; their shares sum to 1."""
+    """The phases of a strategy, in order."""
 
     text: str
     phases: tuple[Phase, ...]
 
-    def epochs(self, total: int) -> tuple[int, ...]:
+    def epochs(self, total: int, probe_share: float) -> tuple[int, ...]:
         """The epochs of each phase, at least one each; the last takes the remainder.
+
+        Args:
+            total: of the trial.
+            probe_share: of them, for the first of several phases; the later ones share the rest evenly.
 
         Raises:
             ValueError: fewer epochs than phases.
@@ -82,9 +78,10 @@ class FreezeStrategy:
         if total < len(self.phases):
             raise ValueError(f"freeze {self.text!r} has {len(self.phases)} phases, but the trial only {total} epochs")
         epochs: list[int] = []
-        for index, phase in enumerate(self.phases[:-1]):
+        for index in range(len(self.phases) - 1):
             phases_left = len(self.phases) - index - 1
-            epochs.append(min(max(1, round(phase.share * total)), total - sum(epochs) - phases_left))
+            share = (1.0 - probe_share) / (len(self.phases) - 1) if index else probe_share
+            epochs.append(min(max(1, round(share * total)), total - sum(epochs) - phases_left))
         return (*epochs, total - sum(epochs))
 
 
@@ -94,14 +91,7 @@ def parse_strategy(text: str) -> FreezeStrategy:
     Raises:
         ValueError: the text is none of the forms above.
     """
-    parts = [part.strip() for part in text.split(">")]
-    later = (1.0 - PROBE_SHARE) / max(1, len(parts) - 1)
-    phases = []
-    for index, part in enumerate(parts):
-        rule, amount = _parse_rule(part, text)
-        share = 1.0 if len(parts) == 1 else PROBE_SHARE if index == 0 else later
-        phases.append(Phase(rule, amount, share, 1.0 if index == 0 else FINE_TUNE_SCALE))
-    return FreezeStrategy(text, tuple(phases))
+    return FreezeStrategy(text, tuple(Phase(*_parse_rule(part.strip(), text)) for part in text.split(">")))
 
 
 def _parse_rule(part: str, text: str) -> tuple[str, float]:
@@ -154,6 +144,13 @@ def frozen_layers(phase: Phase, backbone: Backbone, table: LayerTable) -> int:
         case "stages":
             return [layer.name for layer in table.layers].index(backbone.stage_starts[-amount])
     raise ValueError(f"expected a rule of {FORMS}, but got {phase.rule!r}")
+
+
+def stage_depths(backbone: Backbone, table: LayerTable) -> dict[str, int]:
+    """How far each layer's stage is from the output: 1 for the last stage, whose next is the head."""
+    names = [layer.name for layer in table.layers]
+    starts = [names.index(start) for start in backbone.stage_starts[1:]]
+    return {name: 1 + sum(start > index for start in starts) for index, name in enumerate(names)}
 
 
 def main_convolutions(backbone: Backbone, table: LayerTable) -> list[int]:

@@ -105,7 +105,16 @@ class Inputs:
 
     def _augmented(self, wanted: Rows, view: int) -> NDArray[np.uint8]:
         pixels, ids = self._pixels[wanted], self._data.image_ids[wanted]
-        return augmented(pixels, ids, kind=self._config.augmentation, seed=self._config.seed, view=view)
+        config = self._config
+        return augmented(
+            pixels,
+            ids,
+            kind=config.augmentation,
+            seed=config.seed,
+            view=view,
+            strength=config.augmentation_strength,
+            flip=config.horizontal_flip == "random",
+        )
 
     def _obtain(self, rows: Rows, view: int) -> Features:
         """Features of `rows`; of their augmented view, or of the images as they are where it is 0."""
@@ -144,7 +153,7 @@ class Inputs:
         return {
             "pixels": [pixels.name, status.st_size, status.st_mtime_ns],
             "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
-            "view": [AUGMENTATION_VERSION, PIL.__version__, config.augmentation, config.seed, view] if view else None,
+            "view": [AUGMENTATION_VERSION, PIL.__version__, *config.views, view] if view else None,
             "backbone": config.backbone,
             "image_side": config.image_side,
             "channels": self._data.channels,

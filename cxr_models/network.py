@@ -22,7 +22,7 @@ from cxr_models.backbones import (
     build_backbone,
     load_backbone_weights,
 )
-from cxr_models.cuts import Cut
+from cxr_models.cuts import Cut, tapped_layers
 from cxr_models.freezing import Phase
 from cxr_models.layer_table import LayerTable, read_table
 from cxr_models.trial import TrialConfig
@@ -50,7 +50,8 @@ def output_units(config: TrialConfig, classes: int) -> int:
 
 def head_parameters(config: TrialConfig, table: LayerTable, classes: int) -> int:
     """Parameters of the head on top of the backbone's last feature map; all of them train."""
-    features = prod(table.output) if config.pooling == "flatten" else table.output[-1]
+    tapped = tapped_layers(table, config.taps)
+    features = prod(table.output) if config.pooling == "flatten" else sum(layer.output[-1] for layer in tapped)
     widths = (features, *config.hidden_units, output_units(config, classes))
     return sum((inputs + 1) * outputs for inputs, outputs in pairwise(widths))
 
@@ -73,7 +74,8 @@ class Network:
             probability has no gradient.
         scaled: raw pixels -> the backbone's input range.
         backbone: the part whose layers a freeze strategy decides.
-        head: the layers behind it, the pooling first, the logits last.
+        taps: the layers of it that feed the head, the last one last.
+        head: the layers behind it, what pools the taps first, the logits last.
         table: the backbone's layers.
         dropout_rates: of the dropout layers inside the backbone, as it was built.
         head_dropout: the rate of the head's dropout layers; a variable, so that another rate is no other program.
@@ -84,6 +86,7 @@ class Network:
     logits: keras.Model
     scaled: keras.Model
     backbone: keras.Model
+    taps: tuple[str, ...]
     head: tuple[keras.Layer, ...]
     table: LayerTable
     dropout_rates: Mapping[str, float]
@@ -118,12 +121,15 @@ class Network:
         """Raw pixels -> a list of what is stored at each cut, in one pass."""
         import keras
 
-        stages = keras.Model(self.backbone.inputs, [self.backbone.get_layer(cut.layer).output for cut in cuts])
+        wanted = {cut: cut.taps or (cut.layer,) for cut in cuts}
+        names = list(dict.fromkeys(name for layers in wanted.values() for name in layers))
+        stages = keras.Model(self.backbone.inputs, [self.backbone.get_layer(name).output for name in names])
         inputs = keras.Input(self.scaled.input_shape[1:])
-        outputs = [
-            _pooling(cut.pooling)(found) if cut.pooling else found
-            for cut, found in zip(cuts, stages(self.scaled(inputs)), strict=True)
-        ]
+        found = dict(zip(names, stages(self.scaled(inputs)), strict=True))
+        outputs = []
+        for cut, layers in wanted.items():
+            maps = [found[name] for name in layers]
+            outputs.append(_pooled(cut.pooling, maps) if cut.pooling else maps[0])
         return keras.Model(inputs, outputs)
 
     def suffix(self, cut: Cut | None) -> keras.Model:
@@ -134,8 +140,8 @@ class Network:
             return self.logits
         inputs = x = keras.Input(cut.shape)
         head = self.head[1:] if cut.pooling else self.head
-        if not cut.pooling and cut.layer != self.table.layers[-1].name:
-            x = keras.Model(self.backbone.get_layer(cut.layer).output, self.backbone.output)(x)
+        if not cut.pooling and self.taps != (cut.layer,):
+            x = keras.Model(self.backbone.get_layer(cut.layer).output, _outputs(self.backbone, self.taps))(x)
         for layer in head:
             x = layer(x)
         return keras.Model(inputs, x)
@@ -160,10 +166,12 @@ def build_network(config: TrialConfig, *, classes: int, channels: int, weights: 
     if config.batch_norm == "affine":
         backbone = _with_fixed_statistics(backbone)
     head_dropout = keras.Variable(config.dropout, dtype="float32", trainable=False, name="head_dropout")
-    head = _head(config, classes, _dropout_by_variable(head_dropout))
+    taps = tuple(layer.name for layer in tapped_layers(table, config.taps))
+    head = _head(config, _outputs(backbone, taps), classes, _dropout_by_variable(head_dropout))
     network = Network(
-        **_models(config, backbone, head, channels),
+        **_models(config, backbone, taps, head, channels),
         backbone=backbone,
+        taps=taps,
         head=head,
         table=table,
         dropout_rates={layer.name: layer.rate for layer in backbone.layers if isinstance(layer, keras.layers.Dropout)},
@@ -180,15 +188,16 @@ def export_model(network: Network, config: TrialConfig, classes: int) -> keras.M
 
     backbone = build_backbone(BACKBONES[config.backbone], config.image_side)
     copy_weights(network.backbone, backbone)
-    head = _head(config, classes, lambda name: keras.layers.Dropout(config.dropout, name=name))
-    model = _models(config, backbone, head, network.model.input_shape[-1])["model"]
+    outputs = _outputs(backbone, network.taps)
+    head = _head(config, outputs, classes, lambda name: keras.layers.Dropout(config.dropout, name=name))
+    model = _models(config, backbone, network.taps, head, network.model.input_shape[-1])["model"]
     for ours, theirs in zip(network.head, head, strict=True):
         theirs.set_weights(ours.get_weights())
     return model
 
 
 def _models(
-    config: TrialConfig, backbone: keras.Model, head: Sequence[keras.Layer], channels: int
+    config: TrialConfig, backbone: keras.Model, taps: Sequence[str], head: Sequence[keras.Layer], channels: int
 ) -> dict[str, keras.Model]:
     """The models of a network, on the same layers."""
     import keras
@@ -196,7 +205,8 @@ def _models(
     inputs = keras.Input((config.image_side, config.image_side, channels), dtype="float32", name="pixels")
     x = keras.layers.Concatenate(name="grey_to_rgb")([inputs] * 3) if channels == 1 else inputs
     scaled = _scaled(x, BACKBONES[config.backbone].input_range)
-    logits = backbone(scaled)
+    tapped = backbone if len(taps) == 1 else keras.Model(backbone.inputs, _outputs(backbone, taps), name="tapped")
+    logits = tapped(scaled)
     for layer in head:
         logits = layer(logits)
     outputs = keras.layers.Activation(config.output, name="probabilities")(logits)
@@ -235,10 +245,21 @@ def _initializer(layer: keras.Layer, weight: str) -> keras.initializers.Initiali
     return next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
 
 
-def _head(config: TrialConfig, classes: int, dropout: Callable[[str], keras.Layer]) -> tuple[keras.Layer, ...]:
+def _outputs(backbone: keras.Model, taps: Sequence[str]) -> keras.KerasTensor | list[keras.KerasTensor]:
+    """What the head is fed: the output of the last layer, or of each tapped one."""
+    outputs = [backbone.get_layer(name).output for name in taps]
+    return outputs if len(taps) > 1 else outputs[0]
+
+
+def _head(
+    config: TrialConfig,
+    outputs: keras.KerasTensor | list[keras.KerasTensor],
+    classes: int,
+    dropout: Callable[[str], keras.Layer],
+) -> tuple[keras.Layer, ...]:
     import keras
 
-    layers = [_pooling(config.pooling)]
+    layers = [_joined_pooling(config.pooling, outputs) if isinstance(outputs, list) else _pooling(config.pooling)]
     for index, units in enumerate(config.hidden_units, start=1):
         layers.append(keras.layers.Dense(units, activation="relu", name=f"head_{index}"))
         layers.append(dropout(f"head_dropout_{index}"))
@@ -281,7 +302,7 @@ def _scaled(x: keras.KerasTensor, wanted: InputRange) -> keras.KerasTensor:
             return keras.layers.Rescaling(1.0, offset=offset, name="to_centred")(keras.ops.flip(x, axis=-1))
 
 
-def _pooling(name: str) -> keras.Layer:
+def _pooling(name: str, layer: str = "features") -> keras.Layer:
     import keras
 
     kinds = {
@@ -289,7 +310,29 @@ def _pooling(name: str) -> keras.Layer:
         "max": keras.layers.GlobalMaxPooling2D,
         "flatten": keras.layers.Flatten,
     }
-    return kinds[name](name="features")
+    return kinds[name](name=layer)
+
+
+def _joined_pooling(name: str, maps: Sequence[keras.KerasTensor]) -> keras.Model:
+    """Several feature maps -> one vector; each part has mean 0 and deviation 1, because depths differ in scale."""
+    import keras
+
+    inputs = [keras.Input(one.shape[1:]) for one in maps]
+    return keras.Model(inputs, _pooled(name, inputs), name="features")
+
+
+def _pooled(name: str, maps: Sequence[keras.KerasTensor]) -> keras.KerasTensor:
+    """What the head's first layer makes of the tapped maps."""
+    import keras
+
+    if len(maps) == 1:
+        return _pooling(name)(maps[0])
+    pooled = [_pooling(name, f"pooled_{place}")(one) for place, one in enumerate(maps, start=1)]
+    scaled = [
+        keras.layers.LayerNormalization(center=False, scale=False, name=f"scaled_{place}")(one)
+        for place, one in enumerate(pooled, start=1)
+    ]
+    return keras.layers.Concatenate(name="joined")(scaled)
 
 
 def copy_weights(source: keras.Model, target: keras.Model) -> None:

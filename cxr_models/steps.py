@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,23 +100,57 @@ class Prefix:
         return self._run(pixels)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What may change from one trial to the next without a new compilation.
+
+    Attributes:
+        weight_decay: decoupled, at least 0.
+        focal_gamma: at least 0, where the steps are `reweighted`.
+        label_smoothing: in [0, 1), where the steps are `reweighted`.
+        rate_scales: for each weight that trains its factor on the learning rate, where the steps are `layerwise`.
+    """
+
+    weight_decay: float = 0.0
+    focal_gamma: float = 0.0
+    label_smoothing: float = 0.0
+    rate_scales: Sequence[float] = ()
+
+
 class Steps:
     """The compiled steps of one network in one phase, from one cut on; any number of trials may take them in turn.
 
     Args:
         network: with the phase entered whenever a shape of batch is first seen: what trains is compiled in.
         cut: where the images have been run to; None for raw pixels.
-        optimizer: of its own, because its state belongs to the weights that train. Learning rate and weight decay
-            may change without a new compilation.
+        optimizer: of its own, because its state belongs to the weights that train.
+        reweighted: the loss is focal or its labels are smoothed.
+        layerwise: layers have learning rates of their own.
+
+    Attributes:
+        trained: the weights that train.
     """
 
-    def __init__(self, network: Network, cut: Cut | None, optimizer: keras.Optimizer) -> None:
+    def __init__(
+        self,
+        network: Network,
+        cut: Cut | None,
+        optimizer: keras.Optimizer,
+        *,
+        reweighted: bool = False,
+        layerwise: bool = False,
+    ) -> None:
         self._suffix = network.suffix(cut)
         self._optimizer = optimizer
-        self._weight_decay = keras.Variable(0.0, dtype="float32", trainable=False, name="weight_decay")
+        self._reweighted = reweighted
+        self._layerwise = layerwise
+        self._weight_decay = _setting("weight_decay")
+        self._focal_gamma = _setting("focal_gamma")
+        self._label_smoothing = _setting("label_smoothing")
         optimizer.weight_decay = self._weight_decay
-        self._trained = self._suffix.trainable_variables
-        optimizer.build(self._trained)
+        self.trained = self._suffix.trainable_variables
+        self._rate_scales = [_setting("rate_scale") for _ in self.trained]
+        optimizer.build(self.trained)
         self._dropout_seeds = [layer.seed_generator.state for layer in _random_layers(network)]
         self._programs: dict[tuple[int, ...], Callable[..., Any]] = {}
         self._infer = _in_batches(lambda images: [self._scores(images, training=False)], 1)
@@ -125,12 +160,16 @@ class Steps:
         """How many pairs of numbers the dropout layers take in a step."""
         return len(self._dropout_seeds)
 
-    def begin(self, learning_rate: float, weight_decay: float) -> None:
+    def begin(self, settings: Settings) -> None:
         """Start a phase of a trial with a fresh optimizer."""
         for variable in self._optimizer.variables:
             variable.assign(tf.zeros_like(variable))
-        self._optimizer.learning_rate = learning_rate
-        self._weight_decay.assign(weight_decay)
+        self._weight_decay.assign(settings.weight_decay)
+        self._focal_gamma.assign(settings.focal_gamma)
+        self._label_smoothing.assign(settings.label_smoothing)
+        if self._layerwise:
+            for variable, scale in zip(self._rate_scales, settings.rate_scales, strict=True):
+                variable.assign(scale)
 
     def train(
         self,
@@ -138,6 +177,7 @@ class Steps:
         labels: NDArray[np.int32],
         weights: NDArray[np.float32],
         seeds: NDArray[np.uint32],
+        rates: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         """Take steps one after the other, and return the log-probabilities each was computed from.
 
@@ -147,6 +187,7 @@ class Steps:
             weights: (steps, images) weight of each image in the loss; the loss of a step is their weighted sum over
                 the number of images with a weight.
             seeds: (steps, dropout_seeds, 2): dropout masks follow from them alone, never from what ran before.
+            rates: (steps,) learning rate of each step.
 
         Returns:
             (steps, images, classes).
@@ -160,9 +201,10 @@ class Steps:
                     tf.TensorSpec((None, batch[0]), tf.int32),
                     tf.TensorSpec((None, batch[0]), tf.float32),
                     tf.TensorSpec((None, self.dropout_seeds, 2), tf.uint32),
+                    tf.TensorSpec((None,), tf.float32),
                 ],
             )
-        scores: NDArray[np.float32] = self._programs[batch](inputs, labels, weights, seeds).numpy()
+        scores: NDArray[np.float32] = self._programs[batch](inputs, labels, weights, seeds, rates).numpy()
         return scores
 
     def predict(self, gather: Callable[[NDArray[np.int64]], Array], rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -182,23 +224,42 @@ class Steps:
             return tf.concat([tf.math.log_sigmoid(-logits), tf.math.log_sigmoid(logits)], axis=1)
         return tf.nn.log_softmax(logits)
 
-    def _train_steps(self, inputs: Any, labels: Any, weights: Any, seeds: Any) -> Any:
+    def _train_steps(self, *given: Any) -> Any:
         (scores,) = _loop(
-            tf.shape(labels)[0],
-            lambda step: [self._train_step(inputs[step], labels[step], weights[step], seeds[step])],
-            outputs=1,
+            tf.shape(given[0])[0], lambda step: [self._train_step(*(one[step] for one in given))], outputs=1
         )
         return scores
 
-    def _train_step(self, images: Any, labels: Any, weights: Any, seeds: Any) -> Any:
+    def _train_step(self, images: Any, labels: Any, weights: Any, seeds: Any, rate: Any) -> Any:
         for index, state in enumerate(self._dropout_seeds):
             state.assign(tf.cast(seeds[index], state.dtype))
         with tf.GradientTape() as tape:
             scores = self._scores(images, training=True)
-            losses = -tf.gather(scores, labels, axis=1, batch_dims=1)
+            losses = self._losses(scores, labels)
             loss = tf.reduce_sum(weights * losses) / tf.reduce_sum(tf.cast(weights > 0, tf.float32))
-        self._optimizer.apply(tape.gradient(loss, self._trained), self._trained)
+        self._optimizer.learning_rate.assign(rate)
+        gradients = tape.gradient(loss, self.trained)
+        before = [tf.identity(variable.value) for variable in self.trained] if self._layerwise else []
+        self._optimizer.apply(gradients, self.trained)
+        # Not the gradients are scaled: Adam and RMSprop would divide the factor out again.
+        for variable, old, scale in zip(self.trained, before, self._rate_scales, strict=False):
+            variable.assign(old + scale.value * (variable.value - old))
         return scores
+
+    def _losses(self, scores: Any, labels: Any) -> Any:
+        """(images,) loss of each image."""
+        if not self._reweighted:
+            return -tf.gather(scores, labels, axis=1, batch_dims=1)
+        classes = scores.shape[-1]
+        share = self._label_smoothing.value
+        targets = (1.0 - share) * tf.one_hot(labels, classes) + share / classes
+        # Below the bound the power's gradient has no finite value; such an image counts for nothing anyway.
+        hard = tf.maximum(1.0 - tf.exp(scores), 1e-6) ** self._focal_gamma.value
+        return -tf.reduce_sum(targets * hard * scores, axis=1)
+
+
+def _setting(name: str) -> keras.Variable:
+    return keras.Variable(0.0, dtype="float32", trainable=False, name=name)
 
 
 def _loop(steps: Any, take: Callable[[Any], list[Any]], outputs: int) -> list[Any]:

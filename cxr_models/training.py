@@ -14,10 +14,11 @@ from cxr_models import steps
 from cxr_models.backbones import BACKBONES
 from cxr_models.cuts import Cut, choose_cut
 from cxr_models.features import NoRoomError
-from cxr_models.freezing import Phase, parse_strategy
+from cxr_models.freezing import Phase, parse_strategy, stage_depths
 from cxr_models.inputs import Gather, Inputs
 from cxr_models.metrics import evaluate
 from cxr_models.network import Network, build_network, export_model, head_parameters
+from cxr_models.schedules import Schedule
 from cxr_models.storage import written_whole
 from cxr_models.trial import (
     BEST_WEIGHTS,
@@ -73,10 +74,11 @@ def run_trial(
     strategy = parse_strategy(config.freeze)
     best = _Best(folder, data, objective)
     epoch = 0
-    for index, (phase, epochs) in enumerate(zip(strategy.phases, strategy.epochs(config.epochs), strict=True)):
+    shares = strategy.epochs(config.epochs, config.probe_share)
+    for index, (phase, epochs) in enumerate(zip(strategy.phases, shares, strict=True)):
         network.enter(phase, config.batch_norm)
         best.watch(network, everything=shape[-1] is None)
-        loop = _EpochLoop(trial_id, config, data, network, strategy.phases[: index + 1])
+        loop = _EpochLoop(trial_id, config, data, network, strategy.phases[: index + 1], epochs)
         lowest_loss, waited = math.inf, 0
         try:
             for _ in range(epochs):
@@ -111,6 +113,25 @@ def make_optimizer(kind: str) -> keras.Optimizer:
     raise ValueError(f"expected an optimizer of trial.CHOICES, but got {kind!r}")
 
 
+def drawn_images(config: TrialConfig, data: TrialData, epoch: int) -> NDArray[np.int64]:
+    """The training images in the order of an epoch, which follows from (seed, epoch) alone.
+
+    With balanced sampling as many of each class as of all images on average: each image of a large class at most once,
+    those of a small one in rounds.
+    """
+    generator = np.random.default_rng((config.seed, epoch))
+    if config.sampling == "natural":
+        return generator.permutation(data.train)
+    labels, total = data.labels[data.train], len(data.train)
+    classes = np.unique(labels)
+    drawn = []
+    for place, label in enumerate(classes):
+        own, wanted = data.train[labels == label], (total + place) // len(classes)
+        rounds = [generator.permutation(own) for _ in range(-(-wanted // len(own)))]
+        drawn.append(np.concatenate(rounds)[:wanted])
+    return generator.permutation(np.concatenate(drawn))
+
+
 def class_weights(config: TrialConfig, labels: NDArray[np.int32], classes: int) -> NDArray[np.float32]:
     """(classes,) weight of each class in the loss; the mean over the training images is 1."""
     if config.class_weights == "none":
@@ -130,6 +151,7 @@ def _shape(config: TrialConfig, data: TrialData) -> Shape:
         image_side=config.image_side,
         batch_norm="affine" if config.batch_norm == "affine" else "train",
         pooling=config.pooling,
+        taps=config.taps,
         hidden_units=config.hidden_units,
         output=config.output,
     )
@@ -151,10 +173,17 @@ def _other_network(shaping: TrialConfig, classes: int, channels: int, weights: P
 
 @lru_cache(maxsize=WARM_STEPS)
 def _warm_steps(
-    network: Network, phase: tuple[str, float], batch_norm: str, cut: Cut | None, optimizer: str
+    network: Network,
+    phase: Phase,
+    batch_norm: str,
+    cut: Cut | None,
+    optimizer: str,
+    *,
+    reweighted: bool,
+    layerwise: bool,
 ) -> steps.Steps:
     """The compiled steps of a network in a phase, which is entered; made once in a process."""
-    return steps.Steps(network, cut, make_optimizer(optimizer))
+    return steps.Steps(network, cut, make_optimizer(optimizer), reweighted=reweighted, layerwise=layerwise)
 
 
 class _EpochLoop:
@@ -167,12 +196,12 @@ class _EpochLoop:
         data: TrialData,
         network: Network,
         phases: Sequence[Phase],
+        epochs: int,
     ) -> None:
         self._trial_id = trial_id
         self._config = config
         self._data = data
         self._phase = len(phases) - 1
-        self._rate = config.learning_rate * phases[-1].learning_rate_scale
         self._weights = class_weights(config, data.labels[data.train], len(data.classes))
         self._network = network
         self._moved = len(phases) > 1
@@ -186,13 +215,30 @@ class _EpochLoop:
             self._inputs.features_seconds = time.perf_counter() - start  # in vain, but spent
             self._inputs.source = f"{PIXELS}: {error}"
         try:
-            key = phases[-1].rule, phases[-1].amount
-            self._steps = _warm_steps(network, key, config.batch_norm, cut, config.optimizer)
-            self._steps.begin(self._rate, config.weight_decay)
+            focal = config.loss == "focal"
+            self._steps = _warm_steps(
+                network,
+                phases[-1],
+                config.batch_norm,
+                cut,
+                config.in_phase("optimizer", self._phase),
+                reweighted=focal or config.label_smoothing > 0.0,
+                layerwise=config.layer_decay < 1.0,
+            )
+            scales = _rate_scales(network, self._steps.trained, config.layer_decay)
+            gamma = config.focal_gamma if focal else 0.0
+            self._steps.begin(steps.Settings(config.weight_decay, gamma, config.label_smoothing, scales))
         except BaseException:
             self._inputs.close()
             raise
         self._device = steps.device()
+        self._schedule = Schedule(
+            config.in_phase("schedule", self._phase),
+            config.rate_in_phase(self._phase),
+            steps=-(-len(data.train) // config.batch_size),
+            epochs=epochs,
+            warmup=config.warmup,
+        )
 
     def run(self, epoch: int, begun: float) -> tuple[EpochMetrics, NDArray[np.float32]]:
         """One epoch of a trial that began at `begun`; its metrics and validation scores (images, classes)."""
@@ -200,20 +246,22 @@ class _EpochLoop:
         self._moved = True
         waited, self._inputs.features_seconds = self._inputs.features_seconds, 0.0
         start = time.perf_counter()
-        train = self._train(epoch, gather)
+        rates = self._schedule.next_epoch()
+        train = self._train(epoch, gather, rates)
         trained = time.perf_counter()
         scores = self._steps.predict(self._inputs.validation(), self._data.val)
         val = evaluate(self._data.labels[self._data.val], scores, self._data.classes)
         if not (math.isfinite(train["loss"]) and math.isfinite(val["loss"])):
             raise DivergedError(
                 f"diverged in epoch {epoch}: training loss {train['loss']}, validation loss {val['loss']}; "
-                f"a lower learning rate than {self._rate:g} usually helps"
+                f"a lower learning rate than {rates.max():g} usually helps"
             )
+        self._schedule.observe(val["loss"])
         metrics = EpochMetrics(
             trial_id=self._trial_id,
             epoch=epoch,
             phase=self._phase,
-            learning_rate=self._rate,
+            learning_rate=float(rates[-1]),
             train=train,
             val=val,
             seconds=time.perf_counter() - start,
@@ -236,10 +284,10 @@ class _EpochLoop:
         other.reset(self._config.seed, self._config.dropout)
         return other
 
-    def _train(self, epoch: int, gather: Gather) -> Mapping[str, float]:
+    def _train(self, epoch: int, gather: Gather, rates: NDArray[np.float32]) -> Mapping[str, float]:
         batch, seed = self._config.batch_size, self._config.seed
-        order = np.random.default_rng((seed, epoch)).permutation(self._data.train)
-        steps_taken = -(-len(order) // batch)
+        order = drawn_images(self._config, self._data, epoch)
+        steps_taken = len(rates)
         # Batches have one shape, or each shape would be compiled. What fills up the last one, images of the same
         # epoch, weighs nothing in the loss; in the statistics of batch norms that train it counts as they do.
         filled = order[np.arange(steps_taken * batch) % len(order)].reshape(steps_taken, batch)
@@ -254,7 +302,7 @@ class _EpochLoop:
             some = slice(first, first + at_once)
             inputs = gather(filled[some].ravel())
             inputs = inputs.reshape(-1, batch, *inputs.shape[1:])
-            scores.append(self._steps.train(inputs, labels[some], weights[some], seeds[some]))
+            scores.append(self._steps.train(inputs, labels[some], weights[some], seeds[some], rates[some]))
         found = np.concatenate(scores).reshape(-1, len(self._data.classes))[: len(order)]
         return evaluate(self._data.labels[order], found, self._data.classes)
 
@@ -264,13 +312,20 @@ def dropout_seeds(key: tuple[int, int, int], pairs: int) -> NDArray[np.uint32]:
     return np.random.SeedSequence(key).generate_state(2 * pairs).astype(np.uint32).reshape(-1, 2)
 
 
+def _rate_scales(network: Network, trained: Sequence[keras.Variable], decay: float) -> list[float]:
+    """For each weight that trains its factor on the learning rate: by the stage its layer lies in."""
+    depths = stage_depths(BACKBONES[network.table.backbone], network.table)
+    depth_of = {weight.path: depths[layer.name] for layer in network.backbone.layers for weight in layer.weights}
+    return [decay ** depth_of.get(weight.path, 0) for weight in trained]
+
+
 def _kept_cut(config: TrialConfig, data: TrialData, network: Network, phases: Sequence[Phase]) -> Cut | None:
     """The cut of a phase, if its features may be kept."""
     if data.features is None:
         return None
     head = head_parameters(config, network.table, len(data.classes))
     row = BACKBONES[config.backbone]
-    cut = choose_cut(phases, row, network.table, pooling=config.pooling, head_parameters=head)
+    cut = choose_cut(phases, row, network.table, pooling=config.pooling, taps=config.taps, head_parameters=head)
     return cut if cut in data.features.cuts.get((config.backbone, config.weights, config.image_side), ()) else None
 
 

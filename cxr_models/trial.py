@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
@@ -37,9 +37,15 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "pooling": ("average", "max", "flatten"),
     "output": ("softmax", "sigmoid"),
     "optimizer": ("adam", "adamw", "rmsprop", "sgd"),
+    "schedule": ("constant", "cosine", "plateau", "exponential"),
+    "loss": ("cross_entropy", "focal"),
     "class_weights": ("none", "balanced"),
-    "augmentation": ("none", "light", "strong"),
+    "sampling": ("natural", "balanced"),
+    "augmentation": ("none", "light", "strong", "wide", "geometry", "exposure"),
+    "horizontal_flip": ("never", "random"),
 }
+# Of these a trial may name one for each phase of its freeze strategy, joined by `>` as the phases are.
+PHASED = ("optimizer", "schedule")
 
 
 class Outcome(StrEnum):
@@ -48,6 +54,9 @@ class Outcome(StrEnum):
     COMPLETED = "completed"  # ran its epochs, or stopped by its own patience
     STOPPED_EARLY = "stopped_early"  # ended by the scheduler; keeps its metrics and may rank
     FAILED = "failed"  # carries the error, never ranks
+
+
+_LEAST = {"image_side": 1, "taps": 1, "batch_size": 1, "epochs": 1, "patience": 0, "augmented_views": 0, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -61,17 +70,33 @@ class TrialConfig:
         freeze: a freeze strategy, see `freezing.py`; phases are joined by `>`.
         batch_norm: what batch norms in the trainable part do; in the frozen part they are in inference mode always.
         pooling: how the backbone's last feature map becomes a vector.
+        taps: how many depths of the backbone feed the head: 1 is the last layer alone; more are pooled, scaled and
+            joined (Head2Toe: Evci et al., ICML 2022, without its selection of features).
         hidden_units: units of the head's hidden relu layers, first to last.
         dropout: rate after each hidden layer, or after the pooling where there is none, in [0, 1).
         output: `softmax` over the classes, or one `sigmoid` unit for two classes.
-        optimizer: Keras name of the optimizer; `sgd` has momentum 0.9.
-        learning_rate: of the first phase; later phases scale it, see `freezing.Phase`.
+        optimizer: Keras name of the optimizer; `sgd` has momentum 0.9. `adam>rmsprop` names one for each phase.
+        learning_rate: of the first phase.
+        phase_rate: each later phase's learning rate over that of the phase before.
+        probe_share: of the epochs that the first of several phases gets; the later ones share the rest evenly.
+        schedule: how the learning rate goes on within a phase, see `schedules.py`. `constant>plateau` names one for
+            each phase.
+        warmup: share of a phase's steps in which its learning rate rises from 0, in [0, 1).
+        layer_decay: factor on the learning rate from one stage of the backbone to the one before it, the head being
+            behind the last; 1 gives every layer the same rate.
         weight_decay: decoupled (AdamW's) for every optimizer, 0 for none.
         batch_size: images per step.
         epochs: the most epochs over all phases.
         patience: epochs without a lower validation loss before the trial ends by itself; 0 never.
+        loss: `focal` weighs an image by (1 - probability of its class) ** focal_gamma (Lin et al., ICCV 2017).
+        focal_gamma: at least 0; means nothing for another loss.
+        label_smoothing: share of the target that is spread evenly over all classes, in [0, 1).
         class_weights: `balanced` weighs each class inversely to its share of the training images.
+        sampling: `balanced` draws as many images of each class in every epoch, those of small classes repeatedly.
         augmentation: how far the training images are changed at random, see `augmentation.AUGMENTATIONS`.
+        augmentation_strength: factor on every bound of the augmentation, above 0.
+        horizontal_flip: `random` mirrors every other view; a mirrored chest has its heart on the wrong side, so only
+            where a study did it. Without augmentation it means nothing.
         augmented_views: of each image. 0 gives every epoch a view of its own; N reuses N views in turn, which is
             cheaper to keep and not the same training. Without augmentation it means nothing.
         seed: of initial weights, image order, dropout and augmentation.
@@ -83,34 +108,56 @@ class TrialConfig:
     freeze: str = "all"
     batch_norm: str = "frozen"
     pooling: str = "average"
+    taps: int = 1
     hidden_units: tuple[int, ...] = ()
     dropout: float = 0.0
     output: str = "softmax"
     optimizer: str = "adam"
     learning_rate: float = 1e-3
+    phase_rate: float = 0.1
+    probe_share: float = 0.3
+    schedule: str = "constant"
+    warmup: float = 0.0
+    layer_decay: float = 1.0
     weight_decay: float = 0.0
     batch_size: int = 32
     epochs: int = 10
     patience: int = 0
+    loss: str = "cross_entropy"
+    focal_gamma: float = 2.0
+    label_smoothing: float = 0.0
     class_weights: str = "none"
+    sampling: str = "natural"
     augmentation: str = "none"
+    augmentation_strength: float = 1.0
     augmented_views: int = 0
+    horizontal_flip: str = "never"
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, but got {getattr(self, name)!r}")
-        least = {"image_side": 1, "batch_size": 1, "epochs": 1, "patience": 0, "augmented_views": 0, "seed": 0}
-        for name, low in least.items():
+            given = getattr(self, name)
+            if any(part not in allowed for part in (given.split(">") if name in PHASED else (given,))):
+                each = ", or one for each phase joined by '>'" if name in PHASED else ""
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}{each}, but got {given!r}")
+        for name, low in _LEAST.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, but got {getattr(self, name)}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), but got {self.dropout}")
-        if not (self.learning_rate > 0.0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"learning_rate must be above 0 and finite, but got {self.learning_rate}")
-        if not (self.weight_decay >= 0.0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"weight_decay must be at least 0 and finite, but got {self.weight_decay}")
+        for name in ("dropout", "warmup", "label_smoothing"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must lie in [0, 1), but got {getattr(self, name)}")
+        for name in ("learning_rate", "phase_rate", "augmentation_strength"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, but got {getattr(self, name)}")
+        for name in ("weight_decay", "focal_gamma"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, but got {getattr(self, name)}")
+        if not 0.0 < self.probe_share < 1.0:
+            raise ValueError(f"probe_share must lie between 0 and 1, but got {self.probe_share}")
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise ValueError(f"layer_decay must lie above 0 and be at most 1, but got {self.layer_decay}")
+        if self.taps > 1 and self.pooling == "flatten":
+            raise ValueError(f"taps above 1 need pooling average or max, but got taps {self.taps} with flatten")
         if any(units < 1 for units in self.hidden_units):
             raise ValueError(f"hidden_units must each be at least 1, but got {list(self.hidden_units)}")
 
@@ -123,13 +170,31 @@ class TrialConfig:
         """Read what `to_json` gave."""
         return cls(**{**values, "hidden_units": tuple(values.get("hidden_units", ()))})
 
+    def in_phase(self, name: str, phase: int) -> str:
+        """What a field of `PHASED` says of a phase, 0 for the first."""
+        parts = str(getattr(self, name)).split(">")
+        return parts[0] if len(parts) == 1 else parts[phase]
+
+    def rate_in_phase(self, phase: int) -> float:
+        """The learning rate a phase begins with, 0 for the first."""
+        return self.learning_rate * self.phase_rate**phase
+
+    @property
+    def views(self) -> tuple[str, float, str, int]:
+        """What the views of its training images follow from; trials that agree in it see the same ones."""
+        if self.augmentation == "none":
+            return "none", 1.0, "never", 0
+        return self.augmentation, self.augmentation_strength, self.horizontal_flip, self.seed
+
     @property
     def digest(self) -> str:
-        """Eight hex digits that name this configuration and no other."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:8]
+        """Eight hex digits that name this configuration and no other; an axis that is added later changes none."""
+        given = {name: value for name, value in self.to_json().items() if value != _DEFAULTS.get(name)}
+        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
 
 
 AXES: tuple[str, ...] = tuple(field.name for field in fields(TrialConfig))
+_DEFAULTS = {field.name: field.default for field in fields(TrialConfig) if field.default not in (MISSING, ())}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from cxr_models.backbones import BACKBONES
 from cxr_models.freezing import parse_strategy
-from cxr_models.trial import AXES, CHOICES, TrialConfig
+from cxr_models.trial import AXES, CHOICES, PHASED, TrialConfig
 from sweep.document import Document, Where, shown, unknown
 from sweep.space import Axis, Case, Choice, Constant, Domain, Range, Space, Value, value_text
 
@@ -88,8 +88,9 @@ def read_value(name: str, raw: Any) -> Value:
         ValueError: wrong type, out of range, or a name that does not exist.
     """
     value = _typed(KINDS[name], raw)
-    if name in NAMES and value not in NAMES[name]:
-        raise ValueError(unknown(value, NAMES[name]))
+    for part in str(value).split(">") if name in PHASED else (value,):
+        if name in NAMES and part not in NAMES[name]:
+            raise ValueError(unknown(part, NAMES[name]))
     if name == "weights" and value not in WEIGHTS and not str(value).endswith(".weights.h5"):
         raise ValueError(f"{unknown(value, WEIGHTS)}, or the path of a .weights.h5 file")
     if name == "freeze":
@@ -111,6 +112,12 @@ def space_schema() -> dict[str, Any]:
     }
 
 
+def condition_schema() -> dict[str, Any]:
+    """JSON Schema of what a case of `when` looks at; `space_schema` refers to it as `$defs/condition`."""
+    others = {other: {"anyOf": [_value_schema(other), {"type": "array"}]} for other in AXES}
+    return {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": others}
+
+
 def point_schema() -> dict[str, Any]:
     """JSON Schema of a fixed point."""
     return {
@@ -126,13 +133,11 @@ def _axis_schema(name: str) -> dict[str, Any]:
     domain = {"value": value, "choices": choices}
     if KINDS[name] in (int, float):
         domain |= {"low": value, "high": value, "step": value, "log": {"type": "boolean"}}
-    others = {other: {"anyOf": [_value_schema(other), {"type": "array"}]} for other in AXES}
-    condition = {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": others}
     case = {
         "type": "object",
         "additionalProperties": False,
         "required": ["if"],
-        "properties": {"if": condition, **domain},
+        "properties": {"if": {"$ref": "#/$defs/condition"}, **domain},
     }
     cases = {"type": "array", "items": case}
     long_form = {"type": "object", "additionalProperties": False, "properties": {**domain, "when": cases}}
@@ -140,6 +145,9 @@ def _axis_schema(name: str) -> dict[str, Any]:
 
 
 def _value_schema(name: str) -> dict[str, Any]:
+    if name in PHASED:
+        kinds = "|".join(NAMES[name])
+        return {"type": "string", "pattern": f"^({kinds})(>({kinds}))*$"}
     if name in NAMES:
         return {"enum": list(NAMES[name])}
     units = {"type": "integer", "minimum": 1}

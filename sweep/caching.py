@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cxr_models.augmentation import view_of_epoch
 from cxr_models.backbones import BACKBONES
-from cxr_models.cuts import Cut, choose_cut, work
+from cxr_models.cuts import Cut, choose_cut, tapped_layers, work
 from cxr_models.features import FeatureBudget, stored_bytes
 from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import LayerTable
@@ -61,6 +61,15 @@ class CacheRules:
     train_images: int
     val_images: int
 
+    def problem(self, config: TrialConfig) -> str:
+        """Why the network of a configuration cannot be built for these classes, or an empty string."""
+        try:
+            output_units(config, self.classes)
+            tapped_layers(self.tables[config.backbone, config.image_side], config.taps)
+        except ValueError as error:
+            return str(error)
+        return ""
+
     def phases(self, config: TrialConfig, budget: FeatureBudget | None) -> tuple[PhaseCache, ...]:
         """What each phase of a configuration reads under a budget."""
         kept = budget.cuts.get(group_of(config), ()) if budget else ()
@@ -81,7 +90,12 @@ class CacheRules:
         row, table = BACKBONES[config.backbone], self.tables[config.backbone, config.image_side]
         head = head_parameters(config, table, self.classes)
         return [
-            (index, choose_cut(phases[: index + 1], row, table, pooling=config.pooling, head_parameters=head))
+            (
+                index,
+                choose_cut(
+                    phases[: index + 1], row, table, pooling=config.pooling, taps=config.taps, head_parameters=head
+                ),
+            )
             for index in range(len(phases))
         ]
 
@@ -102,7 +116,7 @@ def _views(config: TrialConfig, phase: int) -> set[int]:
     if config.augmentation == "none":
         return {0}
     strategy = parse_strategy(config.freeze)
-    epochs = strategy.epochs(max(config.epochs, len(strategy.phases)))
+    epochs = strategy.epochs(max(config.epochs, len(strategy.phases)), config.probe_share)
     before = sum(epochs[:phase])
     return {view_of_epoch(before + epoch, config.augmented_views) for epoch in range(1, epochs[phase] + 1)}
 
@@ -138,7 +152,7 @@ def plan_cache(rules: CacheRules, configs: Sequence[TrialConfig], cache_dir: Pat
         return CachePlan(None, ())
     wanted: dict[Group, dict[Cut, tuple[int, float]]] = {}
     for config in configs:
-        if not fits(config, rules.classes):
+        if rules.problem(config):
             continue  # the plan says what is wrong with it
         cuts = wanted.setdefault(group_of(config), {})
         for cut, (size, gain) in rules.wanted(config).items():
@@ -156,14 +170,6 @@ def plan_cache(rules: CacheRules, configs: Sequence[TrialConfig], cache_dir: Pat
                 notes.append(_refusal(group, cut, size, left, configs))
         kept[group] = tuple(chosen)
     return CachePlan(FeatureBudget(features_folder(cache_dir), limit_bytes, kept), tuple(notes))
-
-
-def fits(config: TrialConfig, classes: int) -> bool:
-    """Whether the configuration's output can tell these classes apart."""
-    try:
-        return output_units(config, classes) > 0
-    except ValueError:
-        return False
 
 
 def _refusal(group: Group, cut: Cut, size: int, left: int, configs: Sequence[TrialConfig]) -> str:

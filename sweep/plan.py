@@ -28,7 +28,6 @@ from sweep.caching import (
     Group,
     PhaseCache,
     default_limit_bytes,
-    fits,
     group_of,
     plan_cache,
 )
@@ -42,7 +41,7 @@ from sweep.weights import WeightsFile, find_weights
 PHANTOM = "phantom"
 
 # The axes that shape a network; a value of each decides its parameters.
-SHAPING = ("backbone", "freeze", "batch_norm", "image_side", "pooling", "hidden_units", "output", "weights")
+SHAPING = ("backbone", "freeze", "batch_norm", "image_side", "pooling", "taps", "hidden_units", "output", "weights")
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Plan:
         names = [layer.name for layer in self.tables[config.backbone, config.image_side].layers]
         cuts = tuple(phase.cut.name if phase.cut else "" for phase in phases)
         earliest = min(names.index(phase.cut.layer) if phase.cut else 0 for phase in phases)
-        views = (config.augmentation, config.augmented_views, config.seed if config.augmentation != "none" else 0)
+        views = (*config.views, config.augmented_views)
         work = -max(phase.epoch_work for phase in phases)
         return (*group_of(config), earliest, cuts, *views, work, config.batch_size, -config.epochs)
 
@@ -185,7 +184,7 @@ def make_plan(
     trials = _trials(spec)
     try:
         batch_size = max(int(size) for size in _values(spec, "batch_size"))
-        fitting = [config for config in networks if fits(config, rules.classes)]  # the others are told of above
+        fitting = [config for config in networks if not rules.problem(config)]  # the others are told of above
         if fitting:
             need = trial_memory(fitting, tables, rules.classes, batch_size)
             allotment = allot(spec.resources, machine, trials, need)
@@ -271,10 +270,8 @@ def _strategies(
     counts: dict[tuple[str, str, str], list[list[tuple[int, int]]]] = {}
     caches: dict[tuple[str, str, str], list[tuple[PhaseCache, ...]]] = {}
     for config in configs:
-        try:
-            network.output_units(config, rules.classes)
-        except ValueError as error:
-            problems.append(f"space.output: {error}")
+        if problem := rules.problem(config):
+            problems.append(f"space: {problem}")
             continue
         table = rules.tables[config.backbone, config.image_side]
         phases = parse_strategy(config.freeze).phases

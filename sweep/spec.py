@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cxr_models.backbones import BACKBONES
 from cxr_models.freezing import parse_strategy, strategy_problem
-from cxr_models.trial import AXES, METRICS, Objective
-from sweep.axes import point_schema, read_point, read_space, space_schema
+from cxr_models.trial import AXES, METRICS, PHASED, Objective
+from sweep.axes import condition_schema, point_schema, read_point, read_space, space_schema
 from sweep.document import Document, SpecError, Where, parse_value, read_document, shown, unknown, write_yaml
 from sweep.space import Range, Space, Value
 
@@ -207,6 +207,7 @@ def json_schema() -> dict[str, Any]:
             "resources": ResourceSpec.model_json_schema(),
             "tracking": TrackingSpec.model_json_schema(),
         },
+        "$defs": {"condition": condition_schema()},
     }
 
 
@@ -332,6 +333,12 @@ def _check_networks(document: Document, space: Space) -> None:
         if isinstance(epochs, int) and epochs < len(strategy.phases):
             phases = len(strategy.phases)
             document.add(("space", "epochs"), f"freeze {freeze!r} has {phases} phases, but {epochs} epochs")
+    for axis in PHASED:
+        for freeze, given in sorted(space.combinations("freeze", axis), key=str) if axis in space.axes else ():
+            phases, named = len(parse_strategy(str(freeze)).phases), str(given).count(">") + 1
+            if named not in (1, phases):
+                expected = f"one value, or one for each of the {phases} phases of freeze {freeze!r}"
+                document.add(("space", axis), f"expected {expected}, got {given!r}")
 
 
 _S = TypeVar("_S", bound=_Section)

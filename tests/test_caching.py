@@ -112,7 +112,7 @@ class TestPlanCache:
     def test_a_small_cut_is_kept_behind_a_large_one_that_does_not_fit(self, rules, tmp_path):
         """The best for its size may be the larger."""
         wanted = {Cut("large", "", (100,)): (1000, 100.0), Cut("small", "", (50,)): (500, 2.0)}
-        given = SimpleNamespace(classes=4, wanted=lambda config: wanted)
+        given = SimpleNamespace(problem=lambda config: "", wanted=lambda config: wanted)
         assert kept(plan_cache(given, [CONFIG], tmp_path, 999)) == {Cut("small", "", (50,))}
         assert kept(plan_cache(given, [CONFIG], tmp_path, 1000)) == {Cut("large", "", (100,))}
 

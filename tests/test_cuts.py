@@ -44,7 +44,7 @@ def mobilenet(tmp_path_factory) -> LayerTable:
 
 def chosen(freeze: str, table: LayerTable, *, pooling: str = "average", head: int = HEAD) -> Cut | None:
     phases = parse_strategy(freeze).phases
-    return choose_cut(phases, BACKBONES[table.backbone], table, pooling=pooling, head_parameters=head)
+    return choose_cut(phases, BACKBONES[table.backbone], table, pooling=pooling, taps=1, head_parameters=head)
 
 
 def place(cut: Cut, table: LayerTable) -> int:
@@ -123,7 +123,7 @@ def test_work_of_a_convolution_and_of_what_only_moves_data():
 def test_no_cut_lies_behind_a_layer_that_has_trained(freeze, pooling, mobilenet):
     phases = parse_strategy(freeze).phases
     for number in range(1, len(phases) + 1):
-        cut = choose_cut(phases[:number], MOBILENET, mobilenet, pooling=pooling, head_parameters=HEAD)
+        cut = choose_cut(phases[:number], MOBILENET, mobilenet, pooling=pooling, taps=1, head_parameters=HEAD)
         if cut is not None:
             assert place(cut, mobilenet) < boundary(phases[:number], mobilenet)
             assert place(cut, mobilenet) in cut_layers(mobilenet)

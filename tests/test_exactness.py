@@ -44,8 +44,23 @@ TRIALS = {
     "light-again": {"freeze": "convs:2", "augmentation": "light", "learning_rate": 0.003, "weight_decay": 0.1},
     "two-views": {"freeze": "convs:2", "augmentation": "light", "augmented_views": 2},
     "affine": {"freeze": "stages:1", "batch_norm": "affine"},
+    "taps": {"freeze": "all", "taps": 4},
+    "rich": {
+        "freeze": "all>stages:1",
+        "optimizer": "adam>rmsprop",
+        "schedule": "cosine>plateau",
+        "warmup": 0.1,
+        "layer_decay": 0.5,
+        "loss": "focal",
+        "label_smoothing": 0.1,
+        "sampling": "balanced",
+        "augmentation": "strong",
+        "augmentation_strength": 0.5,
+        "horizontal_flip": "random",
+    },
 }
 QUICK = ("all", "convs:2", "stages:1", "all>stages:1", "convs:2>all", "light-deep", "light", "light-again", "two-views")
+QUICK += ("taps", "rich")
 # What takes long to compile runs with the slow tests.
 MANY = ("all", "convs:2", "stages:1", "all>stages:1", "light-deep", "light", "affine")
 SLOW = {"mobilenet_v2_0.35": ("convs:5", "affine"), "efficientnet_b0": MANY, "resnet50": MANY}

@@ -4,7 +4,6 @@ import pytest
 
 from cxr_models.backbones import BACKBONES, build_backbone
 from cxr_models.freezing import (
-    FINE_TUNE_SCALE,
     Phase,
     Treatment,
     count_parameters,
@@ -12,6 +11,7 @@ from cxr_models.freezing import (
     frozen_layers,
     main_convolutions,
     parse_strategy,
+    stage_depths,
     strategy_problem,
 )
 from cxr_models.layer_table import LayerTable, read_table
@@ -141,9 +141,6 @@ def test_each_stage_has_a_resolution_of_its_own(name, tables):
 def test_strategies_that_are_read(text, phases):
     strategy = parse_strategy(text)
     assert len(strategy.phases) == phases
-    assert sum(found.share for found in strategy.phases) == pytest.approx(1.0)
-    assert strategy.phases[0].learning_rate_scale == 1.0
-    assert all(found.learning_rate_scale == FINE_TUNE_SCALE for found in strategy.phases[1:])
 
 
 @pytest.mark.parametrize(
@@ -168,11 +165,24 @@ def test_more_than_the_backbone_has(text, problem):
 
 @pytest.mark.parametrize("total", range(3, 30))
 def test_every_phase_gets_epochs_and_none_is_lost(total):
-    epochs = parse_strategy("all>stages:1>none").epochs(total)
+    epochs = parse_strategy("all>stages:1>none").epochs(total, 0.3)
     assert sum(epochs) == total
     assert min(epochs) >= 1
 
 
+@pytest.mark.parametrize(("probe_share", "epochs"), [(0.3, (6, 7, 7)), (0.5, (10, 5, 5)), (0.01, (1, 10, 9))])
+def test_the_first_phase_gets_its_share_and_the_others_the_rest_evenly(probe_share, epochs):
+    assert parse_strategy("all>stages:1>none").epochs(20, probe_share) == epochs
+
+
+def test_depths_count_the_stages_from_the_output(tables):
+    row = BACKBONES["mobilenet_v2_0.35"]
+    depths = stage_depths(row, tables[row.name])
+    assert depths["input_layer"] == 5
+    assert (depths["block_13_depthwise"], depths["block_12_add"], depths["Conv_1"]) == (1, 2, 1)
+    assert list(depths.values()) == sorted(depths.values(), reverse=True)
+
+
 def test_fewer_epochs_than_phases_are_refused():
     with pytest.raises(ValueError, match="has 2 phases, but the trial only 1 epochs"):
-        parse_strategy("all>none").epochs(1)
+        parse_strategy("all>none").epochs(1, 0.3)

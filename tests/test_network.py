@@ -24,7 +24,7 @@ from cxr_models.cuts import Cut, choose_cut
 from cxr_models.freezing import decide, parse_strategy
 from cxr_models.layer_table import PACKAGED, LayerTable, layer_tables, read_table, weight_problems
 from cxr_models.network import build_network, export_model
-from cxr_models.steps import Steps
+from cxr_models.steps import Settings, Steps
 from cxr_models.training import dropout_seeds, make_optimizer
 from cxr_models.trial import TrialConfig
 
@@ -118,9 +118,9 @@ def test_exactly_the_weights_that_should_move_have_moved(name, freeze, batch_nor
     _spread_weights(built.backbone)
     before = {weight.path: weight.numpy().copy() for weight in built.model.weights}
     steps = Steps(built, None, make_optimizer("adam"))
-    steps.begin(0.05, 0.0)
+    steps.begin(Settings())
     seeds = np.stack([dropout_seeds((0, 1, step), steps.dropout_seeds) for step in range(3)])
-    steps.train(*(np.stack([given] * 3) for given in small_batch(config)), seeds)
+    steps.train(*(np.stack([given] * 3) for given in small_batch(config)), seeds, np.full(3, 0.05, np.float32))
     moved = {weight.path for weight in built.model.weights if not np.array_equal(weight.numpy(), before[weight.path])}
     assert moved == _expected_to_move(built, decide(phase, BACKBONES[name], built.table, batch_norm))
 
@@ -167,7 +167,7 @@ def test_prefix_and_suffix_are_the_network(name):
     built.enter(phases[0], "frozen")
     last = built.table.layers[-1]
     cuts = [
-        choose_cut(phases, BACKBONES[name], built.table, pooling="average", head_parameters=0),
+        choose_cut(phases, BACKBONES[name], built.table, pooling="average", taps=1, head_parameters=0),
         Cut(last.name, "", last.output),
         Cut(last.name, "average", last.output[-1:]),
     ]

@@ -17,6 +17,7 @@ from cxr_models.steps import Steps
 from cxr_models.training import (
     DivergedError,
     class_weights,
+    drawn_images,
     dropout_seeds,
     predict,
     restore_best,
@@ -376,6 +377,64 @@ class TestStoredFeatures:
 
 def out_of_memory(*given: object) -> None:
     raise RuntimeError("out of memory")
+
+
+class TestDrawnImages:
+    LABELS = np.array([0] * 12 + [1] * 6 + [2] * 2, np.int32)
+
+    @pytest.fixture
+    def uneven(self, data):
+        return replace(data, labels=self.LABELS, train=np.arange(20), val=np.arange(0), classes=("a", "b", "c"))
+
+    def test_natural_takes_every_image_once_in_an_order_of_the_epoch(self, uneven):
+        orders = [drawn_images(TINY, uneven, epoch).tolist() for epoch in (1, 2, 1)]
+        assert [sorted(order) for order in orders] == [list(range(20))] * 3
+        assert orders[0] == orders[2] != orders[1]
+
+    def test_balanced_takes_as_many_of_each_class_and_none_of_a_large_one_twice(self, uneven):
+        drawn = drawn_images(replace(TINY, sampling="balanced"), uneven, 1)
+        assert len(drawn) == 20
+        assert sorted(np.bincount(self.LABELS[drawn]).tolist()) == [6, 7, 7]
+        times = np.bincount(drawn, minlength=20)
+        assert times[:12].max() == 1
+        assert times[12:18].min() == 1
+        assert set(times[18:].tolist()) <= {3, 4}
+
+    def test_over_the_epochs_all_images_of_a_large_class_are_seen(self, uneven):
+        config = replace(TINY, sampling="balanced")
+        assert {*np.concatenate([drawn_images(config, uneven, epoch) for epoch in range(1, 9)])} == {*range(20)}
+
+
+class TestRates:
+    def test_each_has_its_own_rate_schedule_and_share(self, watch, images):
+        config = replace(
+            TestStoredFeatures.GIVEN,
+            freeze="all>stages:1",
+            epochs=6,
+            probe_share=0.5,
+            learning_rate=0.01,
+            phase_rate=0.2,
+            schedule="constant>exponential",
+            optimizer="adam>sgd",
+        )
+        epochs = watch(config, images).epochs
+        assert [metrics.phase for metrics in epochs] == [0, 0, 0, 1, 1, 1]
+        rates = np.array([metrics.learning_rate for metrics in epochs])
+        np.testing.assert_allclose(rates[:3], 0.01, rtol=1e-6)
+        assert (np.diff(rates[2:]) < 0).all()
+        assert rates[3:].max() < 0.002
+
+    def test_with_layer_decay_what_lies_deeper_moves_less(self, watch, images):
+        """Plain gradient descent: the factor on the rate is the factor on the first step."""
+        config = replace(
+            TestStoredFeatures.GIVEN, freeze="none", epochs=1, batch_size=TRAIN, optimizer="sgd", learning_rate=1e-3
+        )
+        plain, decayed = (watch(replace(config, layer_decay=decay), images) for decay in (1.0, 0.5))
+        first, whole, less = plain.weights[0], plain.weights[1], decayed.weights[1]
+        for part, factor in (("Conv_1/kernel", 0.5), ("block_5_project/kernel", 0.125), ("logits/kernel", 1.0)):
+            (name,) = (path for path in first if path.endswith(part))
+            moved, moved_less = whole[name] - first[name], less[name] - first[name]
+            assert np.abs(moved_less).sum() == pytest.approx(factor * np.abs(moved).sum(), rel=0.05), part
 
 
 class TestClassWeights:

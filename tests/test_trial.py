@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -22,7 +23,24 @@ CONFIG = TrialConfig("mobilenet_v2_0.35", freeze="all>stages:1", hidden_units=(1
         ("learning_rate", 0.0, "learning_rate must be above 0 and finite"),
         ("learning_rate", math.inf, "learning_rate must be above 0 and finite, but got inf"),
         ("weight_decay", -0.1, "weight_decay must be at least 0"),
-        ("augmentation", "flip", "augmentation must be one of none, light, strong, but got 'flip'"),
+        (
+            "augmentation",
+            "flip",
+            "augmentation must be one of none, light, strong, wide, geometry, exposure, but got 'flip'",
+        ),
+        (
+            "optimizer",
+            "adam>lion",
+            "must be one of adam, adamw, rmsprop, sgd, or one for each phase joined by",
+        ),
+        ("schedule", "linear", "schedule must be one of constant, cosine, plateau, exponential, or one for each phase"),
+        ("warmup", 1.0, r"warmup must lie in \[0, 1\), but got 1.0"),
+        ("label_smoothing", -0.1, r"label_smoothing must lie in \[0, 1\)"),
+        ("layer_decay", 0.0, "layer_decay must lie above 0 and be at most 1, but got 0.0"),
+        ("probe_share", 1.0, "probe_share must lie between 0 and 1, but got 1.0"),
+        ("focal_gamma", -1.0, "focal_gamma must be at least 0 and finite, but got -1.0"),
+        ("augmentation_strength", 0.0, "augmentation_strength must be above 0 and finite, but got 0.0"),
+        ("taps", 0, "taps must be at least 1, but got 0"),
         ("augmented_views", -1, "augmented_views must be at least 0, but got -1"),
         ("hidden_units", (8, 0), r"hidden_units must each be at least 1, but got \[8, 0\]"),
     ],
@@ -30,6 +48,26 @@ CONFIG = TrialConfig("mobilenet_v2_0.35", freeze="all>stages:1", hidden_units=(1
 def test_impossible_values(field, value, message):
     with pytest.raises(ValueError, match=message):
         TrialConfig(**{"backbone": "vanilla_cnn", field: value})
+
+
+def test_several_depths_are_pooled_never_flattened():
+    with pytest.raises(ValueError, match="taps above 1 need pooling average or max, but got taps 3 with flatten"):
+        TrialConfig("vanilla_cnn", taps=3, pooling="flatten")
+
+
+def test_a_phase_has_its_own_optimizer_schedule_and_rate():
+    config = TrialConfig("x", optimizer="adam>rmsprop", schedule="plateau", learning_rate=0.1, phase_rate=0.5)
+    assert [config.in_phase("optimizer", phase) for phase in (0, 1)] == ["adam", "rmsprop"]
+    assert [config.in_phase("schedule", phase) for phase in (0, 1)] == ["plateau", "plateau"]
+    assert [config.rate_in_phase(phase) for phase in (0, 1, 2)] == pytest.approx([0.1, 0.05, 0.025])
+
+
+def test_without_augmentation_every_seed_sees_the_same_images():
+    plain = TrialConfig("x")
+    assert replace(plain, seed=3, horizontal_flip="random", augmentation_strength=2.0).views == plain.views
+    light = replace(plain, augmentation="light")
+    others = [{"seed": 3}, {"horizontal_flip": "random"}, {"augmentation_strength": 2.0}, {"augmentation": "strong"}]
+    assert len({light.views, *(replace(light, **other).views for other in others)}) == 5
 
 
 def test_a_configuration_survives_json():
@@ -46,12 +84,15 @@ def test_a_configuration_of_before_an_axis_existed_is_read_with_its_default():
 
 def test_a_configuration_is_named_by_its_content():
     """The same in every process; every axis changes it."""
-    assert TrialConfig("vanilla_cnn").digest == "68cc4a2d"
+    assert TrialConfig("vanilla_cnn").digest == "811070a6"
     assert TrialConfig.from_json(CONFIG.to_json()).digest == CONFIG.digest
     others = {
         "backbone": "resnet50", "weights": "bundled", "image_side": 64, "freeze": "none", "batch_norm": "train",
-        "pooling": "max", "hidden_units": (8,), "dropout": 0.1, "output": "sigmoid", "optimizer": "sgd",
+        "pooling": "max", "taps": 2, "hidden_units": (8,), "dropout": 0.1, "output": "sigmoid", "optimizer": "sgd",
         "learning_rate": 1e-4, "weight_decay": 0.1, "batch_size": 8, "epochs": 3, "patience": 2,
+        "phase_rate": 0.5, "probe_share": 0.5, "schedule": "cosine", "warmup": 0.1, "layer_decay": 0.5,
+        "loss": "focal", "focal_gamma": 1.0, "label_smoothing": 0.1, "sampling": "balanced",
+        "augmentation_strength": 2.0, "horizontal_flip": "random",
         "class_weights": "balanced", "augmentation": "light", "augmented_views": 2, "seed": 1,
     }  # fmt: skip
     assert others.keys() == set(AXES)

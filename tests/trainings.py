@@ -72,7 +72,7 @@ def cuts_of(config: TrialConfig, classes: int) -> tuple[Cut | None, ...]:
     table = _table(config.backbone, config.image_side)
     head = head_parameters(config, table, classes)
     return tuple(
-        choose_cut(phases[: index + 1], row, table, pooling=config.pooling, head_parameters=head)
+        choose_cut(phases[: index + 1], row, table, pooling=config.pooling, taps=config.taps, head_parameters=head)
         for index in range(len(phases))
     )
 
