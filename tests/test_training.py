@@ -12,6 +12,7 @@ import pytest
 
 from cxr_models import steps, training
 from cxr_models.backbones import BACKBONES
+from cxr_models.freezing import parse_strategy
 from cxr_models.network import Network
 from cxr_models.steps import Steps
 from cxr_models.training import (
@@ -29,6 +30,7 @@ from tests.trainings import LOSS, Weights, cuts_of, drain, images_of, keeping, w
 
 TRAIN, VAL = 20, 10
 TINY = TrialConfig("vanilla_cnn", image_side=70, freeze="none", batch_size=8, epochs=2)
+EVERYTHING = parse_strategy("none").phases[0]
 MOBILE = replace(TINY, backbone="mobilenet_v2_0.35", image_side=32)
 
 
@@ -120,18 +122,6 @@ class TestPhases:
         assert trial.moved(0, 1) == of_the_head(everything)
         assert trial.moved(1, 4) == everything
 
-    def test_each_phase_takes_steps_of_its_own_size(self, watch, data, monkeypatch):
-        rates = []
-        begin = Steps.begin
-
-        def noted(self: Steps, *given: float) -> None:
-            begin(self, *given)
-            rates.append(float(self._optimizer.learning_rate.numpy()))
-
-        monkeypatch.setattr(Steps, "begin", noted)
-        watch(replace(TINY, freeze="all>none", learning_rate=0.01), data)
-        assert rates == pytest.approx([0.01, 0.001])
-
     def test_what_is_frozen_does_not_move_in_a_whole_trial(self, watch, tmp_path):
         """Batch norms' statistics included, where those of the trainable part move."""
         trial = watch(replace(MOBILE, freeze="stages:1", batch_norm="train"), tiny_data(tmp_path, side=32))
@@ -179,6 +169,7 @@ class Step:
     labels: np.ndarray
     weights: np.ndarray
     seeds: np.ndarray
+    rate: np.ndarray
     scores: np.ndarray
 
 
@@ -303,21 +294,25 @@ class TestWarm:
         for units in range(1, training.WARM_STEPS + 3):
             shape = training._shape(replace(TINY, hidden_units=(units,)), data)
             network = warm_network(*shape)
-            training._warm_steps(network, ("none", 0.0), "frozen", None, "adam")
+            training._warm_steps(network, EVERYTHING, "frozen", None, "adam", reweighted=False, layerwise=False)
             kept.append(weakref.ref(network))
         del network
         gc.collect()
         assert [reference() is not None for reference in kept] == [False] * 2 + [True] * training.WARM_STEPS
 
 
-class TestStoredFeatures:
-    GIVEN = replace(MOBILE, weights="bundled", freeze="all", dropout=0.3, learning_rate=0.01, epochs=3)
-    FILE = BACKBONES[GIVEN.backbone].bundled_path
+PRETRAINED = replace(MOBILE, weights="bundled", freeze="all", dropout=0.3, learning_rate=0.01, epochs=3)
 
-    @pytest.fixture
-    def images(self, tmp_path) -> TrialData:
-        data = tiny_data(tmp_path, side=32)
-        return replace(data, weights={(self.GIVEN.backbone, "bundled", 32): self.FILE})
+
+@pytest.fixture
+def images(tmp_path) -> TrialData:
+    """For `PRETRAINED`."""
+    data = tiny_data(tmp_path, side=32)
+    return replace(data, weights={(PRETRAINED.backbone, "bundled", 32): BACKBONES[PRETRAINED.backbone].bundled_path})
+
+
+class TestStoredFeatures:
+    GIVEN = PRETRAINED
 
     @pytest.mark.parametrize(
         ("freeze", "batch_norm"),
@@ -375,7 +370,7 @@ class TestStoredFeatures:
         assert [metrics.features_seconds > 0 for metrics in trial.epochs] == [True, False, False]
 
 
-def out_of_memory(*given: object) -> None:
+def out_of_memory(*given: object, **kinds: object) -> None:
     raise RuntimeError("out of memory")
 
 
@@ -408,7 +403,7 @@ class TestDrawnImages:
 class TestRates:
     def test_each_has_its_own_rate_schedule_and_share(self, watch, images):
         config = replace(
-            TestStoredFeatures.GIVEN,
+            PRETRAINED,
             freeze="all>stages:1",
             epochs=6,
             probe_share=0.5,
@@ -426,9 +421,7 @@ class TestRates:
 
     def test_with_layer_decay_what_lies_deeper_moves_less(self, watch, images):
         """Plain gradient descent: the factor on the rate is the factor on the first step."""
-        config = replace(
-            TestStoredFeatures.GIVEN, freeze="none", epochs=1, batch_size=TRAIN, optimizer="sgd", learning_rate=1e-3
-        )
+        config = replace(PRETRAINED, freeze="none", epochs=1, batch_size=TRAIN, optimizer="sgd", learning_rate=1e-3)
         plain, decayed = (watch(replace(config, layer_decay=decay), images) for decay in (1.0, 0.5))
         first, whole, less = plain.weights[0], plain.weights[1], decayed.weights[1]
         for part, factor in (("Conv_1/kernel", 0.5), ("block_5_project/kernel", 0.125), ("logits/kernel", 1.0)):
