@@ -10,7 +10,7 @@ from cxr_models.freezing import parse_strategy
 from cxr_models.trial import AXES, CHOICES, TrialConfig
 from sweep.document import Document, Where, shown, unknown
 from sweep.space import Axis, Case, Choice, Constant, Domain, Range, Space, Value, value_text
-from sweep.weights import NAMED, PLACES, source_problem
+from sweep.weights import source_problem
 
 KINDS: Mapping[str, Any] = {name: kind for name, kind in get_type_hints(TrialConfig).items() if name in AXES}
 NAMES: Mapping[str, tuple[str, ...]] = {"backbone": tuple(BACKBONES), **CHOICES}
@@ -91,7 +91,7 @@ def read_value(name: str, raw: Any) -> Value:
     if name in NAMES and value not in NAMES[name]:
         raise ValueError(unknown(value, NAMES[name]))
     if name == "weights" and (problem := source_problem(str(value))):
-        raise ValueError(f"{unknown(value, NAMED)}, or {problem}" if problem == PLACES else problem)
+        raise ValueError(problem)
     if name == "freeze":
         parse_strategy(str(value))
     try:

@@ -18,6 +18,7 @@ from cxr_models.extraction import extract_backbone
 from cxr_models.layer_table import LayerTable, weight_problems
 from cxr_models.storage import written_whole
 from cxr_models.trial import TrialConfig
+from sweep.document import unknown
 
 NAMED = ("imagenet", "bundled", "none")
 ENDINGS = (".weights.h5", ".h5", ".keras")
@@ -78,7 +79,7 @@ def source_problem(text: str) -> str:
                 f"such as {address}#sha256=<64 hexadecimal digits>, got {text!r}"
             )
         return ""
-    return "" if text.endswith(ENDINGS) or "/" in text else PLACES
+    return "" if text.endswith(ENDINGS) or "/" in text else f"{unknown(text, NAMED)}, or {PLACES}"
 
 
 def find_weights(
@@ -161,6 +162,10 @@ def _find(
         path = path / "best" / "model.keras"
         if not path.is_file():
             raise ValueError(f"expected the folder of a finished run, but there is no {path}")
+    if not path.name.endswith(ENDINGS):
+        raise ValueError(
+            f"expected the folder of an earlier run, or a file that ends in {', '.join(ENDINGS)}, got {path}"
+        )
     if path.suffix != ".keras" or not path.is_file():
         return WeightsFile(path)
     digest = _sha256(path)
