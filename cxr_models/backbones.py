@@ -26,7 +26,7 @@ BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 class InputRange(StrEnum):
     """What a backbone expects in place of raw pixels; the network does the conversion itself."""
 
-    RAW = "0 to 255"  # the backbone rescales inside (EfficientNet)
+    RAW = "0 to 255"  # the backbone rescales inside (MobileNetV3, EfficientNet, ConvNeXt)
     SYMMETRIC = "-1 to 1"  # mode `tf` of keras.applications
     STANDARDIZED = "ImageNet mean 0, deviation 1, RGB"  # mode `torch`
     CENTRED_BGR = "ImageNet mean 0, BGR"  # mode `caffe`
@@ -43,7 +43,8 @@ class Backbone:
         stage_starts: the first layer of each stage; the layers in front of the second are the first stage. One stage
             per resolution of the main path.
         layers: how many there are, the input layer included.
-        convolutions: how many lie on the main path; `convs:K` counts these.
+        convolutions: how many lie on the main path; `convs:K` counts these. 0 where they do not lie in one line, and
+            `convs:K` means nothing.
         imagenet_file: name Keras gives the file of ImageNet weights, `{side}` being the side they were trained at;
             empty where there are none.
         smallest_side: the smallest image side the architecture accepts, in pixels.
@@ -98,11 +99,25 @@ def _mobilenet_v2(alpha: float) -> Backbone:
     )
 
 
-_ROWS = (
-    *(_mobilenet_v2(alpha) for alpha in (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)),
-    Backbone(
-        name="efficientnet_b0",
-        application="EfficientNetB0",
+def _mobilenet_v3(size: str, *, starts: tuple[str, ...], layers: int, convolutions: int) -> Backbone:
+    return Backbone(
+        name=f"mobilenet_v3_{size}",
+        application=f"MobileNetV3{size.capitalize()}",
+        input_range=InputRange.RAW,
+        stage_starts=("input_layer", *starts),
+        layers=layers,
+        convolutions=convolutions,
+        imagenet_file=f"weights_mobilenet_v3_{size}_224_1.0_float_no_top_v2.h5",
+        side_convolutions=r"_squeeze_excite_conv(_1)?$",
+    )
+
+
+def _efficientnet(version: str, *, layers: int, convolutions: int) -> Backbone:
+    """EfficientNet B0 to B3, or V2 as `v2_b0` and the like."""
+    second = version.startswith("v2_")
+    return Backbone(
+        name=f"efficientnet_{version}",
+        application=f"EfficientNet{version.replace('_', '').upper()}",
         input_range=InputRange.RAW,
         stage_starts=(
             "input_layer",
@@ -111,12 +126,44 @@ _ROWS = (
             "block4a_expand_conv",
             "block6a_expand_conv",
         ),
-        layers=237,
-        convolutions=49,
-        imagenet_file="efficientnetb0_notop.h5",
+        layers=layers,
+        convolutions=convolutions,
+        imagenet_file=f"efficientnet{version.replace('_', '-')}_notop.h5",
         side_convolutions=r"_se_(reduce|expand)$",
-        imagenet_deviations=True,
+        imagenet_deviations=not second,
+    )
+
+
+_ROWS = (
+    *(_mobilenet_v2(alpha) for alpha in (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)),
+    _mobilenet_v3(
+        "small",
+        starts=(
+            "expanded_conv_depthwise_pad",
+            "expanded_conv_1_expand",
+            "expanded_conv_3_expand",
+            "expanded_conv_8_expand",
+        ),
+        layers=157,
+        convolutions=34,
     ),
+    _mobilenet_v3(
+        "large",
+        starts=(
+            "expanded_conv_1_expand",
+            "expanded_conv_3_expand",
+            "expanded_conv_6_expand",
+            "expanded_conv_12_expand",
+        ),
+        layers=187,
+        convolutions=46,
+    ),
+    _efficientnet("b0", layers=237, convolutions=49),
+    _efficientnet("b1", layers=339, convolutions=69),
+    _efficientnet("b2", layers=339, convolutions=69),
+    _efficientnet("b3", layers=384, convolutions=78),
+    _efficientnet("v2_b0", layers=270, convolutions=59),
+    _efficientnet("v2_s", layers=513, convolutions=110),
     Backbone(
         name="resnet50",
         application="ResNet50",
@@ -134,6 +181,23 @@ _ROWS = (
         side_convolutions=r"_0_conv$",
     ),
     Backbone(
+        name="resnet50_v2",
+        application="ResNet50V2",
+        input_range=InputRange.SYMMETRIC,
+        # Unlike the first version, the last block of a group halves, not the first of the next.
+        stage_starts=(
+            "input_layer",
+            "conv2_block1_preact_bn",
+            "conv2_block3_preact_bn",
+            "conv3_block4_preact_bn",
+            "conv4_block6_preact_bn",
+        ),
+        layers=190,
+        convolutions=49,
+        imagenet_file="resnet50v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        side_convolutions=r"_0_conv$",
+    ),
+    Backbone(
         name="densenet121",
         application="DenseNet121",
         input_range=InputRange.STANDARDIZED,
@@ -147,6 +211,57 @@ _ROWS = (
         layers=427,
         convolutions=120,
         imagenet_file="densenet121_weights_tf_dim_ordering_tf_kernels_notop.h5",
+    ),
+    Backbone(
+        name="inception_v3",
+        application="InceptionV3",
+        input_range=InputRange.SYMMETRIC,
+        # The first convolutions behind the two poolings, and of the blocks `mixed3` and `mixed8`.
+        stage_starts=("input_layer", "conv2d_3", "conv2d_8", "conv2d_27", "conv2d_72"),
+        layers=311,
+        convolutions=0,
+        imagenet_file="inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        smallest_side=75,
+    ),
+    Backbone(
+        name="xception",
+        application="Xception",
+        input_range=InputRange.SYMMETRIC,
+        stage_starts=(
+            "input_layer",
+            "block2_sepconv1",
+            "block3_sepconv1_act",
+            "block4_sepconv1_act",
+            "block13_sepconv1_act",
+        ),
+        layers=132,
+        convolutions=36,
+        imagenet_file="xception_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        smallest_side=71,
+        side_convolutions=r"^conv2d(_\d+)?$",
+    ),
+    Backbone(
+        name="convnext_tiny",
+        application="ConvNeXtTiny",
+        input_range=InputRange.RAW,
+        stage_starts=(
+            "input_layer",
+            "convnext_tiny_downsampling_block_0",
+            "convnext_tiny_downsampling_block_1",
+            "convnext_tiny_downsampling_block_2",
+        ),
+        layers=133,
+        convolutions=0,
+        imagenet_file="convnext_tiny_notop.h5",
+    ),
+    Backbone(
+        name="vgg16",
+        application="VGG16",
+        input_range=InputRange.CENTRED_BGR,
+        stage_starts=("input_layer", "block2_conv1", "block3_conv1", "block4_conv1", "block5_conv1"),
+        layers=19,
+        convolutions=13,
+        imagenet_file="vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5",
     ),
     Backbone(
         name="vanilla_cnn",

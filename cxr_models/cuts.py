@@ -12,7 +12,7 @@ from itertools import accumulate
 from math import prod
 
 from cxr_models.backbones import Backbone
-from cxr_models.freezing import CONVOLUTIONS, Phase, frozen_layers
+from cxr_models.freezing import Phase, frozen_layers
 from cxr_models.layer_table import Layer, LayerTable
 
 BYTES_PER_ELEMENT = 4  # float32: what is stored is exact
@@ -80,10 +80,8 @@ class Work:
 def forward_work(layer: Layer) -> float:
     """Multiply-accumulates of a layer for one image, and the elements it writes as their like."""
     elements = prod(layer.output)
-    if layer.kind not in CONVOLUTIONS:
-        return TRAFFIC * elements
     positions = elements // layer.output[-1]
-    kernels = (shape for shape in layer.shapes if len(shape) == 4)  # a bias has one axis
+    kernels = (shape for shape in layer.shapes if len(shape) > 1)  # biases and what normalizes have one axis
     return TRAFFIC * elements + positions * sum(prod(kernel) for kernel in kernels)
 
 

@@ -7,7 +7,8 @@ A strategy counts over the backbone's layers as `keras.applications` lists them,
     first:N       the first N layers are frozen
     last:N        only the last N layers train (partial fine-tuning)
     fraction:F    the first floor(F x layers) layers are frozen
-    convs:K       everything from the K-th last convolution to the output trains
+    convs:K       everything from the K-th last convolution to the output trains; not where the order of layers is not
+                  linear, as in InceptionV3 and ConvNeXt
     stages:K      the last K stages train
 
 `A>B` runs A, then B, at a lower rate as a rule: `all>stages:1` is LP-FT (Kumar et al., ICLR 2022), `all>stages:1>none`
@@ -118,6 +119,11 @@ def strategy_problem(strategy: FreezeStrategy, backbone: Backbone) -> str:
     }
     for phase in strategy.phases:
         what, most = available.get(phase.rule, ("", 0))
+        if phase.rule == "convs" and not backbone.convolutions:
+            return (
+                f"{phase.text!r} does not fit {backbone.name}, whose convolutions do not lie one behind the other; "
+                f"use stages:1 to stages:{len(backbone.stage_starts)}"
+            )
         if what and phase.amount > most:
             return (
                 f"{phase.text!r} does not fit {backbone.name}, which has {most} {what}; use at most {phase.rule}:{most}"

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cxr_models.backbones import BACKBONES, Backbone, build_backbone
 from cxr_models.storage import written_whole
@@ -101,6 +101,7 @@ class LayerTable:
 
 def read_table(backbone: Backbone, model: keras.Model) -> LayerTable:
     """Read the layers off a built backbone."""
+    layers = {id(layer) for layer in model.layers}
 
     def row(layer: keras.Layer) -> Layer:
         trainable = {id(weight) for weight in layer.trainable_weights}
@@ -109,11 +110,23 @@ def read_table(backbone: Backbone, model: keras.Model) -> LayerTable:
             kind=type(layer).__name__,
             shapes=tuple(tuple(weight.shape) for weight in layer.weights),
             trainable=tuple(id(weight) in trainable for weight in layer.weights),
-            inputs=tuple(parent.operation.name for parent in layer._inbound_nodes[0].parent_nodes),
+            inputs=tuple(dict.fromkeys(_read_layers(layer._inbound_nodes[0], layers))),
             output=tuple(layer.output.shape[1:]),
         )
 
     return LayerTable(backbone.name, model.input_shape[1], tuple(map(row, model.layers)))
+
+
+def _read_layers(node: Any, layers: Set[int]) -> Iterator[str]:
+    """Names of the layers a node of Keras' graph reads, past operations that are no layers.
+
+    ConvNeXt adds what goes around a block with an operation, MobileNetV3 scales so inside squeeze-excite.
+    """
+    for parent in node.parent_nodes:
+        if id(parent.operation) in layers:
+            yield parent.operation.name
+        else:
+            yield from _read_layers(parent, layers)
 
 
 def layer_tables(wanted: Iterable[tuple[str, int]], cache_dir: Path) -> dict[tuple[str, int], LayerTable]:
@@ -157,11 +170,15 @@ def weight_problems(table: LayerTable, path: Path) -> str:
         return f"no such file: {path}"
     try:
         with h5py.File(path) as file:
-            found = _stored_shapes(file)
+            found = stored_shapes(file)
+            older = any(name.startswith("layer_names") for name in file.attrs)
     except OSError as error:
         return f"{path} is not an HDF5 file of Keras weights ({error})"
-    expected = [sorted(layer.shapes) for layer in table.layers if layer.shapes]
-    if sorted(expected) == sorted(found):
+    if older == path.name.endswith(".weights.h5"):
+        layout, ending = ("older", ".h5, but not in .weights.h5") if older else ("newer", ".weights.h5")
+        return f"{path} has Keras' {layout} layout, which is told by its name: let it end in {ending}"
+    expected = weight_shapes(table)
+    if expected == found:
         return ""
     size = sum(prod(shape) for shapes in found for shape in shapes)
     return (
@@ -170,8 +187,13 @@ def weight_problems(table: LayerTable, path: Path) -> str:
     )
 
 
-def _stored_shapes(file: object) -> list[list[tuple[int, ...]]]:
-    """The weight shapes of each layer that has weights, sorted within the layer."""
+def weight_shapes(table: LayerTable) -> list[list[tuple[int, ...]]]:
+    """The weight shapes of each layer that has weights, sorted within the layer, and by layer."""
+    return sorted(sorted(layer.shapes) for layer in table.layers if layer.shapes)
+
+
+def stored_shapes(file: object) -> list[list[tuple[int, ...]]]:
+    """What `weight_shapes` gives, of an open HDF5 file of Keras weights or a group in one."""
     import h5py
 
     layers: dict[str, list[tuple[int, ...]]] = {}
@@ -183,7 +205,7 @@ def _stored_shapes(file: object) -> list[list[tuple[int, ...]]]:
             layers.setdefault(key, []).append(tuple(item.shape))
 
     file.visititems(visit)  # type: ignore[attr-defined]
-    return [sorted(shapes) for shapes in layers.values()]
+    return sorted(sorted(shapes) for shapes in layers.values())
 
 
 def _main(arguments: list[str]) -> None:

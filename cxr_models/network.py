@@ -225,8 +225,12 @@ def _first_weights(
     Raises:
         RuntimeError: a layer has a kernel whose initializer is not found; it could not be drawn anew.
     """
+    import keras
+
     found: list[tuple[keras.Variable, FirstWeight]] = []
-    for layer in (*backbone.layers, *head):
+    for layer in (*backbone._flatten_layers(include_self=False), *head):  # ConvNeXt has layers inside layers
+        if isinstance(layer, keras.Model):
+            continue
         for variable in layer.weights:
             initializer = _initializer(layer, variable.name)
             if initializer is None and variable.name.endswith("kernel"):

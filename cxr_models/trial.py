@@ -65,7 +65,7 @@ class TrialConfig:
 
     Attributes:
         backbone: a name in `backbones.BACKBONES`.
-        weights: `imagenet`, `bundled`, `none` or the path of a `.weights.h5` file.
+        weights: `imagenet`, `bundled`, `none`, a file, a URL with its checksum, or the folder of an earlier run.
         image_side: height and width of the square network input, in pixels.
         freeze: a freeze strategy, see `freezing.py`; phases are joined by `>`.
         batch_norm: what batch norms in the trainable part do; in the frozen part they are in inference mode always.

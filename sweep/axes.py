@@ -10,10 +10,10 @@ from cxr_models.freezing import parse_strategy
 from cxr_models.trial import AXES, CHOICES, PHASED, TrialConfig
 from sweep.document import Document, Where, shown, unknown
 from sweep.space import Axis, Case, Choice, Constant, Domain, Range, Space, Value, value_text
+from sweep.weights import source_problem
 
 KINDS: Mapping[str, Any] = {name: kind for name, kind in get_type_hints(TrialConfig).items() if name in AXES}
 NAMES: Mapping[str, tuple[str, ...]] = {"backbone": tuple(BACKBONES), **CHOICES}
-WEIGHTS = ("imagenet", "bundled", "none")
 RANGE_KEYS = ("low", "high", "log", "step")
 DOMAIN_KEYS = ("value", "choices", *RANGE_KEYS)
 MAX_STEPS = 1_000_000
@@ -91,8 +91,8 @@ def read_value(name: str, raw: Any) -> Value:
     for part in str(value).split(">") if name in PHASED else (value,):
         if name in NAMES and part not in NAMES[name]:
             raise ValueError(unknown(part, NAMES[name]))
-    if name == "weights" and value not in WEIGHTS and not str(value).endswith(".weights.h5"):
-        raise ValueError(f"{unknown(value, WEIGHTS)}, or the path of a .weights.h5 file")
+    if name == "weights" and (problem := source_problem(str(value))):
+        raise ValueError(problem)
     if name == "freeze":
         parse_strategy(str(value))
     try:

@@ -36,7 +36,7 @@ from sweep.machine import Allotment, Machine, allot
 from sweep.memory import trial_memory
 from sweep.space import Range
 from sweep.spec import SpecError, SweepSpec
-from sweep.weights import WeightsFile, find_weights
+from sweep.weights import WeightsFile, find_weights, origin_notes
 
 PHANTOM = "phantom"
 
@@ -173,7 +173,7 @@ def make_plan(
     problems: list[str] = []
     networks = _networks(spec)
     tables = layer_tables({(config.backbone, config.image_side) for config in networks}, cache_dir)
-    weights = find_weights(networks, tables, weights_dir, problems)
+    weights = find_weights(networks, tables, weights_dir, cache_dir, problems)
     counts = Counter(splits)
     rules = CacheRules(tables, len(manifest.classes), counts[TRAIN], counts[VAL])
     max_epochs = max(int(epochs) for epochs in _values(spec, "epochs"))
@@ -209,7 +209,12 @@ def make_plan(
         tables=tables,
         cache=cache,
         rules=rules,
-        notes=(*allotment.notes, *cache.notes, *_notes(spec, manifest, networks, max_epochs, marks)),
+        notes=(
+            *allotment.notes,
+            *cache.notes,
+            *origin_notes(weights),
+            *_notes(spec, manifest, networks, max_epochs, marks),
+        ),
     )
 
 

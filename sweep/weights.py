@@ -2,18 +2,34 @@
 
 import hashlib
 import os
+import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePosixPath
+from urllib.error import URLError
+from urllib.parse import unquote, urlsplit
 
 from cxr_models.backbones import BACKBONES, Backbone
+from cxr_models.extraction import extract_backbone
 from cxr_models.layer_table import LayerTable, weight_problems
 from cxr_models.storage import written_whole
 from cxr_models.trial import TrialConfig
+from sweep.document import unknown
 
+NAMED = ("imagenet", "bundled", "none")
+ENDINGS = (".weights.h5", ".h5", ".keras")
+PLACES = (
+    "the path of a .weights.h5, .h5 or .keras file, a URL of one with #sha256= behind it, "
+    "or the folder of an earlier run, such as runs/NAME"
+)
+_SCHEMES = ("https", "http", "file")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_CHECKSUM = re.compile(r"sha256=([0-9a-fA-F]{64})")
+_CHUNK = 1024**2
 # Where Keras fetches its ImageNet weights.
 _SERVER = ("storage.googleapis.com", 443)
 
@@ -29,10 +45,16 @@ class WeightsFile:
     Attributes:
         path: where it lies, or will lie once fetched.
         fetch: it is not there yet; Keras fetches it from its server.
+        origin: the model of an earlier sweep it was taken from, with its checksum; else empty.
     """
 
     path: Path
     fetch: bool = False
+    origin: str = ""
+
+
+class _MissingError(ValueError):
+    """A file of ImageNet weights that is not here."""
 
 
 def keras_folder() -> Path:
@@ -40,65 +62,173 @@ def keras_folder() -> Path:
     return Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models"
 
 
+def source_problem(text: str) -> str:
+    """Why no weights can come from what a space says, judged by the text alone, or an empty string."""
+    if text in NAMED:
+        return ""
+    if _URL.match(text):
+        address, _, fragment = text.partition("#")
+        scheme = urlsplit(address).scheme
+        if scheme not in _SCHEMES:
+            return f"expected a URL that begins with {', '.join(_SCHEMES)}, got {scheme!r}"
+        if not address.endswith(ENDINGS):
+            return f"expected the URL of a file that ends in {', '.join(ENDINGS)}, got {address!r}"
+        if not _CHECKSUM.fullmatch(fragment):
+            return (
+                f"expected a URL with the checksum of its file behind it, "
+                f"such as {address}#sha256=<64 hexadecimal digits>, got {text!r}"
+            )
+        return ""
+    return "" if text.endswith(ENDINGS) or "/" in text else f"{unknown(text, NAMED)}, or {PLACES}"
+
+
 def find_weights(
     configs: Iterable[TrialConfig],
     tables: Mapping[tuple[str, int], LayerTable],
     weights_dir: Path | None,
+    cache_dir: Path,
     problems: list[str],
 ) -> dict[tuple[str, str, int], WeightsFile]:
     """The file behind each (backbone, weights, image_side) of the space; what starts from scratch has none.
 
-    What is wrong is added to `problems`.
+    Files behind URLs are fetched, and weights taken out of models of earlier sweeps. ImageNet weights that Keras will
+    fetch are not here yet. What is wrong is added to `problems`.
     """
     found: dict[tuple[str, str, int], WeightsFile] = {}
+    tried: set[tuple[str, str, int]] = set()
+    missing: dict[str, str] = {}
+    reachable = cache(_server_answers)  # asked at most once, however many files are not here
     for config in configs:
         key = config.backbone, config.weights, config.image_side
-        if config.weights == "none" or key in found:
+        if config.weights == "none" or key in tried:
             continue
+        tried.add(key)
+        row, table = BACKBONES[config.backbone], tables[config.backbone, config.image_side]
         try:
-            found[key] = _find(BACKBONES[config.backbone], config, weights_dir)
-        except ValueError as error:
+            file = _find(row, config, table, weights_dir, cache_dir, reachable)
+        except _MissingError as error:
+            missing[str(error)] = row.name
+            continue
+        except (ValueError, OSError) as error:
             problems.append(f"space.weights: {error}")
             continue
-        if not found[key].fetch and (
-            problem := weight_problems(tables[config.backbone, config.image_side], found[key].path)
-        ):
+        if not file.fetch and (problem := weight_problems(table, file.path)):
             problems.append(f"space.weights: {problem}")
+            continue
+        found[key] = file
+    if missing:
+        owners = ", ".join(dict.fromkeys(missing.values()))
+        problems.append(
+            f"space.weights: imagenet weights of {owners} are in neither {weights_dir or '--weights-dir'} nor "
+            f"{keras_folder()}, and {_SERVER[0]} cannot be reached to fetch them; put the "
+            f"{'file' if len(missing) == 1 else 'files'} {', '.join(missing)} into one of the two folders"
+        )
     return found
 
 
-def _find(backbone: Backbone, config: TrialConfig, weights_dir: Path | None) -> WeightsFile:
+def origin_notes(found: Mapping[tuple[str, str, int], WeightsFile]) -> tuple[str, ...]:
+    """What a plan says of weights that come from models of earlier sweeps."""
+    taken = {(backbone, file.origin) for (backbone, _, _), file in found.items() if file.origin}
+    return tuple(
+        f"{backbone} starts from the model of an earlier sweep, {origin}; whether that was trained on images that are "
+        "test images here is not known"
+        for backbone, origin in sorted(taken)
+    )
+
+
+def _find(
+    row: Backbone,
+    config: TrialConfig,
+    table: LayerTable,
+    weights_dir: Path | None,
+    cache_dir: Path,
+    reachable: Callable[[], bool],
+) -> WeightsFile:
     if config.weights == "imagenet":
-        return _imagenet(backbone, config.image_side, weights_dir)
+        return _imagenet(row, config.image_side, weights_dir, reachable)
     if config.weights == "bundled":
-        if backbone.bundled_path is None:
-            bundled = [row.name for row in BACKBONES.values() if row.bundled_path]
+        if row.bundled_path is None:
+            bundled = [other.name for other in BACKBONES.values() if other.bundled_path]
             raise ValueError(
-                f"there are no bundled weights for {backbone.name}, only for {', '.join(bundled)}; "
-                "use imagenet, none or the path of a .weights.h5 file"
+                f"there are no bundled weights for {row.name}, only for {', '.join(bundled)}; "
+                f"use imagenet, none, or {PLACES}"
             )
-        return WeightsFile(backbone.bundled_path)
-    return WeightsFile(Path(config.weights).expanduser().resolve())
+        return WeightsFile(row.bundled_path)
+    if _URL.match(config.weights):
+        path = _downloaded(config.weights, cache_dir)
+    else:
+        path = Path(config.weights).expanduser().resolve()
+    if path.is_dir():
+        path = path / "best" / "model.keras"
+        if not path.is_file():
+            raise ValueError(f"expected the folder of a finished run, but there is no {path}")
+    if not path.name.endswith(ENDINGS):
+        raise ValueError(
+            f"expected the folder of an earlier run, or a file that ends in {', '.join(ENDINGS)}, got {path}"
+        )
+    if path.suffix != ".keras" or not path.is_file():
+        return WeightsFile(path)
+    digest = _sha256(path)
+    taken = cache_dir / "weights" / digest[:24] / f"{row.name}.weights.h5"
+    if not taken.is_file():
+        extract_backbone(path, row, table, taken)
+    return WeightsFile(taken, origin=f"{path} (sha256 {digest})")
 
 
-def _imagenet(backbone: Backbone, side: int, weights_dir: Path | None) -> WeightsFile:
-    name = backbone.imagenet_name(side)
+def _imagenet(row: Backbone, side: int, weights_dir: Path | None, reachable: Callable[[], bool]) -> WeightsFile:
+    name = row.imagenet_name(side)
     if not name:
-        raise ValueError(f"there are no ImageNet weights for {backbone.name}; use none")
+        raise ValueError(f"there are no ImageNet weights for {row.name}; use none")
     for folder in (weights_dir, keras_folder()):
         if folder is not None and (folder / name).is_file():
             return WeightsFile((folder / name).resolve())
-    if not _server_answers():
-        raise ValueError(
-            f"imagenet weights of {backbone.name} are in neither {weights_dir or '--weights-dir'} nor "
-            f"{keras_folder()}, and {_SERVER[0]} cannot be reached to fetch them; "
-            f"put the file {name} into one of the two folders"
-        )
+    if not reachable():
+        raise _MissingError(name)
     return WeightsFile(keras_folder() / name, fetch=True)
+
+
+def _downloaded(url: str, cache_dir: Path) -> Path:
+    """The file behind a URL whose checksum stands behind it, fetched once.
+
+    Raises:
+        ValueError: the server cannot be reached, or gives another file.
+    """
+    from http.client import HTTPException
+    from urllib.request import urlopen
+
+    address, _, fragment = url.partition("#")
+    expected = fragment.removeprefix("sha256=").lower()
+    kept = cache_dir / "weights" / expected[:24] / unquote(PurePosixPath(urlsplit(address).path).name)
+    if kept.is_file():
+        return kept
+    found = hashlib.sha256()
+    with written_whole(kept) as scratch:
+        try:
+            with urlopen(address, timeout=30) as answer, scratch.open("wb") as file:
+                while chunk := answer.read(_CHUNK):
+                    found.update(chunk)
+                    file.write(chunk)
+        except (URLError, OSError, HTTPException) as error:
+            raise ValueError(
+                f"{address} could not be fetched ({error}); check the address and the network, "
+                "or fetch the file by other means and give its path"
+            ) from error
+        if found.hexdigest() != expected:
+            raise ValueError(
+                f"{address} is not the file that was asked for: expected sha256 {expected}, got {found.hexdigest()}"
+            )
+    return kept
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def kept_weights(path: Path, cache_dir: Path) -> Path:
     """A copy that is named after its contents: whoever replaces the file while a sweep runs changes no trial."""
+    if path.is_relative_to(cache_dir / "weights"):  # fetched or taken from a model, and named so already
+        return path
     contents = path.read_bytes()
     kept = cache_dir / "weights" / hashlib.sha256(contents).hexdigest()[:24] / path.name
     if not kept.is_file():

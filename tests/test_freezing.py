@@ -1,15 +1,10 @@
-"""Freeze strategies: what the reports counted, and that every layer of every backbone is decided."""
+"""Freeze strategies: what the reports counted, and how they are read; `test_backbones.py` applies them."""
 
 import pytest
 
 from cxr_models.backbones import BACKBONES, build_backbone
 from cxr_models.freezing import (
     Phase,
-    Treatment,
-    count_parameters,
-    decide,
-    frozen_layers,
-    main_convolutions,
     parse_strategy,
     stage_depths,
     strategy_problem,
@@ -17,14 +12,6 @@ from cxr_models.freezing import (
 from cxr_models.layer_table import LayerTable, read_table
 from cxr_models.network import count_parameters as network_parameters
 from cxr_models.trial import TrialConfig
-
-RULES = ("all", "none", "first:5", "last:5", "fraction:0.5", "convs:1", "convs:2", "convs:3", "stages:1", "stages:2")
-FAMILIES = ("mobilenet_v2_0.35", "mobilenet_v2_1.4", "efficientnet_b0", "resnet50", "densenet121", "vanilla_cnn")
-
-
-@pytest.fixture(scope="module")
-def tables() -> dict[str, LayerTable]:
-    return {name: read_table(BACKBONES[name], build_backbone(BACKBONES[name], 96)) for name in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -66,72 +53,6 @@ def test_counts_of_the_second_report(mobilenet_224):
     assert frozen == 706_224
     assert trainable == 64_226_304 + 524_800 + 2_052
     assert trainable + frozen == 65_459_380
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("batch_norm", ["frozen", "affine", "train"])
-def test_every_layer_is_decided(name, rule, batch_norm, tables):
-    table, row = tables[name], BACKBONES[name]
-    decision = decide(phase(rule), row, table, batch_norm)
-    assert list(decision) == [layer.name for layer in table.layers]
-    boundary = frozen_layers(phase(rule), row, table)
-    for index, layer in enumerate(table.layers):
-        expected = Treatment.TRAINS
-        if index < boundary or (layer.is_batch_norm and batch_norm == "frozen"):
-            expected = Treatment.FROZEN
-        elif layer.is_batch_norm and batch_norm == "affine":
-            expected = Treatment.AFFINE
-        assert decision[layer.name] is expected
-    trainable, frozen = count_parameters(decision, table)
-    assert trainable + frozen == table.parameters
-
-
-@pytest.mark.parametrize(
-    ("name", "rule", "first_trained"),
-    [
-        ("mobilenet_v2_0.35", "convs:1", "Conv_1"),
-        ("mobilenet_v2_0.35", "convs:2", "block_16_project"),
-        ("mobilenet_v2_0.35", "convs:3", "block_16_depthwise"),
-        ("mobilenet_v2_0.35", "stages:1", "block_13_expand"),
-        ("mobilenet_v2_0.35", "stages:2", "block_6_expand"),
-        ("efficientnet_b0", "convs:2", "block7a_project_conv"),
-        ("efficientnet_b0", "convs:3", "block7a_dwconv"),  # squeeze-excite does not count
-        ("efficientnet_b0", "stages:1", "block6a_expand_conv"),
-        ("resnet50", "convs:3", "conv5_block3_1_conv"),
-        ("resnet50", "convs:9", "conv5_block1_1_conv"),  # the shortcut of block 1 does not count
-        ("resnet50", "stages:1", "conv5_block1_1_conv"),
-        ("densenet121", "convs:1", "conv5_block16_2_conv"),
-        ("densenet121", "stages:1", "conv5_block1_0_bn"),
-        ("vanilla_cnn", "stages:1", "conv_4"),
-    ],
-)
-def test_where_the_trainable_part_begins(name, rule, first_trained, tables):
-    boundary = frozen_layers(phase(rule), BACKBONES[name], tables[name])
-    assert tables[name].layers[boundary].name == first_trained
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_rows_say_what_keras_builds(name, tables):
-    row, table = BACKBONES[name], tables[name]
-    names = [layer.name for layer in table.layers]
-    assert len(names) == row.layers
-    assert not strategy_problem(parse_strategy(f"convs:{row.convolutions}"), row)
-    assert frozen_layers(phase(f"convs:{row.convolutions}"), row, table) >= 0
-    places = [names.index(start) for start in row.stage_starts]
-    assert places == sorted(places)
-    assert places[0] == 0
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_each_stage_has_a_resolution_of_its_own(name, tables):
-    row, table = BACKBONES[name], tables[name]
-    starts = [[layer.name for layer in table.layers].index(start) for start in row.stage_starts]
-    sides = [
-        min(table.layers[index].output[0] for index in main_convolutions(row, table) if start <= index < end)
-        for start, end in zip(starts, [*starts[1:], len(table.layers)], strict=True)
-    ]
-    assert sides == sorted(set(sides), reverse=True)
 
 
 @pytest.mark.parametrize(
