@@ -75,8 +75,8 @@ def _displayed(stored: NDArray[Any], dataset: Any) -> NDArray[np.float64]:
 
     values = apply_modality_lut(stored, dataset)
     if dataset.get("VOILUTSequence"):
-        bits = dataset.VOILUTSequence[0].LUTDescriptor[2]
-        return np.asarray(apply_voi(values.astype(np.int64), dataset), np.float64) / (2**bits - 1)
+        most = 2 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1
+        return np.asarray(apply_voi(values.astype(np.int64), dataset) / most, np.float64)
     values = np.asarray(values, np.float64)
     if dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
         center, width = _first(dataset.WindowCenter), _first(dataset.WindowWidth)
