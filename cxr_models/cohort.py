@@ -58,7 +58,7 @@ def read_cohort(
         progress: given a source's path, where to report its reading.
 
     Raises:
-        DataError: as `dataset.read_manifest`, or a class map names a class that is not there.
+        DataError: as `dataset.read_manifest`, or a class map names a class that is not there or leaves none.
     """
     manifests = []
     for source in sources:
@@ -78,7 +78,7 @@ def rename_classes(manifest: Manifest, classes: ClassMap, source: str) -> Manife
     """The manifest with classes renamed, merged (two names become one) or left out (None).
 
     Raises:
-        DataError: a class of the map is not in the data.
+        DataError: a class of the map is not in the data, or none is left.
     """
     if not classes:
         return manifest
@@ -90,6 +90,12 @@ def rename_classes(manifest: Manifest, classes: ClassMap, source: str) -> Manife
                 f"the classes {', '.join(map(repr, manifest.classes))}",
                 f"did you mean {near!r}?" if near else "correct the name in the map, or take it out",
             )
+    if all(classes.get(name, name) is None for name in manifest.classes):
+        raise data_error(
+            f"a class map that keeps a class of {source!r}",
+            f"it leaves none of {', '.join(map(repr, manifest.classes))}",
+            "null leaves a class out; give a name to those to keep, or take them out of the map",
+        )
     left_out = Counter(record.label for record in manifest.records if classes.get(record.label, "") is None)
     told = [f"{count:,} images of {name!r}" for name, count in sorted(left_out.items())]
     return replace(

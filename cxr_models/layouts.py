@@ -148,7 +148,7 @@ def _only_folder(pictures: Sequence[tuple[str, ...]]) -> str:
     classes = {place.label for place in (_place(parts, False) for parts in inside) if place.kind == IMAGES}
     only = folders.pop()
     # COVID/COVID/x.png is a class folder in itself, and so is CLASS/images/x.png.
-    return only if _in_splits(inside) or len(classes - {""}) > 1 else ""
+    return only if _in_splits(inside) or len(classes - {""}) > 1 or _only_folder(inside) else ""
 
 
 def _holders(pictures: Sequence[tuple[str, ...]]) -> list[str]:

@@ -171,7 +171,10 @@ def _columns(header: Sequence[str]) -> dict[str, int]:
         if (found := next((alias for alias in aliases if alias in names), None))
     }
     found = next((name for name in ID_COLUMNS if name in names), None)
-    return places if "path" in places or found is None else {**places, "id": names.index(found)}
+    if "path" in places or found is None:
+        return places
+    place = names.index(found)  # a patient's id that names a file tells no more than the file, whose tags come first
+    return {**{key: other for key, other in places.items() if other != place}, "id": place}
 
 
 def _misspelt(header: Sequence[str], columns: Mapping[str, int]) -> dict[str, str]:

@@ -39,7 +39,10 @@ _EXPECTED = {
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
     "less_than": "less than {lt}",
+    "less_than_equal": "at most {le:g}",
     "model_type": "a section with keys",
+    "dict_type": "a section with keys",
+    "mapping_type": "a section with keys",
 }
 
 
