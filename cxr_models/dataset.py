@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxr_models.images import ImageFacts, examine
-from cxr_models.layouts import DataError as DataError
-from cxr_models.layouts import Listing, data_error, list_images
-from cxr_models.layouts import Unreadable as Unreadable
+from cxr_models.layouts import ONLY_CLASS, list_images
+from cxr_models.listing import DataError as DataError
+from cxr_models.listing import Listing, data_error
+from cxr_models.listing import Unreadable as Unreadable
+from cxr_models.patients import PatientRule
 from cxr_models.storage import written_whole
 from cxr_models.trial import SPLITS, TEST, TRAIN, VAL
 
@@ -29,11 +31,15 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # (done, total)
 
-FACTS_VERSION = 1  # raise it when `ImageFacts` or their meaning changes: cached ones are then read anew
+FACTS_VERSION = 2  # raise it when `ImageFacts` or their meaning changes: cached ones are then read anew
 
 SPLIT_VERSION = 1  # raise it when `assign_splits` would cut the same manifest in another way
 
+DEFAULT_SHARES = (0.70, 0.15, 0.15)  # of train, val and test
+SHARES_TOLERANCE = 1e-6  # of their sum
+
 MAX_FOLDS = 20  # a part is a whole number of folds, so shares are met to 1/20
+MAX_FOLDS_OF_SMALL_SHARES = 100  # where a share is below 1/20
 MAX_BUNDLES = 100  # of patients alike: scikit-learn takes 50 microseconds per group and fold
 ATTEMPTS = 5  # shuffles tried per number of folds
 
@@ -50,7 +56,7 @@ class ImageRecord:
         mask: path of the lung mask, written as `path` is; "" for none.
         sha256: of the file.
         width, height: in pixels, upright.
-        mode: Pillow's, of the file.
+        mode: Pillow's, of the file; of a DICOM file its own.
         grey: whether all colour channels are equal.
     """
 
@@ -76,6 +82,8 @@ class Manifest:
         layout: how the images were found, in words.
         records: sorted by path.
         ignored: files that are no images, are hidden, or lie where the layout has no images.
+        notes: what a person should know of how the data were read, a sentence each.
+        spared: readable images that a subset left out.
     """
 
     root: Path
@@ -83,6 +91,8 @@ class Manifest:
     records: tuple[ImageRecord, ...]
     unreadable: tuple[Unreadable, ...]
     ignored: int
+    notes: tuple[str, ...] = ()
+    spared: int = 0
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -118,33 +128,56 @@ class _Known(NamedTuple):
 
 
 def read_manifest(
-    source: Path, *, patient: str = "", cache_dir: Path | None = None, progress: Progress | None = None
+    source: Path,
+    *,
+    patient: str = "",
+    least_classes: int = 2,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Find, read and describe every image of a data set.
 
     Args:
-        source: a folder (`CLASS/x.png` or `CLASS/images/x.png`, either also below `train`, `val` and `test`; masks in
-            `CLASS/masks/`), or a CSV file with the columns path, label and optionally patient, source, split, mask.
-        patient: a name in `layouts.PATIENT_PATTERNS`, or a regular expression matched at the start of each file name;
-            "" tries the built-in patterns, `none` takes no patient from names. Of a match, group 1, or the named
-            groups joined by `_`, or without groups the whole, is the patient. An image that nothing matches is its
-            own patient. A `patient` given in a CSV file wins.
+        source: a folder or a CSV file. In a folder: `CLASS/x.png`, at any depth and also below `train`, `val` and
+            `test`, with masks in `masks/` folders; `images/` beside `masks/`; DICOM files with one CSV file of labels.
+            A CSV file has the columns path, or the id of a file, and label, and optionally patient, source, split,
+            mask. A folder that holds nothing but such a folder is entered.
+        patient: a name in `patients.PATIENT_PATTERNS`, or a regular expression matched at the start of each file
+            name; "" tries DICOM's PatientID, then the built-in patterns; with `none` each image is its own patient. Of
+            a match, group 1, or the named groups joined by `_`, or without groups the whole, is the patient. An image
+            that nothing matches is its own patient. A `patient` given in a CSV file wins.
+        least_classes: how many there must be; 1 where labels do not matter.
         cache_dir: what was read is kept below it; a file with the same size and modification time is not read again.
         progress: called after every file that had to be read.
 
     Raises:
-        DataError: nothing there, no readable images, no classes, one class only, or a mistake in the CSV file or
-            the pattern. Single files that cannot be read are no error, they are `Manifest.unreadable`.
+        DataError: nothing there, no readable images, no classes, fewer than `least_classes`, or a mistake in the CSV
+            file or the pattern. Single files that cannot be read are no error, they are `Manifest.unreadable`.
     """
     source = source.expanduser().resolve()
-    listing = list_images(source, patient)
+    rule = PatientRule(patient)
+    listing = list_images(source)
     facts, unreadable = _read_facts(listing, _cache_file(cache_dir, source) if cache_dir else None, progress)
     records = tuple(
-        ImageRecord(**image._asdict(), **facts[image.path]._asdict()) for image in listing.images if image.path in facts
+        ImageRecord(
+            path=image.path,
+            label=image.label,
+            patient=rule.patient(image, known.patient),
+            source=image.source,
+            split=image.split,
+            mask=image.mask,
+            sha256=known.sha256,
+            width=known.width,
+            height=known.height,
+            mode=known.mode,
+            grey=known.grey,
+        )
+        for image in listing.images
+        if (known := facts.get(image.path))
     )
     left_out = tuple(sorted((*listing.unreadable, *unreadable), key=lambda file: file.path))
-    manifest = Manifest(listing.root, listing.layout, records, left_out, listing.ignored)
-    _check_classes(manifest, source)
+    manifest = Manifest(listing.root, listing.layout, records, left_out, listing.ignored, listing.notes)
+    check_classes(manifest, str(source), least_classes)
     return manifest
 
 
@@ -207,51 +240,66 @@ def _load_known(cache: Path) -> dict[str, _Known]:
         return {}
 
 
-def _check_classes(manifest: Manifest, source: Path) -> None:
+def check_classes(manifest: Manifest, source: str, least: int) -> None:
+    """Refuse a manifest without images or with fewer than `least` classes.
+
+    Args:
+        manifest: what was found.
+        source: where, for the message.
+        least: how many classes there must be.
+
+    Raises:
+        DataError: with up to three of the files that cannot be read.
+    """
     lost = "".join(f"\n    {file.path!r}: {file.reason}" for file in manifest.unreadable[:3])
     if not manifest.records:
         raise data_error(
-            f"readable images in {str(source)!r}",
+            f"readable images in {source!r}",
             f"{len(manifest.unreadable)} files, none of them readable:{lost}",
             "open one in an image viewer; copy the data set again",
         )
-    if len(manifest.classes) < 2:
+    if len(manifest.classes) < least:
         raise data_error(
-            f"at least two classes in {str(source)!r}",
+            f"at least {'two' if least == 2 else least} classes in {source!r}",
             f"only one class, {manifest.classes[0]!r}, with {len(manifest.records)} images"
             + (f", and {len(manifest.unreadable)} unreadable files:{lost}" if lost else ""),
-            "add the images of another class, or name the folder that holds all class folders",
+            "images/ beside masks/ has no classes; name the folder that holds all class folders, "
+            f"which may be {manifest.root.parent}"
+            if manifest.classes == (ONLY_CLASS,)
+            else "add the images of another class, or name the folder that holds all class folders",
         )
 
 
 def assign_splits(
-    manifest: Manifest, *, seed: int, shares: tuple[float, float, float] = (0.70, 0.15, 0.15)
+    manifest: Manifest, *, seed: int, shares: tuple[float, float, float] = DEFAULT_SHARES
 ) -> tuple[str, ...]:
     """Give every record its part: `train`, `val` or `test`.
 
     A given split is kept; records without a part count as train. Whichever of val and test was not given is cut from
     train: no patient stands on two sides of the cut, each part gets its share of every class, and the same manifest
-    and seed give the same parts.
+    and seed give the same parts. With a share of 0 for test, there is no test part unless one is given.
 
     Args:
         manifest: its patients must be right; what follows can be no better.
         seed: another one shuffles the patients anew.
-        shares: of train, val and test, above 0, with sum 1; where test was given, val gets 0.15 / (0.70 + 0.15) of
-            what is cut. They are met to about 1/20, less closely where a class has fewer than 20 patients.
+        shares: of train, val and test, the first two above 0, with sum 1; where test was given, val gets
+            val / (train + val) of what is cut. They are met to about 1/20, less closely where a class has fewer than
+            20 patients.
 
     Raises:
         DataError: a class has too few patients, or a given part has no image of some class.
     """
-    if min(shares) <= 0.0 or not math.isclose(sum(shares), 1.0):
-        raise ValueError(f"shares must be above 0 with sum 1, but got {shares}")
+    if min(shares[:2]) <= 0.0 or shares[2] < 0.0 or not math.isclose(sum(shares), 1.0, abs_tol=SHARES_TOLERANCE):
+        raise ValueError(f"shares must be above 0 (test: or 0) with sum 1, but got {shares}")
     parts = np.array([record.split or TRAIN for record in manifest.records], dtype=object)
-    wanted = {part: share for part, share in ((TEST, shares[2]), (VAL, shares[1])) if part not in parts}
+    cut = ((TEST, shares[2]), (VAL, shares[1]))
+    wanted = {part: share for part, share in cut if part not in parts and share}
     if wanted:
         whole = shares[0] + sum(wanted.values())
         pool = np.flatnonzero(parts == TRAIN)
         cut_shares = {part: share / whole for part, share in wanted.items()}
         parts[pool] = _cut(manifest, pool, cut_shares, seed)
-    for part in SPLITS:
+    for part in SPLITS if TEST in parts else (TRAIN, VAL):
         absent = set(manifest.classes) - {manifest.classes[label] for label in manifest.labels[parts == part]}
         if absent:
             raise data_error(
@@ -298,7 +346,8 @@ def _cut(manifest: Manifest, pool: NDArray[np.int64], shares: Mapping[str, float
                 f"one for each of {', '.join(parts[:-1])} and {parts[-1]}\n"
                 "  remedy: add images of more patients to it, leave the class out, or merge it with another"
             )
-    for part_of_fold in _deals(min(MAX_FOLDS, int(patients_of_class.min())), shares):
+    finest = min(max(MAX_FOLDS, round(1 / min(shares.values()))), MAX_FOLDS_OF_SMALL_SHARES)
+    for part_of_fold in _deals(min(finest, int(patients_of_class.min())), shares):
         for attempt in range(ATTEMPTS):
             rng = np.random.default_rng((seed, len(part_of_fold), attempt))
             fold_of = _folds(labels, _bundles(counts, rng)[patients], len(part_of_fold), rng)

@@ -7,7 +7,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+from cxr_models.dicom import Decoded, is_dicom, read_dicom
+
+DICOM_SUFFIXES = (".dcm", ".dicom")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *DICOM_SUFFIXES)
 # What may lie behind those names. Pillow's other readers are never tried: that of EPS starts another program.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
 MAX_PIXELS = 100_000_000
@@ -20,8 +23,9 @@ class ImageFacts(NamedTuple):
     Attributes:
         sha256: of the file's bytes.
         width, height: in pixels, of the upright picture.
-        mode: Pillow's, of the file.
+        mode: Pillow's, of the file; of a DICOM file its own, such as `MONOCHROME1/12`.
         grey: whether the colour channels are equal in every pixel.
+        patient: DICOM's PatientID; "" for none.
     """
 
     sha256: str
@@ -29,6 +33,7 @@ class ImageFacts(NamedTuple):
     height: int
     mode: str
     grey: bool
+    patient: str = ""
 
 
 def examine(path: Path) -> ImageFacts | str:
@@ -43,38 +48,41 @@ def examine(path: Path) -> ImageFacts | str:
             if file.tell() == 0:
                 return "the file is empty (0 bytes)"
             file.seek(0)
-            mode, picture = _decoded(file)
+            picture, mode, patient = _decoded(file)
     except UnidentifiedImageError:
-        return f"no picture of the formats {', '.join(FORMATS)}"
+        return f"no picture of the formats {', '.join((*FORMATS, 'DICOM'))}"
     except OSError as error:
         return error.strerror or str(error)
     except (
         Exception
     ) as error:  # broken files make Pillow's readers raise nearly anything: SyntaxError, struct.error ...
         return f"{type(error).__name__}: {error}"
-    return ImageFacts(sha256, *picture.size, mode, _is_grey(picture))
+    return ImageFacts(sha256, *picture.size, mode, _is_grey(picture), patient)
 
 
 def read_picture(path: Path) -> Image.Image:
     """Read one picture as people see it: upright, in mode L or RGB, 8 bits a channel.
 
     EXIF orientation is applied. Alpha is dropped, not blended. Grey values of 16 or 32 bits are scaled linearly from
-    the smallest of 8, 10, 12, 14 and 16 bits that holds the largest value of the image.
+    the smallest of 8, 10, 12, 14 and 16 bits that holds the largest value of the image. DICOM files, which are known
+    by their contents and not by their names, are shown as `dicom.read_dicom` says.
 
     Raises:
         OSError: the file is missing, truncated or no picture.
         ValueError: more than `MAX_PIXELS`, float pixels, or grey values outside 16 bits.
     """
     with path.open("rb") as file:
-        return _decoded(file)[1]
+        return _decoded(file).picture
 
 
-def _decoded(file: BinaryIO) -> tuple[str, Image.Image]:
+def _decoded(file: BinaryIO) -> Decoded:
+    if is_dicom(file):
+        return read_dicom(file, MAX_PIXELS)
     with Image.open(file, formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} megapixels")
-        return image.mode, _in_eight_bits(ImageOps.exif_transpose(image))
+        return Decoded(_in_eight_bits(ImageOps.exif_transpose(image)), image.mode, patient="")
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:

@@ -1,214 +1,258 @@
-"""Where the images of a data set are, and what their names say: class, patient, given split, mask. Reads no image."""
+"""How data sets are laid out on disk: class, given split, mask and source of every image. Opens no image."""
 
-import csv
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from cxr_models.images import SUFFIXES
-from cxr_models.trial import TEST, TRAIN, VAL
+from cxr_models.images import DICOM_SUFFIXES, SUFFIXES
+from cxr_models.listing import SPLIT_NAMES, ListedImage, Listing, Unreadable, data_error, files_below, is_picture
+from cxr_models.tables import image_stem, is_label_table, list_table, read_sources
+from cxr_models.trial import TRAIN, VAL
 
-# How published data sets name their files; group 1 is the patient. Tight enough to be tried on any data set.
-PATIENT_PATTERNS: Mapping[str, str] = {
-    "nih": r"^(\d{8})_\d{3}\.\w+$",
-    # Numbers start anew for bacteria and for virus, and IM-0282 and NORMAL2-IM-0282 are different series.
-    "kermany": r"^(person\d+_(?:bacteria|virus)(?=_\d+\.\w+$)|(?:NORMAL2-)?IM-\d+(?=-\d+(?:-\d+)?\.\w+$))",
-}
-EACH_ITS_OWN = "none"  # in place of a pattern: no file name tells a patient
-SPLIT_NAMES: Mapping[str, str] = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
-CSV_COLUMNS = ("path", "label", "patient", "source", "split", "mask")
-PATHS = ("path", "mask")
-IMAGES, MASKS = "images", "masks"  # folders inside a class folder, never classes themselves
-MAX_DEPTH = 8  # of folders below the root; a link may lead back up for ever
-SHOWN_PROBLEMS = 5
+IMAGES, MASKS = "images", "masks"  # folders beside or inside class folders, never classes themselves
+METADATA = ".metadata.xlsx"  # behind the name of a class: the spreadsheets of the COVID-19 Radiography Database
+ONLY_CLASS = "image"  # the label where images lie beside masks, without classes
+# A given val part tells nothing if a class has fewer images in it than this, and so many times more in train; in
+# Chest X-Ray Images (Pneumonia) there are 8 against 1,341.
+FEWEST_VAL = 20
+FEWEST_VAL_TIMES = 20
 
 
-class DataError(ValueError):
-    """The user's data is wrong; the message says what was expected, what was found and what to do."""
+class _Place(NamedTuple):
+    """One picture file in the layout.
 
+    Attributes:
+        kind: `IMAGES`, `MASKS`, or "" where the layout has neither.
+        key: the same for an image and its mask.
+    """
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A file or folder that was left out, and why."""
-
-    path: str
-    reason: str
-
-
-class ListedImage(NamedTuple):
-    """One image by its name: the first fields of `dataset.ImageRecord`."""
-
-    path: str
+    parts: tuple[str, ...]
+    split: str
     label: str
-    patient: str = ""
-    source: str = ""
-    split: str = ""
-    mask: str = ""
+    kind: str
+    key: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The images of a data set before any was opened; the fields are those of `dataset.Manifest`."""
+def list_images(source: Path) -> Listing:
+    """Find the images of a folder or CSV file, sorted by path.
 
-    root: Path
-    layout: str
-    images: tuple[ListedImage, ...]
-    unreadable: tuple[Unreadable, ...]
-    ignored: int
-
-
-def data_error(expected: str, found: str, remedy: str) -> DataError:
-    """An error in the words that all of them have."""
-    return DataError(f"expected {expected}\n  found: {found}\n  remedy: {remedy}")
-
-
-def list_images(source: Path, patient: str) -> Listing:
-    """Find the images of a folder or CSV file; arguments and errors as in `dataset.read_manifest`."""
-    patterns = _patient_patterns(patient)
+    Raises:
+        DataError: as `dataset.read_manifest`.
+    """
     if not source.exists():
         raise data_error("a folder of X-rays or a CSV file", f"nothing at {str(source)!r}", "check the path")
-    listing = _list_folder(source) if source.is_dir() else _list_csv(source)
-    images = sorted(image._replace(patient=_patient_of(image, patterns)) for image in listing.images)
-    return Listing(listing.root, listing.layout, tuple(images), listing.unreadable, listing.ignored)
-
-
-def _patient_patterns(text: str) -> tuple[re.Pattern[str], ...]:
-    """The patterns to try in turn: the one that is named or written out, or without any the built-in ones."""
-    if text == EACH_ITS_OWN:
-        return ()
-    wanted = (PATIENT_PATTERNS.get(text, text),) if text else tuple(PATIENT_PATTERNS.values())
-    try:
-        return tuple(map(re.compile, wanted))
-    except re.error as error:
-        raise data_error(
-            f"as patient one of {', '.join((*PATIENT_PATTERNS, EACH_ITS_OWN))} or a regular expression",
-            f"{text!r}: {error}",
-            r"correct it; '^(\d+)_' for example takes the digits in front of the first underscore",
-        ) from error
-
-
-def _patient_of(image: ListedImage, patterns: Sequence[re.Pattern[str]]) -> str:
-    name = image.path.rsplit("/", 1)[-1]
-    match = next(filter(None, (pattern.match(name) for pattern in patterns)), None)
-    if image.patient or match is None:
-        return image.patient or image.path
-    named = match.groupdict(default="")
-    found = "_".join(filter(None, named.values())) if named else match[1 if match.re.groups else 0]
-    return found or image.path
+    listing = _list_folder(source) if source.is_dir() else list_table(source)
+    return replace(listing, images=tuple(sorted(listing.images)))
 
 
 def _list_folder(root: Path) -> Listing:
     unreadable: list[Unreadable] = []
-    files = list(_files_below(root, unreadable))
-    pictures = [parts for parts in files if _is_picture(parts)]
+    files = list(files_below(root, unreadable))
+    pictures = [parts for parts in files if is_picture(parts)]
     if not pictures:
         raise data_error(
             f"images ({' '.join(SUFFIXES)}) below {str(root)!r}",
             f"no images, {len(files)} other files",
             "check the path; convert other formats to PNG",
         )
-    in_splits = any(SPLIT_NAMES.get(parts[0].lower()) == TRAIN and len(parts) > 2 for parts in pictures)
-    images: list[tuple[ListedImage, tuple[str, ...]]] = []
-    masks: dict[tuple[str, ...], str] = {}
-    for parts in pictures:
-        split = SPLIT_NAMES.get(parts[0].lower(), "") if in_splits else ""
-        inner = parts[1:] if in_splits else parts
-        kind = "" if in_splits and not split else _kind(inner)
-        class_and_name = (*parts[: len(parts) - len(inner) + 1], parts[-1])
-        if kind == MASKS:
-            masks[class_and_name] = "/".join(parts)
-        elif kind == IMAGES:
-            images.append((ListedImage("/".join(parts), inner[0], split=split), class_and_name))
-    if not images:
+    in_splits = _in_splits(pictures)
+    places = [_place(parts, in_splits) for parts in pictures]
+    has_classes = any(place.label and place.kind == IMAGES for place in places)
+    has_pairs = {IMAGES, MASKS} <= {place.kind for place in places}
+    tables = [root / parts[0] for parts in files if len(parts) == 1 and is_label_table(root / parts[0])]
+    all_dicom = all(parts[-1].lower().endswith(DICOM_SUFFIXES) for parts in pictures)
+    if tables and (all_dicom or not (has_classes or has_pairs)):
+        return _list_labelled(root, tables, len(files))
+    if below := _only_folder(pictures):
+        inner = _list_folder(root / below)
+        outside = sum(parts[0] != below for parts in files)
+        return replace(inner, layout=f"{inner.layout} in {below}/", ignored=inner.ignored + outside)
+    if not in_splits and (holders := _holders(pictures)):
         raise data_error(
-            f"one folder per class in {str(root)!r}: CLASS/x.png, CLASS/images/x.png or train/CLASS/x.png",
-            f"{len(pictures)} images but no class folders; the first image is {'/'.join(pictures[0])!r}",
-            "put the images of each class into a folder of its own, or list them in a CSV file: path,label",
+            f"one folder per class in {str(root)!r}",
+            f"whole data sets in {', '.join(map(repr, holders))}",
+            f"did you mean {' or '.join(str(root / holder) for holder in holders)}? "
+            "Name one, or several under data.sources",
         )
-    nested = any(len(place) < image.path.count("/") + 1 for image, place in images)
-    layout = "train|val|test folders" if in_splits else f"class folders{' with images/' if nested else ''}"
-    found = tuple(image._replace(mask=masks.get(place, "")) for image, place in images)
-    return Listing(root, layout, found, tuple(unreadable), len(files) - len(found) - len(masks))
+    if not has_classes:
+        if not has_pairs:
+            raise _no_classes(root, pictures)
+        places = [place._replace(label=ONLY_CLASS) for place in places if place.kind]
+    return _listing(root, files, places, in_splits, unreadable)
 
 
-def _files_below(root: Path, unreadable: list[Unreadable]) -> Iterator[tuple[str, ...]]:
-    """The path of every file, in parts. Folders that cannot be opened are added to `unreadable`."""
+def _listing(
+    root: Path, files: Sequence[tuple[str, ...]], places: Sequence[_Place], in_splits: bool, lost: list[Unreadable]
+) -> Listing:
+    """The images among the places, with masks and sources."""
+    masks = {place.key: "/".join(place.parts) for place in places if place.kind == MASKS}
+    found = [place for place in places if place.kind == IMAGES and place.label]
+    images = [
+        ListedImage("/".join(place.parts), place.label, split=place.split, mask=masks.get(place.key, ""))
+        for place in found
+    ]
+    notes = []
+    if in_splits:
+        images, merged = _without_tiny_val(images)
+        notes += merged
+    if masks and (unmasked := sum(not image.mask for image in images)):
+        notes.append(f"images without a mask: {unmasked:,} of {len(images):,}")
+    if alone := len(masks.keys() - {place.key for place in found}):
+        notes.append(f"masks without an image: {alone:,}")
+    names = [parts[0] for parts in files if len(parts) == 1 and parts[0].lower().endswith(METADATA)]
+    images, known = _with_sources(root, names, images, notes)
+    if not in_splits and root.name.lower() in SPLIT_NAMES and (others := _split_folders(root.parent)) - {root.name}:
+        notes.append(f"{root.name} is one part of a given split; name {root.parent} to use {', '.join(sorted(others))}")
+    layout = _words(found, in_splits)
+    ignored = len(files) - len(images) - len(masks) - known
+    return Listing(root, layout, tuple(images), tuple(lost), ignored, tuple(notes))
 
-    def note(error: OSError) -> None:
-        path = Path(error.filename).relative_to(root).as_posix()
-        unreadable.append(Unreadable(path, error.strerror or str(error)))
 
-    for folder, subfolders, names in os.walk(root, onerror=note, followlinks=True):
-        parts = Path(folder).relative_to(root).parts
-        subfolders[:] = sorted(subfolders) if len(parts) < MAX_DEPTH else []
-        yield from ((*parts, name) for name in sorted(names))
+def _in_splits(pictures: Sequence[tuple[str, ...]]) -> bool:
+    return any(len(parts) > 2 and SPLIT_NAMES.get(parts[0].lower()) == TRAIN for parts in pictures)
 
 
-def _is_picture(parts: tuple[str, ...]) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return not hidden and parts[-1].lower().endswith(SUFFIXES)
+def _place(parts: tuple[str, ...], in_splits: bool) -> _Place:
+    """CLASS/.../x.png is an image, CLASS/.../masks/.../x.png a mask; below `train`, `val` and `test` too."""
+    split = SPLIT_NAMES.get(parts[0].lower(), "") if in_splits else ""
+    inner = parts[1:] if in_splits else parts
+    folders = [folder.lower() for folder in inner[:-1]]
+    if not folders or (in_splits and not split):
+        return _Place(parts, split, "", "", ())
+    own = [folder for folder in inner[:-1] if folder.lower() not in (IMAGES, MASKS)]
+    stem = inner[-1].rsplit(".", 1)[0]
+    if folders[0] in (IMAGES, MASKS):
+        label, kind = "", folders[0]
+    else:
+        label, kind = inner[0], MASKS if MASKS in folders else IMAGES
+    return _Place(parts, split, label, kind, (split, *own, stem.removesuffix("_mask") if kind == MASKS else stem))
 
 
-def _kind(parts: tuple[str, ...]) -> str:
-    """Whether CLASS/x.png, CLASS/images/x.png or CLASS/masks/x.png is of `IMAGES`, of `MASKS` or, "", of neither."""
-    if not 2 <= len(parts) <= 3 or parts[0].lower() in (IMAGES, MASKS):
+def _words(found: Sequence[_Place], in_splits: bool) -> str:
+    if in_splits:
+        return "train|val|test folders"
+    if found[0].label == ONLY_CLASS and found[0].parts[0].lower() == IMAGES:
+        return "images/ and masks/"
+    inside = {folder.lower() for place in found for folder in place.parts[1:-1]}
+    return "class folders" + (" with images/" if inside == {IMAGES} else " with sub-folders" if inside else "")
+
+
+def _only_folder(pictures: Sequence[tuple[str, ...]]) -> str:
+    """The folder that all pictures lie in, if there are classes or parts of a split inside; else ""."""
+    folders = {parts[0] for parts in pictures}
+    inside = [parts[1:] for parts in pictures]
+    if len(folders) > 1 or not all(inside):
         return ""
-    folder = parts[1].lower() if len(parts) == 3 else IMAGES
-    return folder if folder in (IMAGES, MASKS) else ""
+    classes = {place.label for place in (_place(parts, False) for parts in inside) if place.kind == IMAGES}
+    only = folders.pop()
+    # COVID/COVID/x.png is a class folder in itself, and so is CLASS/images/x.png.
+    return only if _in_splits(inside) or len(classes - {""}) > 1 or _only_folder(inside) else ""
 
 
-def _list_csv(file: Path) -> Listing:
-    images: dict[str, ListedImage] = {}
-    problems: list[str] = []
-    for line, row in _csv_rows(file):
-        path, mask = (_normal_path(file.parent, row[column]) for column in ("path", "mask"))
-        split = SPLIT_NAMES.get(row["split"].lower(), "")
-        if not path or not row["label"]:
-            problems.append(f"line {line}: path {path!r} with label {row['label']!r}; both must be given")
-        elif row["split"] and not split:
-            problems.append(f"line {line}: split {row['split']!r}; it must be train, val, test or empty")
-        elif path in images:
-            problems.append(f"line {line}: {path!r} again; each image must be listed once")
-        else:
-            images[path] = ListedImage(path, row["label"], row["patient"], row["source"], split, mask)
-    if problems or not images:
-        more = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
+def _holders(pictures: Sequence[tuple[str, ...]]) -> list[str]:
+    """Folders that are no classes but data sets: there are parts of a split in them, or classes with images/."""
+    inside: dict[str, list[tuple[str, ...]]] = {}
+    for parts in pictures:
+        inside.setdefault(parts[0], []).append(parts[1:])
+    classes = {
+        folder: {parts[0] for parts in pictures if len(parts) > 2 and parts[1].lower() == IMAGES}
+        for folder, pictures in inside.items()
+    }
+    return sorted(folder for folder in inside if _in_splits(inside[folder]) or len(classes[folder]) > 1)
+
+
+def _list_labelled(root: Path, tables: Sequence[Path], files: int) -> Listing:
+    """A folder of images that a CSV file in it labels."""
+    if len(tables) > 1:
         raise data_error(
-            f"one image a line in {str(file)!r}",
-            "\n    ".join(problems[:SHOWN_PROBLEMS] + more) or "no lines below the header",
-            "correct the file",
+            f"one CSV file of labels in {str(root)!r}",
+            ", ".join(file.name for file in tables),
+            f"name the one to use, such as {tables[0]}",
         )
-    absent = {image.mask for image in images.values() if image.mask and not (file.parent / image.mask).is_file()}
-    found = tuple(image._replace(mask="") if image.mask in absent else image for image in images.values())
-    unreadable = tuple(Unreadable(mask, "the mask is missing") for mask in sorted(absent))
-    return Listing(file.parent, "CSV", found, unreadable, ignored=0)
+    listing = list_table(tables[0])
+    ignored = files - len(listing.images) - len({image.mask for image in listing.images if image.mask}) - 1
+    return replace(listing, layout=f"images labelled by {tables[0].name}", ignored=max(0, ignored))
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The last line number of each row and its `CSV_COLUMNS`, "" where absent."""
-    remedy = f"the columns are {', '.join(CSV_COLUMNS)}; the first two are needed, others are ignored"
+def _without_tiny_val(images: list[ListedImage]) -> tuple[list[ListedImage], list[str]]:
+    """The images with a given val part merged into train where it is too small to choose by, and what to say."""
+    counts = Counter((image.split, image.label) for image in images)
+    tiny = [
+        label
+        for label in sorted({image.label for image in images})
+        if counts[VAL, label] < FEWEST_VAL and counts[TRAIN, label] >= FEWEST_VAL_TIMES * max(1, counts[VAL, label])
+    ]
+    if not tiny or VAL not in {image.split for image in images}:
+        return images, []
+    val, train = (sum(image.split == part for image in images) for part in (VAL, TRAIN))
+    merged = [image._replace(split=TRAIN) if image.split == VAL else image for image in images]
+    return merged, [
+        f"the given val part of {val} images is too small to choose by ({counts[VAL, tiny[0]]} of {tiny[0]!r}): merged "
+        f"into train's {train:,}, and a new one is cut from them by patient"
+    ]
+
+
+def _with_sources(
+    root: Path, spreadsheets: Sequence[str], images: list[ListedImage], notes: list[str]
+) -> tuple[list[ListedImage], int]:
+    """The images with the URLs that their classes' spreadsheets give, and how many spreadsheets were read."""
+    labels = {_folded(image.label): image.label for image in images}
+    sources: dict[tuple[str, str], str] = {}
+    read = 0
+    for name in spreadsheets:
+        label = labels.get(_folded(name[: -len(METADATA)]))
+        try:
+            rows = read_sources(root / name) if label is not None else {}
+        except ValueError as error:
+            notes.append(f"{name} {error}; its images have no source")
+            continue
+        read += label is not None
+        sources |= {(label or "", stem): url for stem, url in rows.items()}
+    if not read:
+        return images, 0
+    named = [
+        image._replace(source=sources.get((image.label, image_stem(Path(image.path).name)), "")) for image in images
+    ]
+    if unknown := sum(not image.source for image in named):
+        notes.append(f"images that no metadata.xlsx names: {unknown:,}; they have no source")
+    return named, read
+
+
+def _folded(name: str) -> str:
+    return name.strip().lower().replace("_", " ")
+
+
+def _no_classes(root: Path, pictures: Sequence[tuple[str, ...]]) -> Exception:
+    """What to say of a folder without class folders, with the place where they may be."""
+    hint = "put the images of each class into a folder of its own, or list them in a CSV file: path,label"
+    above = root.parent
+    siblings = [folder.name for folder in _folders(above) if any(is_picture((name,)) for name in _names(folder))]
+    if root.name.lower() in (IMAGES, MASKS):
+        hint = f"did you mean {above}, or the folder that holds all class folders, {above.parent}?"
+    elif len(siblings) > 1:
+        hint = f"did you mean {above}? It has {', '.join(siblings[:5])}; else {hint}"
+    return data_error(
+        f"one folder per class in {str(root)!r}: CLASS/x.png, CLASS/images/x.png or train/CLASS/x.png",
+        f"{len(pictures)} images but no class folders; the first image is {'/'.join(pictures[0])!r}",
+        hint,
+    )
+
+
+def _split_folders(root: Path) -> set[str]:
+    return {folder.name for folder in _folders(root) if folder.name.lower() in SPLIT_NAMES}
+
+
+def _folders(root: Path) -> Iterator[Path]:
     try:
-        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            reader = csv.DictReader(text, restval="")
-            columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
-            if file.suffix.lower() != ".csv" or not {"path", "label"} <= columns.keys():
-                raise data_error(
-                    "a folder, or a .csv file with the header path,label[,patient,source,split,mask]",
-                    f"{str(file)!r} beginning with {','.join(reader.fieldnames or ())[:80]!r}",
-                    remedy,
-                )
-            for row in reader:
-                cells = {name: row[columns[name]] if name in columns else "" for name in CSV_COLUMNS}
-                yield reader.line_num, {name: cell if name in PATHS else cell.strip() for name, cell in cells.items()}
-    except csv.Error as error:
-        raise data_error(f"a CSV file in {str(file)!r}", f"line {reader.line_num}: {error}", remedy) from error
+        yield from (path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith("."))
+    except OSError:  # a hint is no reason to fail
+        return
 
 
-def _normal_path(root: Path, text: str) -> str:
-    """POSIX, relative to `root` where it lies below it, else absolute; "" for ""."""
-    path = Path(os.path.normpath(root / text))
-    below = path.relative_to(root) if path.is_relative_to(root) else path
-    return below.as_posix() if text else ""
+def _names(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError:
+        return []

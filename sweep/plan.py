@@ -15,7 +15,8 @@ import numpy as np
 
 from cxr_models import network
 from cxr_models.backbones import BACKBONES
-from cxr_models.dataset import SPLIT_VERSION, Manifest, Progress, assign_splits, read_manifest
+from cxr_models.cohort import Source, read_cohort
+from cxr_models.dataset import DEFAULT_SHARES, SPLIT_VERSION, Manifest, Progress, assign_splits
 from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import LayerTable, layer_tables
 from cxr_models.phantom import PATIENT_PATTERN, phantom_dataset
@@ -31,6 +32,7 @@ from sweep.caching import (
     group_of,
     plan_cache,
 )
+from sweep.dataspec import SourceSpec
 from sweep.halving import rungs
 from sweep.machine import Allotment, Machine, allot
 from sweep.memory import trial_memory
@@ -39,6 +41,7 @@ from sweep.spec import SpecError, SweepSpec
 from sweep.weights import WeightsFile, find_weights, origin_notes
 
 PHANTOM = "phantom"
+SHOWN_UNREADABLE = 20
 
 # The axes that shape a network; a value of each decides its parameters.
 SHAPING = ("backbone", "freeze", "batch_norm", "image_side", "pooling", "taps", "hidden_units", "output", "weights")
@@ -169,7 +172,7 @@ def make_plan(
         DataError: the data cannot be used.
     """
     manifest = read_data(spec, cache_dir, progress)
-    splits = stored_splits(manifest, spec.data.seed, cache_dir)
+    splits = stored_splits(manifest, spec.data.seed, cache_dir, spec.data.split.shares)
     problems: list[str] = []
     networks = _networks(spec)
     tables = layer_tables({(config.backbone, config.image_side) for config in networks}, cache_dir)
@@ -213,33 +216,52 @@ def make_plan(
             *allotment.notes,
             *cache.notes,
             *origin_notes(weights),
-            *_notes(spec, manifest, networks, max_epochs, marks),
+            *_data_notes(spec, manifest, splits),
+            *_notes(spec, networks, max_epochs, marks),
         ),
     )
 
 
-def read_data(spec: SweepSpec, cache_dir: Path, progress: Callable[[str], Progress] | None) -> Manifest:
-    """The images of a spec, with what `read_manifest` raises."""
-    if spec.data.source == PHANTOM:
+def read_data(
+    spec: SweepSpec, cache_dir: Path, progress: Callable[[str], Progress] | None, least_classes: int = 2
+) -> Manifest:
+    """The images of a spec: of all its sources, under the names of its class map, and of these the subset.
+
+    Raises:
+        DataError: as `cohort.read_cohort`.
+    """
+    return read_cohort(
+        [_source(source, cache_dir, progress) for source in spec.data.all_sources],
+        classes=spec.data.classes,
+        subset=spec.data.subset,
+        seed=spec.data.seed,
+        least_classes=least_classes,
+        cache_dir=cache_dir,
+        progress=progress and (lambda path: progress("reading images")),
+    )
+
+
+def _source(spec: SourceSpec, cache_dir: Path, progress: Callable[[str], Progress] | None) -> Source:
+    if spec.source == PHANTOM:
         drawing = progress("drawing phantoms") if progress else None
-        source = phantom_dataset(cache_dir, seed=0, progress=drawing)
-        pattern = spec.data.patient or PATIENT_PATTERN
-    else:
-        source, pattern = Path(spec.data.source).expanduser(), spec.data.patient or ""
-    reading = progress("reading images") if progress else None
-    return read_manifest(source, patient=pattern, cache_dir=cache_dir, progress=reading)
+        path = phantom_dataset(cache_dir, seed=0, progress=drawing)
+        return Source(path, spec.patient or PATIENT_PATTERN, spec.classes)
+    return Source(Path(spec.source), spec.patient or "", spec.classes)
 
 
-def stored_splits(manifest: Manifest, seed: int, cache_dir: Path) -> tuple[str, ...]:
+def stored_splits(
+    manifest: Manifest, seed: int, cache_dir: Path, shares: tuple[float, float, float] = DEFAULT_SHARES
+) -> tuple[str, ...]:
     """The split of a manifest, made once: scikit-learn alone takes longer to import than the rest of a plan."""
     made_by = f"v{SPLIT_VERSION}-sklearn{version('scikit-learn')}"
-    stored = cache_dir / "splits" / f"{manifest.digest[:16]}-seed{seed}-{made_by}.json"
+    cut = "-".join(f"{share:.6g}" for share in shares)
+    stored = cache_dir / "splits" / f"{manifest.digest[:16]}-seed{seed}-{cut}-{made_by}.json"
     try:
         splits = tuple(json.loads(stored.read_text()))
     except (OSError, ValueError):
         splits = ()
     if len(splits) != len(manifest.records) or not set(splits) <= set(SPLITS):
-        splits = assign_splits(manifest, seed=seed)
+        splits = assign_splits(manifest, seed=seed, shares=shares)
         with written_whole(stored) as scratch:
             scratch.write_text(json.dumps(splits))
     return splits
@@ -299,33 +321,44 @@ def _trains_from_scratch(config: TrialConfig) -> bool:
     return parse_strategy(config.freeze).phases[-1].rule == "none" and not batch_norms
 
 
-def _notes(
-    spec: SweepSpec, manifest: Manifest, networks: Sequence[TrialConfig], max_epochs: int, marks: tuple[int, ...]
-) -> Iterator[str]:
-    if spec.data.source == PHANTOM:
+def _data_notes(spec: SweepSpec, manifest: Manifest, splits: Sequence[str]) -> Iterator[str]:
+    sources = spec.data.all_sources
+    phantom = any(source.source == PHANTOM for source in sources)
+    patterns = sorted({source.patient for source in sources if source.patient})
+    if phantom:
         yield "phantom data: synthetic drawings to try the sweep on, a demonstration and not medicine"
+    yield from manifest.notes
+    if TEST not in splits:
+        yield "no test part (data.split): figures are validation figures that choices were made on"
     if manifest.unreadable:
         yield f"unreadable images that are left out: {len(manifest.unreadable)}"
-        yield from (f"  {bad.path}: {bad.reason}" for bad in manifest.unreadable[:20])
-        if len(manifest.unreadable) > 20:
-            yield f"  and {len(manifest.unreadable) - 20} more"
-    if manifest.patients == len(manifest.records) and spec.data.patient:
-        yield f"data.patient {spec.data.patient!r} gives every image a patient of its own; does it match the names?"
-    if manifest.patients == len(manifest.records) and not spec.data.patient:
+        yield from (f"  {bad.path}: {bad.reason}" for bad in manifest.unreadable[:SHOWN_UNREADABLE])
+        if len(manifest.unreadable) > SHOWN_UNREADABLE:
+            yield f"  and {len(manifest.unreadable) - SHOWN_UNREADABLE} more"
+    if manifest.patients == len(manifest.records) and patterns:
+        named = " or ".join(map(repr, patterns))
+        yield f"data.patient {named} gives every image a patient of its own; does it match the names?"
+    if manifest.patients == len(manifest.records) and not patterns:
         yield "no file name tells a patient: each image counts as its own (data.patient says how names tell them)"
+    if manifest.patients < len(manifest.records) and not patterns and not phantom:
+        yield (
+            "patients follow from a CSV, from DICOM's PatientID, or from names as NIH and Kermany give them; "
+            "data.patient: none ignores PatientID and names"
+        )
+    own = sum(record.patient == record.path for record in manifest.records)
+    if 0 < own < len(manifest.records):
+        yield f"the names of {own} images tell no patient: each of these counts as its own"
+
+
+def _notes(spec: SweepSpec, networks: Sequence[TrialConfig], max_epochs: int, marks: tuple[int, ...]) -> Iterator[str]:
     if any(config.weights == "none" and not _trains_from_scratch(config) for config in networks):
         yield (
             "some trials start from random weights but keep part of them: with weights: none, what is frozen stays "
             "random (batch norms too, unless batch_norm is train)"
         )
-    if manifest.patients < len(manifest.records) and not spec.data.patient and spec.data.source != PHANTOM:
-        yield "patients follow from a CSV or from names as NIH and Kermany give them; data.patient: none ignores names"
     if any(config.augmented_views for config in networks) and all(config.augmentation == "none" for config in networks):
         yield "augmented_views does nothing here: no trial augments its images (augmentation: light, or strong)"
     if spec.dropped_points:
         yield f"{spec.dropped_points} fixed points of the file lie outside the space that --set left, and are not run"
-    own = sum(record.patient == record.path for record in manifest.records)
-    if 0 < own < len(manifest.records):
-        yield f"the names of {own} images tell no patient: each of these counts as its own"
     if spec.search.halving and not marks:
         yield f"halving has no rung: grace_epochs {spec.search.halving.grace_epochs}, most epochs {max_epochs}"

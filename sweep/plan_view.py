@@ -4,6 +4,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cxr_models.cohort import subset_words
 from cxr_models.dataset import patients_on_two_sides
 from cxr_models.storage import size_text
 from sweep.caching import PhaseCache
@@ -18,7 +19,7 @@ def render_plan(plan: Plan) -> RenderableType:
     device = f"{allotment.gpus_per_trial:g} GPU" if allotment.gpus_per_trial else "no GPU"
     facts = Table.grid(padding=(0, 2))
     for name, value in (
-        ("data", f"{spec.data.source} ({plan.manifest.layout}), {len(plan.manifest.records)} images"),
+        ("data", f"{spec.data.name} ({plan.manifest.layout}), {subset_words(plan.manifest, spec.data.subset)}"),
         ("patients", f"{plan.manifest.patients}, {_two_sides(plan)}"),
         ("objective", f"validation {spec.objective.metric}, {spec.objective.mode}imum"),
         ("search", f"{spec.search.algorithm}, {plan.trials} trials, at most {plan.max_epochs} epochs each"),
@@ -38,6 +39,8 @@ def render_plan(plan: Plan) -> RenderableType:
 def _split_table(plan: Plan) -> Table:
     table = _table("Images by part", ("part",), numbers=(*plan.manifest.classes, "all", "patients"))
     for part, counts in plan.class_counts().items():
+        if not counts:
+            continue  # a sweep may have no test part
         own = [f"{counts[name]:,}" for name in plan.manifest.classes]
         table.add_row(part, *own, f"{counts.total():,}", f"{plan.patients(part):,}")
     return table

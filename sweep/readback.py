@@ -110,7 +110,7 @@ def read_run(folder: RunFolder) -> Run:
         objective, source = Objective(**summary["objective"]), summary["data"]["source"]
     else:
         spec = read_spec(folder.spec)
-        objective, source = spec.objective, spec.data.source
+        objective, source = spec.objective, spec.data.name
     entries = {entry.pop("number"): entry for entry in read_lines(folder.trial_record)}
     return Run(
         folder=folder,

@@ -176,7 +176,7 @@ def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
         objective=spec.objective,
         classes=manifest.classes,
         dataset=DatasetInfo(
-            name=Path(spec.data.source).name,
+            name=Path(spec.data.name).name,
             digest=manifest.digest,
             source=str(manifest.root),
             images=len(manifest.records),

@@ -6,13 +6,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from cxr_models.backbones import BACKBONES
 from cxr_models.freezing import parse_strategy, strategy_problem
 from cxr_models.trial import AXES, METRICS, PHASED, Objective
 from sweep.axes import condition_schema, point_schema, read_point, read_space, space_schema
+from sweep.dataspec import DataSpec, data_schema, read_data_section
 from sweep.document import Document, SpecError, Where, parse_value, read_document, shown, unknown, write_yaml
+from sweep.section import Section as _Section
+from sweep.section import validated as _validated
 from sweep.space import Range, Space, Value
 
 __all__ = [
@@ -31,34 +34,8 @@ __all__ = [
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NAME_EXPECTED = "letters, digits, '-', '_' and '.', beginning with a letter or digit"
 SHORT_FORMS = {"data": "source", "objective": "metric"}
+ONE_OF = {("data", "source"): "sources", ("data", "sources"): "source"}  # setting one takes the other's place
 TEXT_KEYS = ("data.patient", "data.source", "tracking.uri", "space.weights")
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class DataSpec(_Section):
-    """Where the images are.
-
-    Attributes:
-        source: a folder, a CSV file, or `phantom`.
-        patient: how a file name tells the patient: a built-in name or a regular expression.
-        seed: of the split; the search's if the file gives none.
-    """
-
-    source: str = Field(min_length=1)
-    patient: str | None = None
-    seed: int = Field(default=0, ge=0)
-
-    @field_validator("patient")
-    @classmethod
-    def _is_expression(cls, patient: str | None) -> str | None:
-        try:
-            re.compile(patient or "")
-        except re.error as error:
-            raise ValueError(f"expected a regular expression or a built-in name ({error}), got {patient!r}") from error
-        return patient
 
 
 class HalvingSpec(_Section):
@@ -148,7 +125,7 @@ class SweepSpec:
         return write_yaml(
             {
                 "name": self.name,
-                "data": self.data.model_dump(exclude_none=True),
+                "data": self.data.to_yaml(),
                 "objective": asdict(self.objective),
                 "search": {**search, "halving": search["halving"] or "none", "fixed": fixed},
                 "space": {axis.name: axis.to_yaml() for axis in self.space.axes.values()},
@@ -200,7 +177,7 @@ def json_schema() -> dict[str, Any]:
         "required": ["name", "data", "objective", "search", "space"],
         "properties": {
             "name": {"type": "string", "pattern": NAME_PATTERN},
-            "data": {"anyOf": [text, DataSpec.model_json_schema()]},
+            "data": {"anyOf": [text, data_schema()]},
             "objective": {"anyOf": [text, ObjectiveSection.model_json_schema()]},
             "search": search,
             "space": space_schema(),
@@ -240,6 +217,9 @@ def _override(document: Document, override: str) -> None:
     if where[0] not in KEYS:
         document.add((), f"{unknown(key, (*KEYS, *AXES))}", origin)
         return
+    section = document.values.get("data")
+    if where in ONE_OF and isinstance(section, dict):
+        section.pop(ONE_OF[where], None)
     document.set(where, text if ".".join(map(str, where)) in TEXT_KEYS else parse_value(text), origin)
 
 
@@ -247,7 +227,7 @@ def _resolve(document: Document) -> SweepSpec | None:
     name = _name(document)
     search = _search(document)
     seed = search.seed if search else 0
-    data = _section(DataSpec, document, "data", {"seed": seed})
+    data = read_data_section(document, seed)
     objective = _section(ObjectiveSection, document, "objective")
     resources = _section(ResourceSpec, document, "resources")
     tracking = _section(TrackingSpec, document, "tracking")
@@ -347,41 +327,3 @@ _S = TypeVar("_S", bound=_Section)
 def _section(model: type[_S], document: Document, name: str, defaults: Mapping[str, Any] | None = None) -> _S | None:
     section = document.section(name, required=any(field.is_required() for field in model.model_fields.values()))
     return None if section is None else _validated(model, document, (name,), {**(defaults or {}), **section})
-
-
-def _validated(model: type[_S], document: Document, where: Where, values: Any) -> _S | None:
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            if detail["type"] == "extra_forbidden":
-                document.check_keys(where, [str(detail["loc"][-1])], tuple(model.model_fields))
-            else:
-                document.add((*where, *detail["loc"]), _message(detail))
-        return None
-
-
-_EXPECTED = {
-    "string_type": "text",
-    "string_too_short": "text",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "greater_than": "more than {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "less than {lt}",
-    "model_type": "a section with keys",
-}
-
-
-def _message(detail: Any) -> str:
-    """Pydantic's finding in the words of the other messages."""
-    kind, context = detail["type"], detail.get("ctx", {})
-    if kind == "missing":
-        return "missing"
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "literal_error":
-        return unknown(detail["input"], re.findall(r"'([^']*)'", context["expected"]))
-    expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else detail["msg"]
-    return f"expected {expected}, got {shown(detail['input'])}"

@@ -84,7 +84,7 @@ def summarise(
 def _data(plan: Plan) -> dict[str, Any]:
     manifest = plan.manifest
     return {
-        "source": plan.spec.data.source,
+        "source": plan.spec.data.name,
         "layout": manifest.layout,
         "images": len(manifest.records),
         "patients": manifest.patients,

@@ -102,8 +102,8 @@ def test_hidden_and_other_files_are_ignored_and_counted(tmp_path: Path) -> None:
     save_images(tmp_path, "a/._1.png", ".cache/c/1.png", "__MACOSX/d/1.png", "e/f/g/1.png", "top.png")
     (tmp_path / "a" / "Thumbs.db").write_text("x")
     manifest = read_manifest(tmp_path)
-    assert paths_and_labels(manifest) == [("a/1.png", "a"), ("b/1.png", "b")]
-    assert manifest.ignored == 6
+    assert paths_and_labels(manifest) == [("a/1.png", "a"), ("b/1.png", "b"), ("e/f/g/1.png", "e")]
+    assert manifest.ignored == 5
 
 
 def test_a_link_back_up_ends(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_mistakes_in_a_folder_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match="found: no images, 1 other files"):
         read_manifest(tmp_path)
-    save_images(tmp_path, "images/1.png", "masks/1.png", "0.png")
+    save_images(tmp_path, "images/1.png", "images/2.png", "0.png")
     with pytest.raises(DataError, match=r"3 images but no class folders; the first image is '0\.png'"):
         read_manifest(tmp_path)
     save_images(tmp_path, "flu/1.png")
@@ -429,8 +429,26 @@ def test_a_given_part_without_a_class_is_refused() -> None:
 
 
 def test_shares_must_add_up() -> None:
-    with pytest.raises(ValueError, match="shares must be above 0 with sum 1"):
-        assign_splits(study(0), seed=0, shares=(0.8, 0.2, 0.0))
+    for shares in ((0.8, 0.2, 0.1), (0.8, 0.0, 0.2), (0.0, 0.5, 0.5), (0.8, 0.3, -0.1)):
+        with pytest.raises(ValueError, match=r"shares must be above 0 \(test: or 0\) with sum 1"):
+            assign_splits(study(0), seed=0, shares=shares)
+
+
+@pytest.mark.parametrize("shares", [(0.70, 0.30, 0.0), (0.5, 0.25, 0.25), (0.96, 0.02, 0.02), (0.1, 0.45, 0.45)])
+def test_any_shares_are_met_in_every_class(shares: tuple[float, float, float]) -> None:
+    manifest = manifest_of((f"P{i}", "aab"[i % 3], "") for i in range(3000))
+    splits = assign_splits(manifest, seed=0, shares=shares)
+    assert patients_on_two_sides(manifest, splits) == ()
+    for label in manifest.classes:
+        own = [part for part, record in zip(splits, manifest.records, strict=True) if record.label == label]
+        assert [own.count(part) / len(own) for part in SPLITS] == pytest.approx(shares, abs=0.01)
+
+
+def test_without_a_test_share_a_given_test_is_still_kept() -> None:
+    manifest = manifest_of((f"P{i}", "ab"[i % 2], TEST if i < 100 else "") for i in range(1100))
+    splits = assign_splits(manifest, seed=0, shares=(0.7, 0.3, 0.0))
+    assert [part == TEST for part in splits] == [record.split == TEST for record in manifest.records]
+    assert splits.count(VAL) / 1000 == pytest.approx(0.3, abs=0.01)
 
 
 def test_odd_file_names_survive_the_split_file(tmp_path: Path) -> None:

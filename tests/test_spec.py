@@ -452,6 +452,82 @@ class TestFile:
         assert read("\ufeff" + SMALL).name == "small"
 
 
+DATA = """\
+data:
+  sources:
+    - {source: a, classes: {COVID: covid, Lung_Opacity: null}, patient: kermany}
+    - b
+  classes: {"0": healthy}
+  split: {train: 0.7, val: 0.3}
+  subset: 0.25
+  patient: nih
+"""
+
+
+class TestData:
+    def test_sources_classes_shares_and_subset(self, read):
+        data = read(SMALL.replace("data: phantom\n", DATA)).data
+        assert [(source.source, source.patient) for source in data.all_sources] == [("a", "kermany"), ("b", "nih")]
+        assert data.all_sources[0].classes == {"COVID": "covid", "Lung_Opacity": None}
+        assert (data.classes, data.split.shares, data.subset) == ({"0": "healthy"}, (0.7, 0.3, 0.0), 0.25)
+        assert data.name == "a + b"
+
+    def test_without_them_all_images_are_split_as_before(self, read):
+        data = read(SMALL).data
+        assert (data.split.shares, data.subset, data.classes) == ((0.70, 0.15, 0.15), 1.0, {})
+        assert [source.source for source in data.all_sources] == ["phantom"]
+
+    def test_the_resolved_file_says_the_same(self, read):
+        spec = read(SMALL.replace("data: phantom\n", DATA))
+        assert read(spec.to_yaml()) == spec
+        jsonschema.Draft202012Validator(json_schema()).validate(yaml.safe_load(spec.to_yaml()))
+
+    def test_a_source_on_the_command_line_takes_the_place_of_several(self, read):
+        spec = read(
+            SMALL.replace("data: phantom\n", DATA), "data.source=~/x", "data.split.test=0.1", "data.split.val=0.2"
+        )
+        assert [source.source for source in spec.data.all_sources] == ["~/x"]
+        assert spec.data.split.shares == (0.7, 0.2, 0.1)
+        spec = read(SMALL, "data.sources=[one, two]")
+        assert (spec.data.source, spec.data.name) == ("", "one + two")
+
+    @pytest.mark.parametrize(
+        ("section", "messages"),
+        [
+            ("{source: x, sources: [y]}", ["line 2, data.sources: give either source or sources, not both"]),
+            ("{sources: []}", ["expected a list such as - {source: DIR}, got []"]),
+            ("{sources: {a: b}}", ["expected a list such as - {source: DIR}, got {'a': 'b'}"]),
+            ("{sources: [{sorce: x}]}", ["data.sources[0].source: missing", "did you mean 'source'?"]),
+            (
+                "{sources: [{source: x, patient: '('}, 3]}",
+                ["regular expression", "expected a section with keys, got 3"],
+            ),
+            (
+                "{source: x, split: {train: 0.7, val: 0.15, test: 0.1}}",
+                ["line 2, data.split: expected shares with sum 1", "got 0.7 + 0.15 + 0.1 = 0.95"],
+            ),
+            ("{source: x, split: {train: 0.7}}", ["data.split.val: missing"]),
+            ("{source: x, split: {train: 1, val: 0}}", ["train: expected less than 1", "val: expected more than 0"]),
+            ("{source: x, split: {train: 0.7, vall: 0.3}}", ["data.split.vall: unknown key; did you mean 'val'?"]),
+            ("{source: x, split: half}", ["data.split: expected a section with keys, got 'half'"]),
+            ("{source: x, subset: 0}", ["data.subset: expected more than 0, got 0"]),
+            ("{source: x, subset: 1.5}", ["data.subset: expected at most 1, got 1.5"]),
+            ("{source: x, classes: {a: 1}}", ["data.classes.a: expected text, got 1"]),
+            ("{source: x, classes: [a]}", ["data.classes: expected a section with keys, got ['a']"]),
+            ("{source: x, clases: {}}", ["data.clases: unknown key; did you mean 'classes'?"]),
+            (
+                "{source: x, subset: 2, split: {train: 0.5, val: 0.6}, seed: -1}",
+                ["data.subset", "data.split: expected shares", "data.seed: expected at least 0"],
+            ),
+        ],
+        ids=range(16),
+    )
+    def test_every_problem_is_told(self, problems, section, messages):
+        found = "\n".join(problems(SMALL.replace("data: phantom", f"data: {section}")))
+        for message in messages:
+            assert message in found
+
+
 def test_the_schema_agrees_on_good_files_and_refuses_unknown_names(read):
     schema = jsonschema.Draft202012Validator(json_schema())
     jsonschema.Draft202012Validator.check_schema(schema.schema)

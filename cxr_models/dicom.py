@@ -1,0 +1,106 @@
+"""One DICOM file: its picture in 8 bits as a viewer shows it, and its patient. Pydicom is loaded when one is read."""
+
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+PREAMBLE = 128  # bytes in front of the magic
+MAGIC = b"DICM"
+INVERTED = "MONOCHROME1"  # the smallest value is shown white
+COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom returns all of them as RGB
+
+
+class Decoded(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        picture: mode L or RGB, 8 bits a channel, as a viewer shows it: bones white.
+        mode: photometric interpretation and bits stored, such as `MONOCHROME1/12`.
+        patient: PatientID, "" if the file gives none.
+    """
+
+    picture: Image.Image
+    mode: str
+    patient: str
+
+
+def is_dicom(file: BinaryIO) -> bool:
+    """Whether a file, which is at its beginning and stays there, has DICOM's magic."""
+    found = file.read(PREAMBLE + len(MAGIC))[PREAMBLE:] == MAGIC
+    file.seek(0)
+    return found
+
+
+def read_dicom(file: BinaryIO, most_pixels: int) -> Decoded:
+    """Read a DICOM file's only frame.
+
+    Rescale slope and intercept are applied, then the VOI LUT or the first window where the file has one; without,
+    the smallest and the largest value become 0 and 255. MONOCHROME1 is inverted.
+
+    Raises:
+        ValueError: no pixels, several frames, more than `most_pixels`, an unknown photometric interpretation, or a
+            transfer syntax that needs an absent decoder; in a few words.
+    """
+    import pydicom
+    from pydicom.pixels import pixel_array
+
+    dataset = pydicom.dcmread(file)
+    if "PixelData" not in dataset:
+        raise ValueError("a DICOM file without pixels")
+    if (frames := int(dataset.get("NumberOfFrames") or 1)) != 1:
+        raise ValueError(f"a DICOM file of {frames} frames; expected one")
+    if dataset.Rows * dataset.Columns > most_pixels:
+        raise ValueError(f"{dataset.Columns} x {dataset.Rows} pixels, more than {most_pixels // 1_000_000} megapixels")
+    meaning = str(dataset.PhotometricInterpretation)
+    try:
+        values = pixel_array(dataset)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        syntax = dataset.file_meta.TransferSyntaxUID.name
+        raise ValueError(f"cannot be decompressed ({syntax}): {' '.join(str(error).split())[:200]}") from error
+    if meaning in COLOURS and values.dtype == np.uint8:
+        picture = Image.fromarray(values)
+    elif meaning.startswith("MONOCHROME"):
+        shares = _displayed(values, dataset)
+        picture = Image.fromarray(np.rint((1.0 - shares if meaning == INVERTED else shares) * 255.0).astype(np.uint8))
+    else:
+        raise ValueError(f"DICOM pixels of {meaning} in {values.dtype}; expected MONOCHROME1, MONOCHROME2 or 8-bit RGB")
+    return Decoded(picture, f"{meaning}/{dataset.BitsStored}", str(dataset.get("PatientID") or "").strip())
+
+
+def _displayed(stored: NDArray[Any], dataset: Any) -> NDArray[np.float64]:
+    """Stored grey values as shares from 0, the lower end of what is displayed, to 1."""
+    from pydicom.pixels import apply_modality_lut, apply_voi
+
+    values = apply_modality_lut(stored, dataset)
+    if dataset.get("VOILUTSequence"):
+        most = 2 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1
+        return np.asarray(apply_voi(values.astype(np.int64), dataset) / most, np.float64)
+    values = np.asarray(values, np.float64)
+    if dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
+        center, width = _first(dataset.WindowCenter), _first(dataset.WindowWidth)
+        return _windowed(values, center, width, str(dataset.get("VOILUTFunction") or "LINEAR"))
+    padding = dataset.get("PixelPaddingValue")
+    shown = values if padding is None or (stored == padding).all() else values[stored != padding]
+    low, high = shown.min(), shown.max()
+    if low == high:
+        return np.zeros(values.shape)
+    return np.asarray(np.clip((values - low) / (high - low), 0.0, 1.0))
+
+
+def _windowed(values: NDArray[np.float64], center: float, width: float, function: str) -> NDArray[np.float64]:
+    """DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3."""
+    if function == "SIGMOID":
+        shares: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-4.0 * (values - center) / width))
+        return shares
+    if function == "LINEAR_EXACT":
+        return np.clip((values - center) / width + 0.5, 0.0, 1.0)
+    if width <= 1.0:  # a threshold
+        return (values > center - 0.5).astype(np.float64)
+    return np.clip((values - (center - 0.5)) / (width - 1.0) + 0.5, 0.0, 1.0)
+
+
+def _first(value: Any) -> float:
+    """Of several windows the first, which is the one that viewers open with."""
+    return float(value) if isinstance(value, int | float | str) else float(value[0])
