@@ -333,9 +333,7 @@ def save_model(network: Network, config: TrialConfig, classes: int, path: Path) 
     return model
 
 
-def log_probabilities(
-    network: Network, pixels: NDArray[np.uint8], indices: NDArray[np.int64]
-) -> NDArray[np.float32]:
+def log_probabilities(network: Network, pixels: NDArray[np.uint8], indices: NDArray[np.int64]) -> NDArray[np.float32]:
     """Log-probabilities (len(indices), classes) from raw pixels, in inference mode."""
     size = steps.inference_batch()
     batches = [

@@ -118,7 +118,7 @@ def read_run(folder: RunFolder) -> Run:
         objective=objective,
         source=source,
         results=tuple(_result(entries[number]) for number in sorted(entries)),
-        epochs=_read_epochs(folder.epoch_record),
+        epochs=read_epochs(folder.epoch_record),
         split=pd.read_csv(folder.split, dtype=str, keep_default_na=False) if folder.split.is_file() else None,
         test=_read_test(folder.predictions) if folder.predictions.is_file() else None,
     )
@@ -136,7 +136,8 @@ def _result(entry: Mapping[str, Any]) -> TrialResult:
     return TrialResult(**{**entry, **known})
 
 
-def _read_epochs(path: Path) -> Mapping[str, tuple[EpochMetrics, ...]]:
+def read_epochs(path: Path) -> Mapping[str, tuple[EpochMetrics, ...]]:
+    """Trial -> its epochs in order, of the record of a sweep that may still run."""
     # A resumed trial repeats the epochs after its checkpoint; the later entry is the one it went on from.
     trials: dict[str, dict[int, EpochMetrics]] = {}
     for entry in read_lines(path):
