@@ -79,6 +79,8 @@ def summarise(
             "val": dict(best.val),
             "epoch": best.best_epoch,
         }
+    if plan.spec.reference:
+        summary["reference"] = plan.spec.reference.to_yaml()
     if evaluation.test is not None:
         summary["test"] = evaluation.test
     return summary
