@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 
@@ -25,6 +26,7 @@ from sweep.readback import read_epochs
 from sweep.record import Record, RunFolder, ranked, write_json
 from sweep.report import write_report
 from sweep.runner import Conductor, Listener, SweepFailed, run_inline
+from sweep.samples import take_samples, write_samples
 from sweep.search import Search
 from sweep.summary import summarise
 from sweep.timeline import Timeline
@@ -86,6 +88,8 @@ def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, a
     """
     watch = Stopwatch()
     write_inputs(plan, folder)
+    patients = np.array([record.patient for record in plan.manifest.records])
+    write_samples(folder.samples, take_samples(data, patients, plan.spec.space))
     tracker = open_tracker(plan, folder)
     record = Record(folder, plan.spec.objective)
     progress = SweepProgress(

@@ -184,7 +184,7 @@ def test_the_answer_names_the_leading_trial_and_its_test_figures_with_intervals(
     for metric in ("accuracy", "macro_f1", "balanced_accuracy", "auroc", "loss"):
         value, low, high = (f"{stated[metric][key]:.3f}" for key in ("value", "low", "high"))
         assert f"{value} {low} to {high}" in page.text
-    assert "opened once, after the search, for this model only: 24 images of 12 patients" in page.text
+    assert "opened once, after the search, when validation had chosen this model: 24 images of 12 patients" in page.text
 
 
 def test_epochs_that_were_spared_the_frozen_layers_are_told(folder: RunFolder) -> None:
@@ -264,10 +264,11 @@ def test_what_one_validation_image_weighs_is_said_before_strategies_are_compared
 def test_the_data_table_counts_images_and_patients_of_the_split(folder: RunFolder) -> None:
     page = Page(write_report(folder))
     rows = {row[0]: row[1:] for row in page.tables["split"]}
-    assert rows["covid"] == ["6", "4", "4", "14"]
-    assert rows["Images"] == ["18", "12", "12", "42"]
+    assert rows["covid"] == ["6 (4)", "4 (3)", "4 (2)", "14 (7)"]
     split = pd.read_csv(folder.split)
-    assert rows["Patients"][:3] == [str(split[split.split == s].patient.nunique()) for s in ("train", "val", "test")]
+    patients = [split[split.split == part].patient.nunique() for part in ("train", "val", "test")]
+    counts = zip((18, 12, 12), patients, strict=True)
+    assert rows["together"][:3] == [f"{images} ({owners})" for images, owners in counts]
     assert "unreadable files 3" in page.text
     assert "ignored files 5" in page.text
 
