@@ -78,6 +78,7 @@ def render(run: Run) -> str:
         points=percentage_points,
         class_rows=report_rows,
         plain=plain_name,
+        heading=lambda text: text[:1].upper() + text[1:],
     )
     return environment.get_template("report.html").render(
         run=run,

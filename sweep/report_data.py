@@ -233,7 +233,7 @@ def figure(value: Any) -> str:
 
 def percentage_points(value: float | None) -> str:
     """A signed difference to one decimal; a dash for none."""
-    return f"{value:+.1f}" if value is not None else "–"
+    return f"{value:+.1f}".replace("-", "−") if value is not None else "–"
 
 
 def is_number(value: Any) -> bool:
