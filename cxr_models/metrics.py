@@ -137,7 +137,11 @@ def classification_report(labels: IntArray, scores: FloatArray, classes: Sequenc
     The same dictionary as scikit-learn's, whose own takes as long as training a cached trial for some epochs. A figure
     that is undefined, such as the precision of a class never predicted, is 0.
     """
-    matrix = confusion_matrix(labels, scores)
+    return matrix_report(confusion_matrix(labels, scores), classes)
+
+
+def matrix_report(matrix: FloatArray, classes: Sequence[str]) -> dict[str, Any]:
+    """`classification_report` of a confusion matrix (classes, classes), true class by row; recall is sensitivity."""
     hits, support, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
     columns = {
         "precision": _ratio(hits, predicted),

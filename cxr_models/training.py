@@ -365,24 +365,38 @@ class _Best:
         self._found = None
 
 
-def restore_best(
-    config: TrialConfig, folder: Path, *, classes: int, channels: int, weights: Path | None, model_path: Path
-) -> keras.Model:
-    """Rebuild a trial's network with its best weights and save it whole, preprocessing inside, to `model_path`."""
-    network = build_network(config, classes=classes, channels=channels, weights=weights)
-    network.put_in(np.load(folder / BEST_WEIGHTS))
+def best_network(config: TrialConfig, data: TrialData, folder: Path) -> Network:
+    """The network of a trial with its best weights, in inference; trials of one shape take the same network in turn.
+
+    Args:
+        config: of the trial.
+        data: that it was trained on.
+        folder: where it left its weights.
+    """
+    network = warm_network(*_shape(config, data))
+    network.reset(config.seed, config.dropout)
+    with np.load(folder / BEST_WEIGHTS) as weights:
+        network.put_in(weights)
+    return network
+
+
+def save_model(network: Network, config: TrialConfig, classes: int, path: Path) -> keras.Model:
+    """Save a network whole, preprocessing inside, and return the model that was saved."""
     model = export_model(network, config, classes)
-    with written_whole(model_path) as scratch:
+    with written_whole(path) as scratch:
         model.save(scratch)
     return model
 
 
-def predict(model: keras.Model, pixels: NDArray[np.uint8], indices: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Class probabilities (len(indices), classes) of a saved model, from raw pixels."""
+def log_probabilities(network: Network, pixels: NDArray[np.uint8], indices: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Log-probabilities (len(indices), classes) from raw pixels, in inference mode."""
     size = steps.inference_batch()
     batches = [
-        model.predict_on_batch(pixels[indices[start : start + size]].astype(np.float32))
+        network.logits.predict_on_batch(pixels[indices[start : start + size]].astype(np.float32))
         for start in range(0, len(indices), size)
     ]
-    found = np.concatenate(batches)
-    return np.concatenate([1.0 - found, found], axis=1) if found.shape[1] == 1 else found
+    logits = np.concatenate(batches)
+    if logits.shape[1] == 1:  # one sigmoid unit, the probability of the second class
+        logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
+    found: NDArray[np.float32] = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    return found

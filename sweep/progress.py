@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -250,6 +251,45 @@ class SweepProgress:
         if self._extraction:
             lines.extend(map(Text, self._extraction.lines()))
         return Group(table, *lines, self._status())
+
+
+class EvaluationProgress:
+    """What a person sees of the final evaluation: a status line on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status = console.status("") if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status:
+            self._status.stop()
+
+    def begins(self, number: int, total: int, result: TrialResult, images: int) -> None:
+        """A strategy's best trial is about to be evaluated."""
+        config = result.config
+        self._show(f"evaluating {number} of {total} strategies on {images:,} images: {config.backbone} {config.freeze}")
+
+    def registers(self, uri: str) -> None:
+        """The best model is about to be registered."""
+        self._show("registering the best model in MLflow (some 10 seconds)")
+
+    def failed(self, result: TrialResult, problem: str) -> None:
+        """A strategy could not be evaluated."""
+        config = result.config
+        self._console.print(
+            Text(f"note: {config.backbone} {config.freeze} was not evaluated: {problem}", style="yellow")
+        )
+
+    def _show(self, line: str) -> None:
+        if self._status:
+            self._status.update(Text(line))
+        else:
+            self._console.print(line, highlight=False, markup=False)
 
 
 def describe(suggestion: Suggestion) -> str:

@@ -12,8 +12,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_models.metrics import confusion_matrix
-from cxr_models.trial import AXES, TEST, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from cxr_models.trial import AXES, TEST, VAL, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 from sweep.record import RunFolder, ranked, read_lines
+from sweep.reference import ReferenceSpec
+from sweep.samples import Samples, read_samples
 from sweep.spec import read_spec
 
 SCORE = "score:"
@@ -21,10 +23,11 @@ SCORE = "score:"
 
 @dataclass(frozen=True)
 class FinalPredictions:
-    """The chosen model on the test images.
+    """The chosen model on the test images, or on the validation images of a sweep without a test part.
 
     Attributes:
         trial_id: of the trial the model comes from.
+        part: `test` or `val`.
         classes: in the order of the scores.
         labels: (images,) true class as an index into `classes`.
         scores: (images, classes) probabilities.
@@ -32,6 +35,7 @@ class FinalPredictions:
     """
 
     trial_id: str
+    part: str
     classes: tuple[str, ...]
     labels: NDArray[np.int64]
     scores: NDArray[np.float64]
@@ -57,7 +61,8 @@ class Run:
         results: every ended trial, in the order of suggestion.
         epochs: trial -> its epochs in order; also of trials that did not end.
         split: columns path, label, patient and split; None if the sweep stopped before it was made.
-        test: None if the test set was not opened.
+        final: the chosen model's predictions; None if the sweep did not get that far.
+        samples: a few training images; None in a folder without them.
     """
 
     folder: RunFolder
@@ -67,7 +72,23 @@ class Run:
     results: tuple[TrialResult, ...]
     epochs: Mapping[str, tuple[EpochMetrics, ...]]
     split: pd.DataFrame | None
-    test: FinalPredictions | None
+    final: FinalPredictions | None
+    samples: Samples | None
+
+    @property
+    def test(self) -> FinalPredictions | None:
+        """None if the test set was not opened."""
+        return self.final if self.final and self.final.part == TEST else None
+
+    @property
+    def has_test_part(self) -> bool:
+        """Whether there are images to test on; True while the split is not known."""
+        return self.split is None or bool((self.split["split"] == TEST).any())
+
+    @cached_property
+    def reference(self) -> ReferenceSpec | None:
+        """The published figures of the spec."""
+        return ReferenceSpec.model_validate(self.summary["reference"]) if "reference" in self.summary else None
 
     @property
     def name(self) -> str:
@@ -112,15 +133,19 @@ def read_run(folder: RunFolder) -> Run:
         spec = read_spec(folder.spec)
         objective, source = spec.objective, spec.data.name
     entries = {entry.pop("number"): entry for entry in read_lines(folder.trial_record)}
+    results = tuple(_result(entries[number]) for number in sorted(entries))
+    leaders = ranked(results, objective)
+    best = summary["best"]["trial_id"] if "best" in summary else leaders[0].trial_id if leaders else ""
     return Run(
         folder=folder,
         summary=summary,
         objective=objective,
         source=source,
-        results=tuple(_result(entries[number]) for number in sorted(entries)),
-        epochs=_read_epochs(folder.epoch_record),
+        results=results,
+        epochs=read_epochs(folder.epoch_record),
         split=pd.read_csv(folder.split, dtype=str, keep_default_na=False) if folder.split.is_file() else None,
-        test=_read_test(folder.predictions) if folder.predictions.is_file() else None,
+        final=_read_final(folder.predictions, best, "test" in summary) if folder.predictions.is_file() else None,
+        samples=read_samples(folder.samples) if folder.samples.is_file() else None,
     )
 
 
@@ -136,7 +161,8 @@ def _result(entry: Mapping[str, Any]) -> TrialResult:
     return TrialResult(**{**entry, **known})
 
 
-def _read_epochs(path: Path) -> Mapping[str, tuple[EpochMetrics, ...]]:
+def read_epochs(path: Path) -> Mapping[str, tuple[EpochMetrics, ...]]:
+    """Trial -> its epochs in order, of the record of a sweep that may still run."""
     # A resumed trial repeats the epochs after its checkpoint; the later entry is the one it went on from.
     trials: dict[str, dict[int, EpochMetrics]] = {}
     for entry in read_lines(path):
@@ -145,9 +171,13 @@ def _read_epochs(path: Path) -> Mapping[str, tuple[EpochMetrics, ...]]:
     return {trial_id: tuple(epochs[number] for number in sorted(epochs)) for trial_id, epochs in trials.items()}
 
 
-def _read_test(path: Path) -> FinalPredictions | None:
+def _read_final(path: Path, best: str, tested: bool) -> FinalPredictions | None:
+    """The best trial's predictions; where they are absent although it was `tested`, those that are there."""
     table = pd.read_parquet(path)
-    table = table[table["split"] == TEST]
+    if best not in set(table["trial_id"]) and tested:
+        best = str(table["trial_id"].iloc[0])
+    parts = [table[(table["trial_id"] == best) & (table["split"] == part)] for part in (TEST, VAL)]
+    table = next((rows for rows in parts if not rows.empty), parts[0])
     if table.empty:
         return None
     columns = [column for column in table.columns if column.startswith(SCORE)]
@@ -155,7 +185,8 @@ def _read_test(path: Path) -> FinalPredictions | None:
     if strangers := sorted(set(table["true"]) - set(classes)):
         raise ValueError(f"{path} has true classes without a score column: {', '.join(map(str, strangers))}")
     return FinalPredictions(
-        trial_id=str(table["trial_id"].iloc[0]),
+        trial_id=best,
+        part=str(table["split"].iloc[0]),
         classes=classes,
         labels=np.array([classes.index(name) for name in table["true"]]),
         scores=table[columns].to_numpy(np.float64),

@@ -47,6 +47,11 @@ class RunFolder:
         return self.path / "predictions.parquet"
 
     @property
+    def samples(self) -> Path:
+        """A few training images for the report."""
+        return self.path / "samples.npz"
+
+    @property
     def model(self) -> Path:
         return self.path / "best" / "model.keras"
 

@@ -20,12 +20,13 @@ from rich.table import Table
 from rich.text import Text
 
 from cxr_models.dataset import DataError
-from cxr_models.trial import METRICS, Objective, TrialResult
+from cxr_models.trial import METRICS, SPLITS, TEST, Objective, TrialResult
 from sweep.machine import ClusterUnreachable, Machine, this_machine
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
 from sweep.progress import StepProgress, duration
 from sweep.record import RunFolder, ranked
+from sweep.reference import COMPARED, ReferenceSpec, compare
 from sweep.spec import SpecError, checked_name, read_spec
 from sweep.weights import WeightsError
 
@@ -181,6 +182,10 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
         for name in METRICS:
             found = test[name]
             console.print(f"  {name} {found['value']:.3f} (95 % interval {found['low']:.3f} to {found['high']:.3f})")
+    elif not len(plan.indices(TEST)):
+        console.print("no test part: these are validation figures, and the choice was made on them")
+    if plan.spec.reference:
+        _print_reference(plan.spec.reference, summary, console)
 
 
 def _ranking(order: Sequence[TrialResult], objective: Objective) -> Table:
@@ -198,18 +203,46 @@ def _ranking(order: Sequence[TrialResult], objective: Objective) -> Table:
 
 
 def _strategy_table(summary: Mapping[str, Any], objective: Objective) -> Table:
-    table = Table(title="Strategies", title_justify="left")
+    """Validation scores, sizes and times; where the final evaluation came to, the accuracy of each best trial."""
+    parts = [part for part in SPLITS if any(part in row for row in summary["strategies"])]
+    accuracy = f", accuracy of the best on {', '.join(parts)}" if parts else ""
+    table = Table(title=f"Strategies by validation {objective.metric}{accuracy}", title_justify="left")
     for name in ("backbone", "freeze"):
         table.add_column(name)
-    for name in ("trials", f"best {objective.metric}", f"median {objective.metric}", "trainable", "frozen", "time"):
+    for name in ("trials", "best", "median", *parts, "trainable", "frozen", "time"):
         table.add_column(name, justify="right")
     for row in summary["strategies"]:
-        counts = f"{row['trainable_parameters']:,}", f"{row['frozen_parameters']:,}"
         values = f"{row['best_val']:.3f}", f"{row['median_val']:.3f}"
-        table.add_row(
-            row["backbone"], row["freeze"], str(row["trials"]), *values, *counts, duration(row["train_seconds"])
-        )
+        accuracies = (f"{row[part]['accuracy']:.3f}" if part in row else "–" for part in parts)
+        counts = f"{row['trainable_parameters']:,}", f"{row['frozen_parameters']:,}"
+        names = row["backbone"], row["freeze"], str(row["trials"])
+        table.add_row(*names, *values, *accuracies, *counts, duration(row["train_seconds"]))
     return table
+
+
+def _print_reference(reference: ReferenceSpec, summary: Mapping[str, Any], console: Console) -> None:
+    """Published figures beside ours, where they are about the same classes."""
+    comparisons = compare(reference, summary)
+    if not comparisons:
+        console.print(
+            Text(f"the reference ({reference.source}) is about other classes: {', '.join(reference.classes)}")
+        )
+        return
+    table = Table(title=Text(f"Beside {reference.source}"), title_justify="left")
+    for name in ("model", "part"):
+        table.add_column(name)
+    for name in ("accuracy", "ours", "macro_f1", "ours", "loss", "ours"):
+        table.add_column(name, justify="right")
+    for each in comparisons:
+        name = each.name if each.ours else f"{each.name} (not in this sweep)"
+        for index, line in enumerate(each.lines):
+            figures = (side.get(metric) for metric in COMPARED for side in (line.theirs, line.ours))
+            shown = ("–" if value is None else f"{value:.3f}" for value in figures)
+            table.add_row(Text("" if index else name), line.part, *shown)
+        for text in each.published.contradictions:
+            console.print(Text(f"note: {each.name}: {text}"))
+    console.print(table)
+    console.print("splits differ between the two, and with them the images behind each figure")
 
 
 def _features_line(summary: Mapping[str, Any]) -> str:

@@ -43,6 +43,8 @@ _EXPECTED = {
     "model_type": "a section with keys",
     "dict_type": "a section with keys",
     "mapping_type": "a section with keys",
+    "tuple_type": "a list",
+    "too_short": "at least {min_length}",
 }
 
 

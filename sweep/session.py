@@ -1,7 +1,6 @@
 """One sweep from its plan to its report."""
 
 import os
-import signal
 import time
 import traceback
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 
@@ -17,22 +17,16 @@ from cxr_models.backbones import BACKBONES
 from cxr_models.dataset import write_split_csv
 from cxr_models.pixels import pixel_array
 from cxr_models.storage import written_whole
-from cxr_models.trial import TrialData, TrialResult
-from sweep.evaluation import (
-    best_model,
-    evaluate_test,
-    keras_child,
-    record_opening,
-    record_predictions,
-    register_champion,
-    save_and_predict,
-)
+from cxr_models.trial import TEST, TrialData, TrialResult
+from sweep.evaluation import FinalEvaluation, evaluate_finalists, uninterrupted
 from sweep.halving import Halving
 from sweep.plan import Plan
-from sweep.progress import StepProgress, SweepProgress
+from sweep.progress import EvaluationProgress, StepProgress, SweepProgress
+from sweep.readback import read_epochs
 from sweep.record import Record, RunFolder, ranked, write_json
 from sweep.report import write_report
 from sweep.runner import Conductor, Listener, SweepFailed, run_inline
+from sweep.samples import take_samples, write_samples
 from sweep.search import Search
 from sweep.summary import summarise
 from sweep.timeline import Timeline
@@ -87,13 +81,15 @@ class Stopwatch:
 
 
 def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, address: str, console: Console) -> Ended:
-    """Run every trial, open the test set once for the best one, and write everything into the run folder.
+    """Run every trial, evaluate each strategy's best one, and write everything into the run folder.
 
-    A sweep that was interrupted or failed keeps its finished trials. Unless the last trial had ended, its test set
-    stays sealed.
+    The test set is opened once, for that evaluation. A sweep that was interrupted or failed keeps its finished trials.
+    Unless the last trial had ended, its test set stays sealed.
     """
     watch = Stopwatch()
     write_inputs(plan, folder)
+    patients = np.array([record.patient for record in plan.manifest.records])
+    write_samples(folder.samples, take_samples(data, patients, plan.spec.space))
     tracker = open_tracker(plan, folder)
     record = Record(folder, plan.spec.objective)
     progress = SweepProgress(
@@ -106,24 +102,30 @@ def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, a
     )
     timeline = Timeline()
     conductor = _conductor(plan, folder, data, (record, tracker, progress, timeline))
-    tested: dict[str, Any] = {}
+    evaluation = FinalEvaluation(plan, folder)
     failure, interrupted = "", False
     try:
         if not inline:
             console.print(f"connecting to Ray at {address}" if address else "starting Ray and its workers")
         with watch.time("search"):
             _run_trials(conductor, plan, folder, inline=inline, address=address, progress=progress)
-        if best := ranked(record.results, plan.spec.objective):
+        if ranked(record.results, plan.spec.objective):
             with watch.time("evaluate"):
-                console.print("opening the test set for the best trial, then registering its model (some 20 seconds)")
-                _evaluate(plan, best[0], folder, data, tracker, tested)
+                tests = bool(len(plan.indices(TEST)))
+                console.print(
+                    "opening the test set, once, for the best trial of each strategy"
+                    if tests
+                    else "no test part: the best trial of each strategy is evaluated on train and validation images"
+                )
+                shown = EvaluationProgress(console)
+                evaluate_finalists(plan, record.results, folder, data, tracker, shown, evaluation)
     except KeyboardInterrupt:
         interrupted = True
     except SweepFailed as error:
         failure = str(error)
     except Exception:
         failure = traceback.format_exc()
-    with _uninterrupted():
+    with uninterrupted():
         conductor.close()
         record.close()
         summary = summarise(
@@ -137,21 +139,11 @@ def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, a
             epochs_run=conductor.epochs_run,
             epochs_from_features=timeline.epochs_from_features,
             interrupted=interrupted or bool(failure),
-            test=tested or None,
+            curves=read_epochs(folder.epoch_record),
+            evaluation=evaluation,
         )
         _publish(plan, folder, summary, tracker, "KILLED" if interrupted else "FAILED" if failure else "FINISHED")
     return Ended(summary, record.results, interrupted, failure, tracker.problem, tracker.ui_command, tracker.ui_address)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let what has ended be written down; a second Ctrl-C would leave half of it."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def write_inputs(plan: Plan, folder: RunFolder) -> None:
@@ -235,29 +227,6 @@ def _run_trials(
     with trials.ray_cluster(address, cores=plan.machine.cores, gpus=plan.machine.gpus), progress.shown():
         placement = trials.Placement(allotment.cpus_per_trial, allotment.gpus_per_trial, allotment.concurrency)
         trials.run_on_ray(conductor, placement, total=plan.trials, folder=folder.state)
-
-
-def _evaluate(
-    plan: Plan,
-    result: TrialResult,
-    folder: RunFolder,
-    data: TrialData,
-    tracker: Tracker,
-    tested: dict[str, Any],
-) -> None:
-    """Fill `tested` with the test figures as soon as they are there; registering the model comes after."""
-    best = best_model(plan, result, folder, data)
-    with keras_child(folder.log("evaluation")) as call:
-        record_opening(folder, result)
-        probabilities = call(save_and_predict, best)
-        with _uninterrupted():
-            tested.update(evaluate_test(plan, best, probabilities))
-            record_predictions(plan, best, result, probabilities, folder)
-        if tracker.parent_run_id:
-            try:
-                call(register_champion, best, tracker.uri, tracker.parent_run_id, plan.spec.name)
-            except Exception as error:  # the model is in the run folder; MLflow's copy is a convenience
-                tracker.note(f"the best model was not registered: {error}")
 
 
 def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tracker, status: RunStatus) -> None:

@@ -14,6 +14,7 @@ from cxr_models.trial import AXES, METRICS, PHASED, Objective
 from sweep.axes import condition_schema, point_schema, read_point, read_space, space_schema
 from sweep.dataspec import DataSpec, data_schema, read_data_section
 from sweep.document import Document, SpecError, Where, parse_value, read_document, shown, unknown, write_yaml
+from sweep.reference import ReferenceResult, ReferenceSpec
 from sweep.section import Section as _Section
 from sweep.section import validated as _validated
 from sweep.space import Range, Space, Value
@@ -113,6 +114,7 @@ class SweepSpec:
     space: Space
     resources: ResourceSpec
     tracking: TrackingSpec
+    reference: ReferenceSpec | None = None
     dropped_points: int = field(default=0, compare=False)
 
     def to_yaml(self) -> str:
@@ -131,11 +133,12 @@ class SweepSpec:
                 "space": {axis.name: axis.to_yaml() for axis in self.space.axes.values()},
                 "resources": self.resources.model_dump(exclude_none=True),
                 "tracking": self.tracking.model_dump(exclude_none=True),
+                **({"reference": self.reference.to_yaml()} if self.reference else {}),
             }
         )
 
 
-KEYS = ("name", "data", "objective", "search", "space", "resources", "tracking")
+KEYS = ("name", "data", "objective", "search", "space", "resources", "tracking", "reference")
 
 
 def read_spec(path: Path, overrides: Sequence[str] = ()) -> SweepSpec:
@@ -169,6 +172,10 @@ def json_schema() -> dict[str, Any]:
     del search["$defs"]
     search["properties"] |= {"halving": halving, "fixed": {"type": "array", "items": point_schema()}}
     text = {"type": "string"}
+    reference = ReferenceSpec.model_json_schema()
+    del reference["$defs"]
+    reference["properties"]["results"] = {"type": "array", "minItems": 1, "items": ReferenceResult.model_json_schema()}
+    reference["required"].append("results")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Search space",
@@ -183,6 +190,7 @@ def json_schema() -> dict[str, Any]:
             "space": space_schema(),
             "resources": ResourceSpec.model_json_schema(),
             "tracking": TrackingSpec.model_json_schema(),
+            "reference": reference,
         },
         "$defs": {"condition": condition_schema()},
     }
@@ -231,6 +239,7 @@ def _resolve(document: Document) -> SweepSpec | None:
     objective = _section(ObjectiveSection, document, "objective")
     resources = _section(ResourceSpec, document, "resources")
     tracking = _section(TrackingSpec, document, "tracking")
+    reference = _reference(document)
     space = read_space(document, seed)
     fixed = _fixed(document, space)
     if search and search.algorithm == "grid":
@@ -246,6 +255,7 @@ def _resolve(document: Document) -> SweepSpec | None:
         space,
         resources,
         tracking,
+        reference,
         dropped_points=_count_points(document) - len(fixed),
     )
 
@@ -268,6 +278,28 @@ def _search(document: Document) -> SearchSpec | None:
     own = {key: value for key, value in section.items() if key not in ("halving", "fixed")}
     search = _validated(SearchSpec, document, ("search",), own)
     return search and search.model_copy(update={"halving": halving})
+
+
+def _reference(document: Document) -> ReferenceSpec | None:
+    if "reference" not in document.values:
+        return None
+    section = document.section("reference")
+    if section is None:
+        return None
+    where = ("reference", "results")
+    entries = section.get("results")
+    if not (isinstance(entries, list) and entries):
+        document.add(where, f"expected a list of results such as - {{accuracy: {{test: 0.91}}}}, got {shown(entries)}")
+        entries = []
+    read = [_validated(ReferenceResult, document, (*where, index), entry) for index, entry in enumerate(entries)]
+    reference = _validated(ReferenceSpec, document, ("reference",), {**section, "results": ()})
+    results = tuple(result for result in read if result is not None)
+    if reference is None or len(results) < len(read):
+        return None
+    whole = reference.model_copy(update={"results": results})
+    for index, problem in whole.problems():
+        document.add((*where, index), problem)
+    return whole
 
 
 def _fixed(document: Document, space: Space) -> tuple[dict[str, Value], ...]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from cxr_models.trial import Outcome, TrialResult
+from cxr_models.trial import METRICS, EpochMetrics, Objective, Outcome, TrialResult, best_epoch
+from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
 from sweep.record import best_by_strategy, ranked, strategy_of
 
@@ -22,7 +23,8 @@ def summarise(
     epochs_run: int,
     epochs_from_features: int,
     interrupted: bool,
-    test: Mapping[str, Any] | None,
+    curves: Mapping[str, Sequence[EpochMetrics]],
+    evaluation: FinalEvaluation,
 ) -> dict[str, Any]:
     """The summary of a finished or interrupted sweep.
 
@@ -33,7 +35,8 @@ def summarise(
         epochs_run: by all trials, unfinished ones included.
         epochs_from_features: how many of these were trained on stored features of frozen layers.
         interrupted: the sweep was ended before its last trial.
-        test: of the best trial; None where the test set stayed sealed.
+        curves: trial -> its epochs.
+        evaluation: what the final evaluation found, empty where the sweep did not get that far.
     """
     objective = plan.spec.objective
     outcomes = Counter(result.outcome for result in results)
@@ -48,7 +51,7 @@ def summarise(
             "total": len(results),
             **{str(outcome): outcomes[outcome] for outcome in Outcome},
         },
-        "strategies": _strategies(plan, results),
+        "strategies": _strategies(plan, results, curves, evaluation),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "epochs": {
             "run": epochs_run,
@@ -76,8 +79,10 @@ def summarise(
             "val": dict(best.val),
             "epoch": best.best_epoch,
         }
-    if test is not None:
-        summary["test"] = dict(test)
+    if plan.spec.reference:
+        summary["reference"] = plan.spec.reference.to_yaml()
+    if evaluation.test is not None:
+        summary["test"] = evaluation.test
     return summary
 
 
@@ -99,7 +104,12 @@ def _data(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _strategies(plan: Plan, results: Sequence[TrialResult]) -> list[dict[str, Any]]:
+def _strategies(
+    plan: Plan,
+    results: Sequence[TrialResult],
+    curves: Mapping[str, Sequence[EpochMetrics]],
+    evaluation: FinalEvaluation,
+) -> list[dict[str, Any]]:
     metric = plan.spec.objective.metric
     rows = []
     for best in best_by_strategy(tuple(results), plan.spec.objective):
@@ -117,6 +127,16 @@ def _strategies(plan: Plan, results: Sequence[TrialResult]) -> list[dict[str, An
                 "trainable_parameters": best.trainable_parameters,
                 "frozen_parameters": best.frozen_parameters,
                 "train_seconds": round(sum(result.train_seconds for result in own), 2),
+                **_best_epochs(curves.get(best.trial_id, ())),
+                **evaluation.figures.get(best.trial_id, {}),
             }
         )
+        if problem := evaluation.problems.get(best.trial_id):
+            rows[-1]["evaluation_problem"] = problem
     return rows
+
+
+def _best_epochs(epochs: Sequence[EpochMetrics]) -> dict[str, int]:
+    """By validation loss and by validation accuracy, which seldom agree."""
+    found = {metric: best_epoch(epochs, Objective(metric, METRICS[metric])) for metric in ("loss", "accuracy")}
+    return {f"best_epoch_by_{metric}": best.epoch for metric, best in found.items() if best}

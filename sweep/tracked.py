@@ -103,6 +103,14 @@ class MetricNames:
             metrics["frozen_parameters"] = result.frozen_parameters
         return metrics
 
+    def of_evaluation(self, parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """`final_train_accuracy`, `final_test_loss`, ... of a trial's best weights."""
+        return {
+            name: value
+            for part, figures in parts.items()
+            for name, value in self._named(f"final_{part}", figures).items()
+        }
+
     def of_summary(self, summary: Mapping[str, Any]) -> dict[str, float]:
         """The counts of trials, the best trial's and the test set's figures, as far as the summary has them."""
         metrics = {f"trials_{name}": float(count) for name, count in summary.get("trials", {}).items()}

@@ -156,6 +156,17 @@ class Tracker:
         at = _now_ms()
         self._tasks.put(lambda runs: runs.backlog.ended(number, result, at))
 
+    def evaluated(self, trial_id: str, parts: Mapping[str, Mapping[str, float]]) -> None:
+        """Add the figures of the final evaluation to an ended trial.
+
+        Args:
+            trial_id: of the trial.
+            parts: `train`, `val` and `test` -> metric -> value.
+        """
+        at = _now_ms()
+        self._tasks.put(self._write_all)  # no trial runs any more
+        self._tasks.put(lambda runs: runs.evaluated(trial_id, parts, at))
+
     def finished(self, summary: Mapping[str, Any], artifacts: Sequence[Path], status: RunStatus = "FINISHED") -> None:
         """End the sweep's run, and as killed those of trials still open.
 
@@ -236,6 +247,7 @@ class _Runs:
         self._client = mlflow.MlflowClient(sweep.uri, registry_uri=sweep.uri)
         self._names = MetricNames(sweep.classes)
         self.backlog = Backlog()
+        self._run_ids: dict[str, str] = {}
         self.experiment_id = ""
         self.parent = self._parent_artifacts = ""
 
@@ -244,7 +256,9 @@ class _Runs:
         self.experiment_id = self._find_experiment()
         tags = {"sweep": sweep.name, "objective": f"{sweep.objective.metric} ({sweep.objective.mode})"}
         self.parent, self._parent_artifacts = self._create_run(sweep.folder.path.name, at_ms, tags)
-        self._log(self.parent, params=flat_params(yaml.safe_load(sweep.folder.spec.read_text(encoding="utf-8"))))
+        spec = yaml.safe_load(sweep.folder.spec.read_text(encoding="utf-8"))
+        spec.pop("reference", None)  # published figures are no parameters, and longer than MLflow takes
+        self._log(self.parent, params=flat_params(spec))
         self._log_dataset()
         for path in (sweep.folder.spec, sweep.folder.split):
             self._client.log_artifact(self.parent, str(path))
@@ -257,6 +271,7 @@ class _Runs:
         if not trial.run_id:
             tags = {**trial_tags(trial.suggestion, self._sweep.name, self.parent), **ending}
             trial.run_id, trial.artifact_uri = self._create_run(run_name(trial.suggestion), trial.begun_ms, tags)
+            self._run_ids[trial.suggestion.trial_id] = trial.run_id
             ending = {}
         try:
             params = {} if trial.described else config_params(trial.suggestion.config)
@@ -270,6 +285,10 @@ class _Runs:
             if result:
                 status = "FAILED" if result.outcome is Outcome.FAILED else "FINISHED"
                 self._client.set_terminated(trial.run_id, status, trial.ended_ms)
+
+    def evaluated(self, trial_id: str, parts: Mapping[str, Mapping[str, float]], at_ms: int) -> None:
+        """Log the final figures of a trial to its run, which has ended."""
+        self._log(self._run_ids[trial_id], metrics=self._metrics(self._names.of_evaluation(parts), at_ms))
 
     def _news(self, trial: TrackedTrial) -> list[Any]:
         names = self._names

@@ -14,6 +14,7 @@ from cxr_models.metrics import confusion_matrix, patient_intervals
 from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 from sweep.record import Record, RunFolder, write_json
 from sweep.report import main, write_report
+from sweep.samples import Samples, write_samples
 
 OBJECTIVE = Objective("macro_f1", "max")
 CLASSES = ("covid", "normal", "pneumonia")
@@ -108,6 +109,51 @@ RESULTS = [
 ]
 
 
+def part(value: float) -> dict[str, Any]:
+    row = {"precision": value, "recall": value, "f1-score": value}
+    report = {name: {**row, "support": 8.0} for name in CLASSES}
+    averages = {name: {**row, "support": 24.0} for name in ("macro avg", "weighted avg")}
+    return {"loss": value, "accuracy": value, "macro_f1": value, "report": {**report, "accuracy": value, **averages}}
+
+
+STRATEGIES = [
+    {
+        "backbone": "mobilenet_v2_0.35",
+        "freeze": "stages:1",
+        "trial_id": "trial-2",
+        "trainable_parameters": 23456,
+        "best_epoch_by_loss": 5,
+        "best_epoch_by_accuracy": 19,
+        "train": part(0.9),
+        "val": part(0.8),
+        "test": part(0.7),
+    },
+    {"backbone": "vanilla_cnn", "freeze": "none", "trial_id": "trial-1", "evaluation_problem": "out of memory"},
+]
+REFERENCE = {
+    "source": "a report",
+    "classes": ["COVID", "Normal", "Pneu_monia"],
+    "images": {"test": 3175},
+    "results": [
+        {
+            "backbone": "mobilenet_v2_0.35",
+            "freeze": "stages:1",
+            "label": "head only",
+            "accuracy": {"test": 0.908},
+            "trainable_parameters": 64753156,
+            "seconds": 1502,
+            "best_epoch_by_loss": 5,
+            "per_class": {"COVID": [0.95, 0.92, 0.94]},
+        },
+        {
+            "label": "by its matrix",
+            "accuracy": {"test": 0.9},
+            "confusion_matrix": [[2, 0, 0], [0, 0, 1], [0, 1, 0]],
+        },
+    ],
+}
+
+
 def write_split(folder: RunFolder, classes: tuple[str, ...]) -> None:
     rows = [
         (f"{name}/{i}.png", name, f"p{k}-{i // 2}", ("train", "train", "train", "val", "val", "test", "test")[i % 7])
@@ -184,7 +230,7 @@ def test_the_answer_names_the_leading_trial_and_its_test_figures_with_intervals(
     for metric in ("accuracy", "macro_f1", "balanced_accuracy", "auroc", "loss"):
         value, low, high = (f"{stated[metric][key]:.3f}" for key in ("value", "low", "high"))
         assert f"{value} {low} to {high}" in page.text
-    assert "opened once, after the search, for this model only: 24 images of 12 patients" in page.text
+    assert "opened once, after the search, when validation had chosen this model: 24 images of 12 patients" in page.text
 
 
 def test_epochs_that_were_spared_the_frozen_layers_are_told(folder: RunFolder) -> None:
@@ -264,10 +310,11 @@ def test_what_one_validation_image_weighs_is_said_before_strategies_are_compared
 def test_the_data_table_counts_images_and_patients_of_the_split(folder: RunFolder) -> None:
     page = Page(write_report(folder))
     rows = {row[0]: row[1:] for row in page.tables["split"]}
-    assert rows["covid"] == ["6", "4", "4", "14"]
-    assert rows["Images"] == ["18", "12", "12", "42"]
+    assert rows["covid"] == ["6 (4)", "4 (3)", "4 (3)", "14 (7)"]
     split = pd.read_csv(folder.split)
-    assert rows["Patients"][:3] == [str(split[split.split == s].patient.nunique()) for s in ("train", "val", "test")]
+    patients = [split[split.split == part].patient.nunique() for part in ("train", "val", "test")]
+    counts = zip((18, 12, 12), patients, strict=True)
+    assert rows["together"][:3] == [f"{images} ({owners})" for images, owners in counts]
     assert "unreadable files 3" in page.text
     assert "ignored files 5" in page.text
 
@@ -298,6 +345,14 @@ def test_text_of_users_is_never_markup(tmp_path: Path) -> None:
     assert page.text.count(HOSTILE) >= 7
 
 
+def test_a_reference_and_its_names_are_never_markup(tmp_path: Path) -> None:
+    changes = {"reference": {**REFERENCE, "source": HOSTILE, "note": HOSTILE}, "strategies": STRATEGIES}
+    changes["reference"]["results"] = [{"label": HOSTILE, "accuracy": {"test": 0.5}}]
+    page = Page(write_report(ended_run(tmp_path, **changes)))
+    assert "script" not in page.tags
+    assert page.tables["reference-table"][2][0] == HOSTILE
+
+
 def test_the_page_fetches_nothing(folder: RunFolder) -> None:
     page = Page(write_report(folder))
     sources = [value for name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]
@@ -326,6 +381,104 @@ def test_without_a_test_set_no_test_figure_appears(tmp_path: Path) -> None:
     assert "The test set was not opened" in page.text
     assert not {"confusion", "per-class"} & page.tables.keys()
     assert "Small differences between strategies' validation scores should not be read as a ranking." in page.text
+
+
+def test_every_strategy_is_shown_on_every_part_with_both_best_epochs(tmp_path: Path) -> None:
+    page = Page(write_report(ended_run(tmp_path, strategies=STRATEGIES)))
+    rows = page.tables["evaluation"]
+    assert rows[1] == ["loss", "accuracy", *(["train", "val", "test"] * 3)]
+    assert rows[2] == ["mobilenet_v2_0.35", "stages:1", "5", "19", *(["0.900", "0.800", "0.700"] * 3)]
+    assert rows[3][:2] == ["vanilla_cnn", "none"]
+    assert rows[3][-1] == "not evaluated: out of memory"
+    rows = {row[0]: row for row in page.tables["per-class-1"]}
+    assert rows["covid"] == ["covid", "0.700", "0.700", "0.700", "8"]
+    assert rows["macro average"][1:] == rows["weighted average"][1:] == ["0.700", "0.700", "0.700", "24"]
+    assert "a choice by the test columns would make these optimistic too" in page.text
+
+
+def test_the_figures_of_the_test_set_are_those_of_the_best_trial_wherever_its_rows_stand(tmp_path: Path) -> None:
+    folder = ended_run(tmp_path)
+    expected = Page(write_report(folder)).tables
+    best = pd.read_parquet(folder.predictions)
+    other = best.assign(trial_id="trial-1", **{"score:covid": 0.0})
+    pd.concat([other, best]).to_parquet(folder.predictions)
+    page = Page(write_report(folder))
+    assert page.tables["confusion"] == expected["confusion"]
+    assert page.tables["per-class"] == expected["per-class"]
+    assert "Do not use" not in page.text
+
+
+def test_predictions_of_others_are_not_taken_for_those_of_a_best_trial_that_could_not_be_evaluated(
+    tmp_path: Path,
+) -> None:
+    folder = ended_run(tmp_path, test=None)
+    pd.read_parquet(folder.predictions).assign(trial_id="trial-1").to_parquet(folder.predictions)
+    assert "per-class" not in Page(write_report(folder)).tables
+
+
+def test_a_sweep_without_a_test_part_says_what_its_figures_are(tmp_path: Path) -> None:
+    strategies = [{name: value for name, value in row.items() if name != "test"} for row in STRATEGIES]
+    folder = ended_run(tmp_path, test=None, strategies=strategies)
+    split = pd.read_csv(folder.split)
+    split[split["split"] != "test"].to_csv(folder.split, index=False)
+    predictions = pd.read_parquet(folder.predictions)
+    predictions[predictions["split"] == "val"].to_parquet(folder.predictions)
+    page = Page(write_report(folder))
+    assert "no-test-part" in page.ids
+    assert "no-test" not in page.ids
+    assert "every figure here is a training or validation figure, and the choice was made on the latter" in page.text
+    assert "Validation set, class by class" in page.text
+    assert "on 6 validation images of 3 patients, on which it was chosen" in page.text
+    assert page.tables["evaluation"][1] == ["loss", "accuracy", *(["train", "val"] * 3)]
+    assert "these are the figures that the choice was made on" in page.text
+    assert "without a test part, no figure here is free of that choice" in page.text
+    assert page.tables["split"][1][3] == "0 (0)"
+
+
+def test_published_figures_stand_beside_ours(tmp_path: Path) -> None:
+    page = Page(write_report(ended_run(tmp_path, strategies=STRATEGIES, reference=REFERENCE)))
+    rows = page.tables["reference-table"][2:]
+    assert rows[0] == [
+        "head only",
+        "mobilenet_v2_0.35 stages:1",
+        "train",
+        "–",
+        "0.900",
+        "–",
+        "–",
+        "0.900",
+        "–",
+        "0.900",
+    ]
+    assert rows[2][2:6] == ["test", "0.908", "0.700", "−20.8"]
+    assert rows[3][:4] == ["by its matrix", "not in this sweep", "test", "0.500"]
+    assert "the source gives a test accuracy of 0.9, but its confusion matrix gives 0.5000" in page.text
+    assert page.tables["reference-facts"][2] == [
+        *("head only", "64,753,156", "23,456", "25 min 2 s", "30 s", "5", "5", "–", "19")
+    ]
+    assert page.tables["reference-classes-1"][2] == ["covid", "0.950", "0.700", "0.920", "0.700", "0.940", "0.700"]
+    assert page.tables["reference-classes-2"][1] == ["COVID", "1.000", "1.000", "1.000"]
+    assert "The splits differ" in page.text
+    assert "3,175 images in test." in page.text
+
+
+def test_a_reference_about_other_classes_is_not_put_beside_ours(tmp_path: Path) -> None:
+    other = {**REFERENCE, "classes": ["covid", "tuberculosis"], "results": [{"accuracy": {"test": 0.9}}]}
+    page = Page(write_report(ended_run(tmp_path, strategies=STRATEGIES, reference=other)))
+    assert "The reference is about other classes (covid, tuberculosis)" in page.text
+    assert "reference-table" not in page.tables
+
+
+def test_samples_and_views_of_the_run_folder_are_shown(tmp_path: Path) -> None:
+    folder = ended_run(tmp_path)
+    grey = np.zeros((2, 8, 8, 1), np.uint8)
+    views = np.zeros((1, 2, 3, 8, 8, 1), np.uint8)
+    write_samples(folder.samples, Samples(("covid", HOSTILE), grey, ("light",), grey, views))
+    page = Page(write_report(folder))
+    assert {"samples", "augmented"} <= set(page.ids)
+    texts = [value for name, value in page.attributes if name == "alt"]
+    assert texts.count("covid, training image") == texts.count(f"{HOSTILE}, training image") == 1
+    assert (texts.count("original"), texts.count("light view")) == (2, 6)
 
 
 def test_an_interrupted_sweep_without_summary_is_reported_as_far_as_it_came(tmp_path: Path) -> None:

@@ -115,6 +115,13 @@ def test_an_unreadable_image_is_named_and_left_out(on_ray):
     assert "COVID/images/broken.png" not in set(pd.read_csv(folder / "split.csv")["path"])
 
 
+def predictions(folder: Path, trial_id: str = "", *parts: str) -> pd.DataFrame:
+    """Of a trial, the best one by default, on some parts."""
+    frame = pd.read_parquet(folder / "predictions.parquet")
+    best = json.loads((folder / "summary.json").read_text())["best"]["trial_id"]
+    return frame[(frame["trial_id"] == (trial_id or best)) & frame["split"].isin(parts or ("train", "val", "test"))]
+
+
 def raw_pixels(folder: Path, data: Path, paths: list[str]) -> np.ndarray:
     images = [Image.open(data / path).resize((72, 72), Image.Resampling.BILINEAR) for path in paths]
     return np.stack([np.asarray(image, np.float32)[..., None] for image in images])
@@ -124,7 +131,7 @@ def test_the_saved_model_predicts_what_was_recorded(on_ray, radiography_folder):
     import keras
 
     folder, _ = on_ray
-    recorded = pd.read_parquet(folder / "predictions.parquet")
+    recorded = predictions(folder)
     scores = recorded.filter(like="score:").to_numpy()
     pixels = raw_pixels(folder, radiography_folder, recorded["image"].tolist())
     model = keras.saving.load_model(folder / "best" / "model.keras", safe_mode=True)
@@ -136,7 +143,7 @@ def test_the_saved_model_predicts_what_was_recorded(on_ray, radiography_folder):
 
 def test_the_readme_shows_how_to_use_the_model(on_ray, radiography_folder, tmp_path):
     folder, _ = on_ray
-    recorded = pd.read_parquet(folder / "predictions.parquet").iloc[0]
+    recorded = predictions(folder).iloc[0]
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     image = radiography_folder / recorded["image"]
     snippet = snippet.replace("runs/radiography", str(folder)).replace("x-ray.png", str(image))
@@ -149,21 +156,50 @@ def test_the_readme_shows_how_to_use_the_model(on_ray, radiography_folder, tmp_p
 def test_the_test_figures_come_from_the_predictions(on_ray):
     folder, _ = on_ray
     summary = json.loads((folder / "summary.json").read_text())
-    frame = pd.read_parquet(folder / "predictions.parquet")
-    test = frame[frame["split"] == "test"]
+    test = predictions(folder, "", "test")
     labels = test["true"].map(summary["test"]["classes"].index).to_numpy()
     matrix = confusion_matrix(labels, test.filter(like="score:").to_numpy())
     assert matrix.astype(int).tolist() == summary["test"]["confusion_matrix"]
     assert summary["test"]["accuracy"]["value"] == pytest.approx((test["true"] == test["predicted"]).mean())
-    assert set(frame["split"]) == {"val", "test"}
 
 
 def test_the_validation_figure_of_the_best_trial_is_that_of_its_saved_model(on_ray):
     folder, _ = on_ray
     summary = json.loads((folder / "summary.json").read_text())
-    frame = pd.read_parquet(folder / "predictions.parquet")
-    val = frame[frame["split"] == "val"]
+    val = predictions(folder, "", "val")
     assert summary["best"]["val"]["accuracy"] == pytest.approx((val["true"] == val["predicted"]).mean())
+
+
+def test_every_strategys_best_trial_is_evaluated_on_every_part(on_ray):
+    folder, shown = on_ray
+    summary, split = json.loads((folder / "summary.json").read_text()), pd.read_csv(folder / "split.csv")
+    assert len(summary["strategies"]) == 3
+    trials = {trial["trial_id"]: trial for trial in trials_of(folder)}
+    for row in summary["strategies"]:
+        for part in ("train", "val", "test"):
+            found = predictions(folder, row["trial_id"], part)
+            assert len(found) == row[part]["images"] == (split["split"] == part).sum()
+            assert row[part]["accuracy"] == pytest.approx((found["true"] == found["predicted"]).mean())
+            own = found.apply(lambda line: line[f"score:{line['true']}"], axis=1)
+            assert row[part]["loss"] == pytest.approx(-np.log(own).mean(), rel=1e-3)
+            assert row[part]["report"]["macro avg"]["f1-score"] == pytest.approx(row[part]["macro_f1"])
+        assert row["val"]["loss"] == pytest.approx(float(trials[row["trial_id"]]["val_loss"]), rel=1e-3)
+        assert 1 <= row["best_epoch_by_loss"] <= 3
+        assert 1 <= row["best_epoch_by_accuracy"] <= 3
+        assert f"{row['train']['accuracy']:.3f} │ {row['val']['accuracy']:.3f} │ {row['test']['accuracy']:.3f}" in shown
+    assert "evaluating 3 of 3 strategies on 48 images" in shown
+
+
+def test_the_test_set_is_opened_once_for_all_finalists(on_ray):
+    folder, _ = on_ray
+    (line,) = (folder / "state" / "test_openings.jsonl").read_text().splitlines()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert json.loads(line)["trials"] == [row["trial_id"] for row in summary["strategies"]]
+
+
+def test_the_report_shows_samples(on_ray):
+    page = (on_ray[0] / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 16
 
 
 def test_mlflow_has_parent_children_curves_and_artifacts(on_ray):
@@ -182,6 +218,11 @@ def test_mlflow_has_parent_children_curves_and_artifacts(on_ray):
         (run,) = [run for run in children if run.data.tags["trial_id"] == trial["trial_id"]]
         history = client.get_metric_history(run.info.run_id, "val_macro_f1")
         assert [metric.step for metric in history] == list(range(1, int(trial["epochs"]) + 1))
+    summary = json.loads((folder / "summary.json").read_text())
+    for row in summary["strategies"]:
+        (run,) = [run for run in children if run.data.tags["trial_id"] == row["trial_id"]]
+        assert run.data.metrics["final_train_accuracy"] == row["train"]["accuracy"]
+        assert run.data.metrics["final_test_loss"] == row["test"]["loss"]
     assert parents[0].inputs.dataset_inputs[0].dataset.digest
     assert {"spec.yaml", "split.csv", "report.html"} <= {
         found.path for found in client.list_artifacts(parents[0].info.run_id)

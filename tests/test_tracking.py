@@ -153,6 +153,7 @@ def tracked(tmp_path_factory) -> Tracked:
     target.ended(1, result(stopped, Outcome.STOPPED_EARLY, [0.4]))
     run_trial(target, folder, failed, [])
     target.ended(2, result(failed, Outcome.FAILED, [], error="ResourceExhaustedError: out of memory"))
+    target.evaluated(completed.trial_id, {"train": {"accuracy": 0.9}, "test": {"accuracy": 0.7, "loss": 0.6}})
     folder.summary.write_text(json.dumps(SUMMARY))
     target.finished(SUMMARY, [folder.summary])
     target.close(DEADLINE_S)
@@ -234,6 +235,13 @@ def cells(page: str) -> list[list[str]]:
     return [[re.sub(r"<.*?>", " ", cell).strip() for cell in row] for row in found]
 
 
+def test_a_strategys_best_trial_has_its_final_figures(tracked):
+    found = tracked.children[suggested(0).trial_id].data.metrics
+    final = {name: value for name, value in found.items() if name.startswith("final_")}
+    assert final == {"final_train_accuracy": 0.9, "final_test_accuracy": 0.7, "final_test_loss": 0.6}
+    assert tracked.children[suggested(0).trial_id].info.status == "FINISHED"
+
+
 def test_a_confusion_matrix_shows_names_as_they_are_and_rows_without_images():
     page = matrix_page(np.array([[3.0, 1.0], [0.0, 0.0]]), ["<b>", "Säuglinge"], "a & b")
     assert cells(page) == [["3 75.0 %", "1 25.0 %"], ["0 –", "0 –"]]
@@ -259,6 +267,17 @@ def test_the_sweep_ends_with_test_figures_and_their_intervals(tracked):
     assert "test_recall/Normal_low" not in metrics
     assert tracked.parent.data.tags["best_trial_id"] == suggested(0).trial_id
     assert {"summary.json", "test_confusion_matrix.html"} <= tracked.artifacts(tracked.parent.info.run_id)
+
+
+def test_published_figures_are_no_parameters(tmp_path):
+    """They may be longer than what MLflow takes as one."""
+    folder = run_folder(tmp_path)
+    folder.spec.write_text(SPEC + "reference: {source: a report, note: " + "x" * 9000 + "}\n")
+    target = tracker(folder)
+    target.opened()
+    target.close(DEADLINE_S)
+    assert target.problem == ""
+    assert not any(name.startswith("reference") for name in read_back(folder, target).parent.data.params)
 
 
 def test_everything_lies_in_the_run_folder(tracked):

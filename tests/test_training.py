@@ -17,12 +17,13 @@ from cxr_models.network import Network
 from cxr_models.steps import Steps
 from cxr_models.training import (
     DivergedError,
+    best_network,
     class_weights,
     drawn_images,
     dropout_seeds,
-    predict,
-    restore_best,
+    log_probabilities,
     run_trial,
+    save_model,
     warm_network,
 )
 from cxr_models.trial import BEST_WEIGHTS, METRICS, VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialData
@@ -148,13 +149,27 @@ class TestBestWeights:
         assert -stored["scores"][np.arange(VAL), stored["labels"]].mean() == pytest.approx(best.val["loss"])
 
         path = tmp_path / "best" / "model.keras"
-        model = restore_best(config, trial.folder, classes=2, channels=1, weights=None, model_path=path)
+        network = best_network(config, data, trial.folder)
+        model = save_model(network, config, 2, path)
         for name, weight in weights_of(model).items():
             np.testing.assert_array_equal(weight, trial.weights[best.epoch][name])
-        loaded = keras.saving.load_model(path)
-        for found in (model, loaded):
-            probabilities = predict(found, np.load(data.pixels[70]), data.val)
+        scores = log_probabilities(network, np.load(data.pixels[70]), data.val)
+        np.testing.assert_allclose(scores, stored["scores"], rtol=1e-4, atol=1e-5)
+        for found in (model, keras.saving.load_model(path)):
+            probabilities = found.predict_on_batch(np.load(data.pixels[70])[data.val].astype(np.float32))
             np.testing.assert_allclose(probabilities, np.exp(stored["scores"]), rtol=1e-4, atol=1e-6)
+
+    def test_trials_of_one_shape_are_restored_in_turn(self, data, tmp_path):
+        """What one leaves in the network that both take does not reach the other."""
+        configs = [replace(TINY, seed=seed, learning_rate=0.003) for seed in (1, 2)]
+        stored = []
+        for number, config in enumerate(configs):
+            drain(run_trial("t", config, data, tmp_path / str(number), LOSS))
+            stored.append(np.load(tmp_path / str(number) / VALIDATION_SCORES)["scores"])
+        for number in (0, 1, 0):
+            network = best_network(configs[number], data, tmp_path / str(number))
+            scores = log_probabilities(network, np.load(data.pixels[70]), data.val)
+            np.testing.assert_allclose(scores, stored[number], rtol=1e-4, atol=1e-5)
 
     def test_nothing_else_is_left_in_the_folder(self, data, tmp_path):
         drain(run_trial("t", TINY, data, tmp_path / "trial", LOSS))
@@ -241,10 +256,9 @@ class TestEpochs:
         np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1.0, rtol=1e-5)
         assert epochs[-1].val["loss"] < epochs[0].val["loss"] < 1.0
         assert epochs[-1].val["accuracy"] >= 0.9
-        path = tmp_path / "sigmoid.keras"
-        model = restore_best(config, tmp_path / "trial", classes=2, channels=1, weights=None, model_path=path)
-        found = predict(model, np.load(data.pixels[70]), data.val)
-        np.testing.assert_allclose(found, np.exp(scores), rtol=1e-4, atol=1e-6)
+        network = best_network(config, data, tmp_path / "trial")
+        found = log_probabilities(network, np.load(data.pixels[70]), data.val)
+        np.testing.assert_allclose(found, scores, rtol=1e-4, atol=1e-5)
 
 
 class TestEnds:
@@ -324,8 +338,9 @@ class TestStoredFeatures:
         assert {metrics.source for metrics in trial.epochs} == {cut.name for cut in cuts_of(config, 2)}
         stored = np.load(trial.folder / VALIDATION_SCORES)["scores"]
         path = tmp_path / "model.keras"
-        restore_best(config, trial.folder, classes=2, channels=1, weights=self.FILE, model_path=path)
-        found = predict(keras.saving.load_model(path), np.load(images.pixels[32]), images.val)
+        save_model(best_network(config, images, trial.folder), config, 2, path)
+        shown = np.load(images.pixels[32])[images.val].astype(np.float32)
+        found = keras.saving.load_model(path).predict_on_batch(shown)
         np.testing.assert_allclose(found, np.exp(stored), rtol=1e-4, atol=1e-6)
 
         best = min(trial.epochs, key=lambda metrics: metrics.val["loss"]).epoch

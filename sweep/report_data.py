@@ -1,0 +1,261 @@
+"""What the report says, as text and rows, computed from a run folder; `report.py` puts it on the page."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import pandas as pd
+
+from cxr_models.metrics import classification_report
+from cxr_models.trial import SPLITS, VAL, Outcome, TrialResult
+from sweep.readback import FinalPredictions, Run
+from sweep.record import best_by_strategy, strategy_of
+
+METRIC_NAMES: Mapping[str, str] = {
+    "loss": "cross-entropy loss",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "balanced_accuracy": "balanced accuracy",
+    "auroc": "AUROC",
+}
+RECALL = "recall/"
+
+
+@dataclass(frozen=True)
+class StrategyRow:
+    """A (backbone, freeze).
+
+    Attributes:
+        best: None if no trial of it may rank.
+        median: of the validation objective over the trials that may rank; NaN if there is none.
+    """
+
+    backbone: str
+    freeze: str
+    best: TrialResult | None
+    trials: int
+    ranked: int
+    median: float
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A class on the test images, or an average over classes."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+def strategy_rows(run: Run) -> tuple[StrategyRow, ...]:
+    """The strategies in the order of their best trials, then those of which no trial may rank."""
+    order = dict.fromkeys(strategy_of(result) for result in (*run.ranking, *run.results))
+    return tuple(_strategy_row(run, *strategy) for strategy in order)
+
+
+def _strategy_row(run: Run, backbone: str, freeze: str) -> StrategyRow:
+    trials = [result for result in run.results if strategy_of(result) == (backbone, freeze)]
+    able = [result for result in run.ranking if strategy_of(result) == (backbone, freeze)]
+    return StrategyRow(
+        backbone=backbone,
+        freeze=freeze,
+        best=able[0] if able else None,
+        trials=len(trials),
+        ranked=len(able),
+        median=median(result.val[run.objective.metric] for result in able) if able else math.nan,
+        train_seconds=sum(result.train_seconds for result in trials),
+    )
+
+
+def contradictions(run: Run) -> list[str]:
+    """Where the files of the run folder disagree about the test set; none in a sound folder."""
+    stated = run.summary.get("test")
+    if not (stated and run.test):
+        return []
+    found = []
+    if stated["classes"] != list(run.test.classes) or stated["confusion_matrix"] != run.test.matrix.tolist():
+        found.append("The confusion matrix in summary.json is not the one of predictions.parquet.")
+    if run.summary["best"]["trial_id"] != run.test.trial_id:
+        found.append(
+            f"summary.json names {run.summary['best']['trial_id']}, the predictions are of {run.test.trial_id}."
+        )
+    return found
+
+
+def reading_notes(run: Run) -> list[str]:
+    """How far the validation scores carry: what a reader must know before calling one strategy better."""
+    notes = ["Validation scores carry no interval in this report, and no test compares the strategies here."]
+    images = 0 if run.split is None else int((run.split["split"] == VAL).sum())
+    if images:
+        notes[0] += (
+            f" The validation set has {images:,} images: one image is {100 / images:.2f} percentage points of accuracy."
+        )
+    leaders = best_by_strategy(run.results, run.objective)
+    if images and len(leaders) > 1:
+        first, second = (round(result.val["accuracy"] * images) for result in leaders[:2])
+        notes.append(
+            f"The leading trials of the first two strategies have {first:,} and {second:,} of these {images:,} images "
+            f"right: a difference of {count(abs(first - second), 'image')}."
+        )
+    metric = run.objective.metric
+    stated = (run.summary.get("test") or {}).get(metric, {})
+    if run.test and is_number(stated.get("low")) and is_number(stated.get("high")):
+        notes.append(
+            f"As a yardstick, the 95 % interval of the test {metric_name(metric)} is "
+            f"{stated['high'] - stated['low']:.3f} wide, from {count(len(run.test.labels), 'image')}. Differences "
+            "between strategies' validation scores smaller than an interval of that kind should not be read as a "
+            "ranking."
+        )
+    else:
+        notes.append("Small differences between strategies' validation scores should not be read as a ranking.")
+    if len(run.ranking) > 1:
+        notes.append(
+            f"The leading validation score is the best of {len(run.ranking):,} on the same images and therefore "
+            "optimistic; "
+            + (
+                "the test figures of the leading trial are free of that choice."
+                if run.has_test_part
+                else "without a test part, no figure here is free of that choice."
+            )
+        )
+    return notes
+
+
+def trial_notes(run: Run) -> list[str]:
+    """What the ranked trials themselves say against reading them at face value."""
+    unripe = sum(map(_ends_at_its_best, run.ranking))
+    blind = sum(map(_misses_a_class, run.ranking))
+    notes = []
+    if unripe:
+        notes.append(f"▸ {count(unripe, 'trial')} had the best epoch at the last one allowed: more might have helped.")
+    if blind:
+        notes.append(f"∅ {count(blind, 'trial')} recognised not one validation image of some class.")
+    return notes
+
+
+def _ends_at_its_best(result: TrialResult) -> bool:
+    return result.best_epoch == result.config.epochs
+
+
+def _misses_a_class(result: TrialResult) -> bool:
+    return any(name.startswith(RECALL) and value == 0.0 for name, value in result.val.items())
+
+
+def marks(result: TrialResult) -> str:
+    """The signs that `trial_notes` explains."""
+    return "▸" * _ends_at_its_best(result) + "∅" * _misses_a_class(result)
+
+
+def overview(run: Run) -> list[str]:
+    """The sweep in a few phrases."""
+    counts = Counter(result.outcome for result in run.results)
+    outcomes = ", ".join(f"{counts[outcome]:,} {outcome.replace('_', ' ')}" for outcome in Outcome if counts[outcome])
+    planned = run.summary.get("trials", {}).get("planned", len(run.results))
+    ended = f"{len(run.results):,} of " if planned > len(run.results) else ""
+    phrases = [ended + count(planned, "trial") + (f" ({outcomes})" if outcomes else "")]
+    if run.split is not None:
+        patients = run.split["patient"].nunique()
+        phrases.append(f"{count(len(run.split), 'image')} of {count(patients, 'patient')}")
+    if "epochs" in run.summary:
+        phrases.append("{run:,} of {full:,} epochs run".format(**run.summary["epochs"]))
+    if spared := run.summary.get("epochs", {}).get("from_features"):
+        phrases.append(f"{spared:,} of these from stored features of frozen layers")
+    if "seconds" in run.summary:
+        phrases.append(duration(run.summary["seconds"]["total"]))
+    return phrases
+
+
+def provenance(run: Run) -> list[tuple[str, str]]:
+    """(what, value) of all that a repetition must share with this sweep."""
+    pairs = {"seed": run.summary["seed"]} if "seed" in run.summary else {}
+    pairs |= {**run.summary.get("machine", {}), **run.summary.get("versions", {})}
+    return [(name.replace("_", " "), str(value)) for name, value in pairs.items()]
+
+
+def class_rows(final: FinalPredictions) -> list[ClassRow]:
+    """A row a class, then the macro and the weighted average."""
+    return report_rows(classification_report(final.labels, final.scores, final.classes))
+
+
+def report_rows(report: Mapping[str, Any]) -> list[ClassRow]:
+    """`metrics.classification_report` as rows."""
+    names = {"macro avg": "macro average", "weighted avg": "weighted average"}
+    return [
+        ClassRow(names.get(key, key), row["precision"], row["recall"], row["f1-score"], int(row["support"]))
+        for key, row in report.items()
+        if isinstance(row, Mapping)
+    ]
+
+
+def evaluated_rows(run: Run) -> list[Mapping[str, Any]]:
+    """The strategies of `summary.json` whose best trials the final evaluation reached, or could not evaluate."""
+    rows = run.summary.get("strategies", [])
+    return [row for row in rows if VAL in row or "evaluation_problem" in row]
+
+
+def evaluated_parts(run: Run) -> list[str]:
+    """The parts that there are figures of."""
+    return [part for part in SPLITS if any(part in row for row in evaluated_rows(run))]
+
+
+def recall_intervals(run: Run) -> dict[str, str]:
+    """Class -> its 95 % interval of the recall, for the classes that have one in the summary."""
+    stated: Mapping[str, Any] = run.summary.get("test") or {}
+    return {
+        name.removeprefix(RECALL): f"{figure(value['low'])} to {figure(value['high'])}"
+        for name, value in stated.items()
+        if name.startswith(RECALL)
+    }
+
+
+def split_counts(split: pd.DataFrame) -> list[tuple[str, list[tuple[int, int]]]]:
+    """(row, (images, patients) in train, val, test and together): a row a class, then all."""
+    parts = [*(split[split["split"] == name] for name in SPLITS), split]
+    classes = sorted(split["label"].unique())
+    rows = [(name, [_counted(part[part["label"] == name]) for part in parts]) for name in classes]
+    return [*rows, ("together", [_counted(part) for part in parts])]
+
+
+def _counted(rows: pd.DataFrame) -> tuple[int, int]:
+    return len(rows), int(rows["patient"].nunique())
+
+
+def figure(value: Any) -> str:
+    """A metric to three decimals; a dash for what could not be computed."""
+    return f"{value:.3f}" if is_number(value) else "–"
+
+
+def percentage_points(value: float | None) -> str:
+    """A signed difference to one decimal; a dash for none."""
+    return f"{value:+.1f}".replace("-", "−") if value is not None else "–"
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def metric_name(name: str) -> str:
+    """As a person says it."""
+    return METRIC_NAMES.get(name, name)
+
+
+def duration(seconds: float) -> str:
+    """`3.2 s`, `3 min 5 s`, `2 h 10 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 image`, `2,117 images`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
