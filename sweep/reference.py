@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -35,8 +35,9 @@ class ReferenceResult(Section):
         seconds: of training.
         best_epoch_by_loss, best_epoch_by_accuracy: on validation images.
         per_class: class -> precision, recall and f1 on the test images.
-        confusion_matrix: of the test images, true class by row in the order of the reference's classes; the test
-            figures are then computed from it.
+        confusion_matrix: true class by row in the order of the reference's classes; the figures of `matrix_part` are
+            then computed from it.
+        matrix_part: the images of the confusion matrix.
     """
 
     backbone: str = ""
@@ -51,6 +52,7 @@ class ReferenceResult(Section):
     best_epoch_by_accuracy: int | None = Field(default=None, ge=1)
     per_class: Mapping[str, Numbers] = Field(default_factory=dict)
     confusion_matrix: Annotated[tuple[Counts, ...], Field(strict=False)] = ()
+    matrix_part: Literal["train", "val", "test"] = "test"
 
     @field_validator("backbone")
     @classmethod
@@ -181,14 +183,15 @@ def published(reference: ReferenceSpec, result: ReferenceResult) -> Published:
     per_class: dict[str, tuple[float, ...]] = {plain_name(name): row for name, row in result.per_class.items()}
     contradictions = []
     if result.confusion_matrix:
+        part = result.matrix_part
         report = matrix_report(np.array(result.confusion_matrix, float), reference.classes)
         for metric, value in (("accuracy", report["accuracy"]), ("macro_f1", report["macro avg"]["f1-score"])):
-            stated = figures[metric].get(TEST)
+            stated = figures[metric].get(part)
             if stated is not None and abs(stated - value) > ROUNDING:
                 contradictions.append(
-                    f"the source gives a test {metric} of {stated:g}, but its confusion matrix gives {value:.4f}"
+                    f"the source gives a {part} {metric} of {stated:g}, but its confusion matrix gives {value:.4f}"
                 )
-            figures[metric][TEST] = value
+            figures[metric][part] = value
         per_class = {
             plain_name(name): tuple(report[name][column] for column in CLASS_COLUMNS) for name in reference.classes
         }
