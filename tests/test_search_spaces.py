@@ -1,0 +1,101 @@
+"""Every shipped search space runs, on a tiny folder laid out as its data set is."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from cxr_models.freezing import parse_strategy
+from cxr_models.layer_table import layer_tables
+from cxr_models.network import count_parameters
+from cxr_models.trial import TrialConfig
+from sweep.run import DONE, main
+from sweep.spec import SweepSpec, read_spec
+from tests import layouts
+
+SPACES = Path(__file__).parent.parent / "search_spaces"
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """How a search space is tried: two trials, each phase of a strategy for one epoch, on small images."""
+
+    data: Callable[[Path], Path]
+    side: int
+    epochs: int = 1
+    others: tuple[str, ...] = ()
+
+
+# What begins with ImageNet weights begins with random ones here. 80 pixels are enough for every backbone.
+SHIPPED = {
+    "freeze": Shipped(layouts.covid_radiography, 72),
+    "smoke": Shipped(layouts.covid_radiography, 32),
+    "covid_radiography": Shipped(layouts.covid_radiography, 96, epochs=3),
+    "r1_covid_radiography": Shipped(layouts.covid_radiography, 32, others=("search.fixed=[]",)),
+    "r1_lung_segmentation": Shipped(layouts.images_and_masks, 32),
+    "r2_mobilenet_half": Shipped(lambda folder: layouts.covid_radiography(folder, images=24), 32),
+    "r3_two_gpus": Shipped(layouts.covid_radiography, 32),
+    "r4_small_data": Shipped(layouts.nested, 72),
+    "r5_pneumonia": Shipped(layouts.kermany, 32, epochs=2),
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SPACES.glob("*.yaml")))
+def test_every_shipped_space_runs(name, tmp_path):
+    shipped = SHIPPED[name]
+    data = shipped.data(tmp_path / "data")
+    arguments = [str(SPACES / f"{name}.yaml"), "--data", str(data), "--weights", "none", "--trials", "2"]
+    arguments += ["--max-epochs", str(shipped.epochs), "--set", f"image_side={shipped.side}"]
+    arguments += ["--inline", "--out", str(tmp_path / "runs"), "--cache-dir", str(tmp_path / "cache")]
+    for other in shipped.others:
+        arguments += ["--set", other]
+    assert main(arguments) == DONE
+    folder = tmp_path / "runs" / name
+    trials = pd.read_csv(folder / "trials.csv")
+    assert len(trials) == 2
+    assert not trials["error"].notna().any()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert (folder / "best" / "model.keras").is_file()
+    spec = read_spec(SPACES / f"{name}.yaml")
+    assert ("test" in summary) == (not spec.data.split or spec.data.split.test > 0)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    wanted = {("mobilenet_v2_1.0", 224), ("mobilenet_v2_0.5", 224), ("vanilla_cnn", 224)}
+    return layer_tables(wanted, tmp_path_factory.mktemp("none"))
+
+
+def first_point(spec: SweepSpec, **wanted: str) -> TrialConfig:
+    """The first fixed point with the values wanted; axes it leaves open have the first value they may have."""
+    for point in spec.search.fixed:
+        values: dict[str, Any] = {}
+        for axis in spec.space.axes.values():
+            domain = axis.domain_given(values)
+            values[axis.name] = point.get(axis.name, next(iter(domain)) if domain.finite else domain.low)
+        if wanted.items() <= values.items():
+            return TrialConfig(**values)
+    raise AssertionError(f"no fixed point of {spec.name} has {wanted}")
+
+
+@pytest.mark.parametrize(
+    ("file", "classes", "wanted", "expected"),
+    [
+        ("r1_covid_radiography", 4, {"freeze": "all"}, (64_753_156, 2_257_984)),
+        ("r1_covid_radiography", 4, {"freeze": "convs:1"}, (65_165_316, 1_845_824)),
+        ("r1_covid_radiography", 4, {"freeze": "convs:2"}, (65_473_156, 1_537_984)),
+        ("r1_covid_radiography", 4, {"freeze": "none"}, (66_977_028, 34_112)),
+        ("r2_mobilenet_half", 4, {"freeze": "all"}, (64_753_156, 706_224)),
+        ("r4_small_data", 2, {"backbone": "vanilla_cnn"}, (1_045_441, 0)),
+    ],
+)
+def test_the_studies_own_trials_have_their_parameters(file, classes, wanted, expected, tables):
+    """To the last one, from the files as they are shipped."""
+    config = first_point(read_spec(SPACES / f"{file}.yaml"), **wanted)
+    (phase,) = parse_strategy(config.freeze).phases
+    assert count_parameters(config, phase, tables[config.backbone, config.image_side], classes) == expected
