@@ -156,10 +156,13 @@ def _find(
         return WeightsFile(row.bundled_path)
     if _URL.match(config.weights):
         path = _downloaded(config.weights, cache_dir)
+        place = config.weights.partition("#")[0]
     else:
         path = Path(config.weights).expanduser().resolve()
+        place = str(path)
     if path.is_dir():
         path = path / "best" / "model.keras"
+        place = str(path)
         if not path.is_file():
             raise ValueError(f"expected the folder of a finished run, but there is no {path}")
     if not path.name.endswith(ENDINGS):
@@ -172,7 +175,7 @@ def _find(
     taken = cache_dir / "weights" / digest[:24] / f"{row.name}.weights.h5"
     if not taken.is_file():
         extract_backbone(path, row, table, taken)
-    return WeightsFile(taken, origin=f"{path} (sha256 {digest})")
+    return WeightsFile(taken, origin=f"{place} (sha256 {digest})")
 
 
 def _imagenet(row: Backbone, side: int, weights_dir: Path | None, reachable: Callable[[], bool]) -> WeightsFile:
@@ -198,7 +201,7 @@ def _downloaded(url: str, cache_dir: Path) -> Path:
 
     address, _, fragment = url.partition("#")
     expected = fragment.removeprefix("sha256=").lower()
-    kept = cache_dir / "weights" / expected[:24] / unquote(PurePosixPath(urlsplit(address).path).name)
+    kept = cache_dir / "weights" / expected[:24] / PurePosixPath(unquote(urlsplit(address).path)).name
     if kept.is_file():
         return kept
     found = hashlib.sha256()

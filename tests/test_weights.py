@@ -170,6 +170,13 @@ class TestModelsOfEarlierSweeps:
             (note,) = origin_notes({("mobilenet_v2_0.35", source, 96): found[0]})
             assert f"starts from the model of an earlier sweep, {model} (sha256 {digest})" in note
 
+    def test_a_url_of_a_model_is_its_origin(self, tmp_path):
+        model = saved_model(tmp_path / "model.keras", "mobilenet_v2_0_35")
+        digest = hashlib.sha256(model.read_bytes()).hexdigest()
+        found, problems = find(f"{model.as_uri()}#sha256={digest}", tmp_path)
+        assert problems == []
+        assert found[0].origin == f"{model.as_uri()} (sha256 {digest})"
+
     def test_another_backbone_is_named(self, tmp_path):
         model = saved_model(tmp_path / "model.keras", "efficientnet_b0")
         _, problems = find(str(model), tmp_path)
