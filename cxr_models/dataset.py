@@ -156,7 +156,7 @@ def read_manifest(
     """
     source = source.expanduser().resolve()
     rule = PatientRule(patient)
-    listing = list_images(source)
+    listing = list_images(source, cache_dir)
     facts, unreadable = _read_facts(listing, _cache_file(cache_dir, source) if cache_dir else None, progress)
     records = tuple(
         ImageRecord(
