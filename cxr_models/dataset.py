@@ -344,7 +344,7 @@ def _cut(manifest: Manifest, pool: NDArray[np.int64], shares: Mapping[str, float
             raise DataError(
                 f"class {name!r} has {found} patients; at least {len(parts)} are needed, "
                 f"one for each of {', '.join(parts[:-1])} and {parts[-1]}\n"
-                "  remedy: add images of more patients to it, leave the class out, or merge it with another (data.classes)"
+                "  remedy: add images of more patients to it, or leave it out or merge it (data.classes)"
                 + ("; all images have one patient: data.patient: none ignores it" if manifest.patients == 1 else "")
             )
     finest = min(max(MAX_FOLDS, round(1 / min(shares.values()))), MAX_FOLDS_OF_SMALL_SHARES)

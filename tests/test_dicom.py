@@ -136,7 +136,7 @@ class TestPatients:
         for label in ("a", "b"):
             layouts.save_dicom(tmp_path / label / f"{label}7_1.dcm", values, patient="anonymous")
         assert read_manifest(tmp_path).patients == 1
-        with pytest.raises(DataError, match="all images have one patient: data.patient: none ignores it"):
+        with pytest.raises(DataError, match=r"all images have one patient: data\.patient: none ignores it"):
             assign_splits(read_manifest(tmp_path), seed=0)
         assert {record.patient for record in read_manifest(tmp_path, patient=r"(\w\d)_").records} == {"a7", "b7"}
         assert read_manifest(tmp_path, patient="none").patients == 2
