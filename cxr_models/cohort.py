@@ -4,6 +4,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -162,9 +163,10 @@ def _names(sources: Sequence[Source]) -> list[str]:
     """A different name for each source: of its folder or file, numbered where two are the same."""
     names: list[str] = []
     for source in sources:
-        stem = source.path.expanduser().resolve().stem or str(source.path)
-        taken = sum(name == stem or name.startswith(f"{stem}-") for name in names)
-        names.append(f"{stem}-{taken + 1}" if taken else stem)
+        path = source.path.expanduser().resolve()
+        stem = path.stem if path.is_file() else path.name
+        numbered = (f"{stem}-{number}" for number in count(2))
+        names.append(next(name for name in chain([stem], numbered) if name not in names))
     return names
 
 

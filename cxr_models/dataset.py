@@ -156,7 +156,7 @@ def read_manifest(
     """
     source = source.expanduser().resolve()
     rule = PatientRule(patient)
-    listing = list_images(source)
+    listing = list_images(source, cache_dir)
     facts, unreadable = _read_facts(listing, _cache_file(cache_dir, source) if cache_dir else None, progress)
     records = tuple(
         ImageRecord(
@@ -344,7 +344,8 @@ def _cut(manifest: Manifest, pool: NDArray[np.int64], shares: Mapping[str, float
             raise DataError(
                 f"class {name!r} has {found} patients; at least {len(parts)} are needed, "
                 f"one for each of {', '.join(parts[:-1])} and {parts[-1]}\n"
-                "  remedy: add images of more patients to it, leave the class out, or merge it with another"
+                "  remedy: add images of more patients to it, or leave it out or merge it (data.classes)"
+                + ("; all images have one patient: data.patient: none ignores it" if manifest.patients == 1 else "")
             )
     finest = min(max(MAX_FOLDS, round(1 / min(shares.values()))), MAX_FOLDS_OF_SMALL_SHARES)
     for part_of_fold in _deals(min(finest, int(patients_of_class.min())), shares):

@@ -35,19 +35,19 @@ class _Place(NamedTuple):
     key: tuple[str, ...]
 
 
-def list_images(source: Path) -> Listing:
-    """Find the images of a folder or CSV file, sorted by path.
+def list_images(source: Path, cache_dir: Path | None = None) -> Listing:
+    """Find the images of a folder or CSV file, sorted by path; what spreadsheets say is kept below `cache_dir`.
 
     Raises:
         DataError: as `dataset.read_manifest`.
     """
     if not source.exists():
         raise data_error("a folder of X-rays or a CSV file", f"nothing at {str(source)!r}", "check the path")
-    listing = _list_folder(source) if source.is_dir() else list_table(source)
+    listing = _list_folder(source, cache_dir) if source.is_dir() else list_table(source)
     return replace(listing, images=tuple(sorted(listing.images)))
 
 
-def _list_folder(root: Path) -> Listing:
+def _list_folder(root: Path, cache_dir: Path | None) -> Listing:
     unreadable: list[Unreadable] = []
     files = list(files_below(root, unreadable))
     pictures = [parts for parts in files if is_picture(parts)]
@@ -66,7 +66,7 @@ def _list_folder(root: Path) -> Listing:
     if tables and (all_dicom or not (has_classes or has_pairs)):
         return _list_labelled(root, tables, len(files))
     if below := _only_folder(pictures):
-        inner = _list_folder(root / below)
+        inner = _list_folder(root / below, cache_dir)
         outside = sum(parts[0] != below for parts in files)
         return replace(inner, layout=f"{inner.layout} in {below}/", ignored=inner.ignored + outside)
     if not in_splits and (holders := _holders(pictures)):
@@ -80,34 +80,31 @@ def _list_folder(root: Path) -> Listing:
         if not has_pairs:
             raise _no_classes(root, pictures)
         places = [place._replace(label=ONLY_CLASS) for place in places if place.kind]
-    return _listing(root, files, places, in_splits, unreadable)
+    found, notes = _images(places, in_splits)
+    names = [parts[0] for parts in files if len(parts) == 1 and parts[0].lower().endswith(METADATA)]
+    images, read = _with_sources([root / name for name in names], found, notes, cache_dir)
+    if not in_splits and root.name.lower() in SPLIT_NAMES and (others := _split_folders(root.parent)) - {root.name}:
+        notes.append(f"{root.name} is one part of a given split; name {root.parent} to use {', '.join(sorted(others))}")
+    used = len(images) + len({place.key for place in places if place.kind == MASKS}) + read
+    return Listing(root, _words(places, in_splits), tuple(images), tuple(unreadable), len(files) - used, tuple(notes))
 
 
-def _listing(
-    root: Path, files: Sequence[tuple[str, ...]], places: Sequence[_Place], in_splits: bool, lost: list[Unreadable]
-) -> Listing:
-    """The images among the places, with masks and sources."""
+def _images(places: Sequence[_Place], in_splits: bool) -> tuple[list[ListedImage], list[str]]:
+    """The images among the places, with their masks, and what to say of them."""
     masks = {place.key: "/".join(place.parts) for place in places if place.kind == MASKS}
     found = [place for place in places if place.kind == IMAGES and place.label]
     images = [
         ListedImage("/".join(place.parts), place.label, split=place.split, mask=masks.get(place.key, ""))
         for place in found
     ]
-    notes = []
+    notes: list[str] = []
     if in_splits:
-        images, merged = _without_tiny_val(images)
-        notes += merged
+        images, notes = _without_tiny_val(images)
     if masks and (unmasked := sum(not image.mask for image in images)):
         notes.append(f"images without a mask: {unmasked:,} of {len(images):,}")
     if alone := len(masks.keys() - {place.key for place in found}):
         notes.append(f"masks without an image: {alone:,}")
-    names = [parts[0] for parts in files if len(parts) == 1 and parts[0].lower().endswith(METADATA)]
-    images, known = _with_sources(root, names, images, notes)
-    if not in_splits and root.name.lower() in SPLIT_NAMES and (others := _split_folders(root.parent)) - {root.name}:
-        notes.append(f"{root.name} is one part of a given split; name {root.parent} to use {', '.join(sorted(others))}")
-    layout = _words(found, in_splits)
-    ignored = len(files) - len(images) - len(masks) - known
-    return Listing(root, layout, tuple(images), tuple(lost), ignored, tuple(notes))
+    return images, notes
 
 
 def _in_splits(pictures: Sequence[tuple[str, ...]]) -> bool:
@@ -130,9 +127,10 @@ def _place(parts: tuple[str, ...], in_splits: bool) -> _Place:
     return _Place(parts, split, label, kind, (split, *own, stem.removesuffix("_mask") if kind == MASKS else stem))
 
 
-def _words(found: Sequence[_Place], in_splits: bool) -> str:
+def _words(places: Sequence[_Place], in_splits: bool) -> str:
     if in_splits:
         return "train|val|test folders"
+    found = [place for place in places if place.kind == IMAGES and place.label]
     if found[0].label == ONLY_CLASS and found[0].parts[0].lower() == IMAGES:
         return "images/ and masks/"
     inside = {folder.lower() for place in found for folder in place.parts[1:-1]}
@@ -195,21 +193,23 @@ def _without_tiny_val(images: list[ListedImage]) -> tuple[list[ListedImage], lis
 
 
 def _with_sources(
-    root: Path, spreadsheets: Sequence[str], images: list[ListedImage], notes: list[str]
+    spreadsheets: Sequence[Path], images: list[ListedImage], notes: list[str], cache_dir: Path | None
 ) -> tuple[list[ListedImage], int]:
     """The images with the URLs that their classes' spreadsheets give, and how many spreadsheets were read."""
     labels = {_folded(image.label): image.label for image in images}
+    of_class = {file: labels.get(_folded(file.name[: -len(METADATA)])) for file in spreadsheets}
     sources: dict[tuple[str, str], str] = {}
     read = 0
-    for name in spreadsheets:
-        label = labels.get(_folded(name[: -len(METADATA)]))
-        try:
-            rows = read_sources(root / name) if label is not None else {}
-        except ValueError as error:
-            notes.append(f"{name} {error}; its images have no source")
+    for file, label in of_class.items():
+        if label is None:
             continue
-        read += label is not None
-        sources |= {(label or "", stem): url for stem, url in rows.items()}
+        try:
+            rows = read_sources(file, cache_dir)
+        except ValueError as error:
+            notes.append(f"{file.name} {error}; its images have no source")
+            continue
+        read += 1
+        sources |= {(label, stem): url for stem, url in rows.items()}
     if not read:
         return images, 0
     named = [

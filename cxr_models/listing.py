@@ -56,8 +56,9 @@ def data_error(expected: str, found: str, remedy: str) -> DataError:
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The known name that `name` is most likely a misspelling of, or None."""
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=NEAR)), None)
+    """The known name that `name` is most likely a misspelling of, or None; capitals do not count."""
+    lower = {own.lower(): own for own in known}
+    return next((lower[own] for own in difflib.get_close_matches(name.lower(), lower, n=1, cutoff=NEAR)), None)
 
 
 def files_below(root: Path, unreadable: list[Unreadable]) -> Iterator[tuple[str, ...]]:

@@ -1,6 +1,8 @@
 """Tables beside images: a CSV file that lists or labels them, and the spreadsheets of the COVID-19 Radiography set."""
 
 import csv
+import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from cxr_models.listing import (
     is_picture,
     nearest,
 )
+from cxr_models.storage import written_whole
 
 # What a column may be called; the first name is the one that messages use.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -96,19 +99,38 @@ def list_table(file: Path) -> Listing:
     return Listing(file.parent, layout, listed, tuple(dict.fromkeys(unreadable)), ignored, tuple(notes))
 
 
-def read_sources(file: Path) -> dict[str, str]:
+def read_sources(file: Path, cache_dir: Path | None = None) -> dict[str, str]:
     """File name without suffix, in lower case -> URL, from a `<Class>.metadata.xlsx`.
+
+    Args:
+        file: the spreadsheet.
+        cache_dir: what was read is kept below it, since ten thousand rows take a second; none keeps nothing.
 
     Raises:
         ValueError: it is no spreadsheet, or lacks a column; in a few words.
     """
+    if cache_dir is None:
+        return _read_spreadsheet(file)
+    status = file.stat()
+    stamp = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+    stored = cache_dir / "manifests" / f"{hashlib.sha256(os.fsencode(stamp)).hexdigest()[:16]}-sources.json"
+    try:
+        return {str(name): str(url) for name, url in json.loads(stored.read_bytes()).items()}
+    except (OSError, ValueError, AttributeError):
+        sources = _read_spreadsheet(file)
+        with written_whole(stored) as scratch:
+            scratch.write_text(json.dumps(sources))
+        return sources
+
+
+def _read_spreadsheet(file: Path) -> dict[str, str]:
     import openpyxl
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # openpyxl tells of styles and extensions that do not matter here
             book = openpyxl.load_workbook(file, read_only=True, data_only=True)
-            rows = [list(row) for row in book.worksheets[0].iter_rows(values_only=True)]
+            rows = list(book.worksheets[0].iter_rows(values_only=True))
             book.close()
     except Exception as error:  # broken archives and broken XML raise nearly anything
         raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from error
@@ -181,7 +203,7 @@ def _misspelt(header: Sequence[str], columns: Mapping[str, int]) -> dict[str, st
     """Column that is not used -> the absent column that it may be meant as."""
     absent = [key for key in COLUMNS if key not in columns]
     unused = [name.strip() for place, name in enumerate(header) if place not in columns.values()]
-    return {name: key for name in unused if (key := nearest(name.lower(), absent))}
+    return {name: key for name in unused if (key := nearest(name, absent))}
 
 
 def _hints(header: Sequence[str], columns: Mapping[str, int]) -> str:

@@ -168,7 +168,7 @@ def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
         objective=spec.objective,
         classes=manifest.classes,
         dataset=DatasetInfo(
-            name=Path(spec.data.name).name,
+            name=" + ".join(Path(source.source).name for source in spec.data.all_sources),
             digest=manifest.digest,
             source=str(manifest.root),
             images=len(manifest.records),

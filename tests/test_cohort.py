@@ -89,6 +89,13 @@ class TestSources:
         (note,) = cohort.notes
         assert note.endswith("byte for byte, and that are left out: 2, 1 of them with another label")
 
+    def test_data_sets_of_equal_names_are_told_apart(self, tmp_path):
+        sources = [Source(layouts.nested(tmp_path / name / "xrays")) for name in ("one", "two")]
+        for image in (tmp_path / "two").rglob("*.png"):
+            image.write_bytes(image.read_bytes() + b"\0")  # other bytes, the same picture
+        cohort = read_cohort([*sources, Source(layouts.class_folders(tmp_path / "xrays-2"))])
+        assert {record.source for record in cohort.records} == {"xrays", "xrays-2", "xrays-2-2"}
+
     def test_the_same_data_set_twice_adds_nothing(self, tmp_path):
         root = layouts.nested(tmp_path, images=3)
         once, twice = read_cohort([Source(root)]), read_cohort([Source(root), Source(root)])

@@ -7,7 +7,7 @@ import pydicom
 import pytest
 from pydicom.uid import JPEGLSLossless
 
-from cxr_models.dataset import read_manifest
+from cxr_models.dataset import DataError, assign_splits, read_manifest
 from cxr_models.images import examine, read_picture
 from cxr_models.pixels import decode
 from tests import layouts
@@ -136,6 +136,8 @@ class TestPatients:
         for label in ("a", "b"):
             layouts.save_dicom(tmp_path / label / f"{label}7_1.dcm", values, patient="anonymous")
         assert read_manifest(tmp_path).patients == 1
+        with pytest.raises(DataError, match=r"all images have one patient: data\.patient: none ignores it"):
+            assign_splits(read_manifest(tmp_path), seed=0)
         assert {record.patient for record in read_manifest(tmp_path, patient=r"(\w\d)_").records} == {"a7", "b7"}
         assert read_manifest(tmp_path, patient="none").patients == 2
 

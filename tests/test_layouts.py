@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cxr_models import tables
 from cxr_models.dataset import DataError, assign_splits, patients_on_two_sides, read_manifest
 from cxr_models.patients import PATIENT_PATTERNS
 from cxr_models.trial import TEST, TRAIN, VAL
@@ -51,6 +52,20 @@ class TestRadiography:
             "https://hospital-1.org/": 8,
         }
         assert (manifest.ignored, manifest.notes) == (1, ())  # the text file
+
+    def test_spreadsheets_are_read_once_and_again_when_they_change(self, tmp_path, monkeypatch):
+        root, cache = layouts.covid_radiography(tmp_path / "data", images=2), tmp_path / "cache"
+        first = read_manifest(root, cache_dir=cache)
+        monkeypatch.setattr(tables, "_read_spreadsheet", lambda file: {"covid-1": "new"})
+        assert read_manifest(root, cache_dir=cache) == first
+        (sheet,) = root.glob("*/COVID.metadata.xlsx")
+        sheet.write_bytes(b"other")
+        assert {
+            record.source for record in read_manifest(root, cache_dir=cache).records if record.label == "COVID"
+        } == {
+            "new",
+            "",
+        }
 
     def test_a_spreadsheet_that_cannot_be_read_is_a_note(self, tmp_path):
         root = layouts.covid_radiography(tmp_path, images=2) / "COVID-19_Radiography_Dataset"

@@ -1,0 +1,109 @@
+"""A plan reads the data as the file says: sources, classes, subset and split, with a note on whatever matters."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cxr_models.dataset import DataError, patients_on_two_sides
+from cxr_models.trial import SPLITS, TEST, TRAIN, VAL
+from sweep import plan as planning
+from sweep.machine import Machine
+from sweep.plan import Plan, make_plan, stored_splits
+from sweep.plan_view import render_plan
+from sweep.spec import read_spec
+from tests import layouts
+
+SPACE = """\
+name: planned
+data: {data}
+objective: macro_f1
+search: {{trials: 2}}
+space:
+  backbone: mobilenet_v2_0.35
+  weights: bundled
+  image_side: 96
+  freeze: all
+  epochs: 2
+"""
+
+
+@pytest.fixture
+def plan(tmp_path: Path, cache_dir: Path):
+    """Plan a sweep whose `data` section is given."""
+
+    def make(data: str) -> Plan:
+        file = tmp_path / "planned.yaml"
+        file.write_text(SPACE.format(data=data))
+        machine = Machine(cores=2, gpus=0, memory_bytes=8 * 2**30)
+        return make_plan(read_spec(file), machine, source=str(file), cache_dir=cache_dir)
+
+    return make
+
+
+def shown(plan: Plan) -> str:
+    console = Console(width=300)
+    with console.capture() as capture:
+        console.print(render_plan(plan))
+    return capture.get()
+
+
+def test_shares_are_those_of_the_file(plan, tmp_path):
+    made = plan(f"{{source: {layouts.nested(tmp_path / 'x', images=40)}, split: {{train: 0.5, val: 0.3, test: 0.2}}}}")
+    assert [Counter(made.splits)[part] / 80 for part in SPLITS] == pytest.approx([0.5, 0.3, 0.2], abs=0.02)
+
+
+def test_without_a_test_part_the_plan_says_what_figures_are(plan, tmp_path):
+    made = plan(f"{{source: {layouts.nested(tmp_path / 'x', images=20)}, split: {{train: 0.7, val: 0.3}}}}")
+    assert Counter(made.splits) == {TRAIN: 28, VAL: 12}
+    assert "no test part (data.split): figures are validation figures that choices were made on" in made.notes
+    assert len(made.indices(TEST)) == 0
+    assert not any(line.strip().startswith("│ test") for line in shown(made).splitlines())
+    assert (made.trial_data({}, {}).labels >= 0).all()
+
+
+def test_a_given_test_part_is_kept_where_none_would_be_cut(plan, tmp_path):
+    source = layouts.kermany(tmp_path / "x", images=40)
+    made = plan(f"{{source: {source}, split: {{train: 0.7, val: 0.3}}}}")
+    assert Counter(made.splits)[TEST] == 8
+    assert not any("no test part" in note for note in made.notes)
+
+
+def test_a_subset_is_said_in_the_plan_and_split_by_patient(plan, tmp_path):
+    made = plan(f"{{source: {layouts.covid_radiography(tmp_path / 'x', images=24)}, subset: 0.25}}")
+    assert "24 of 96 images, a stratified quarter" in shown(made)
+    assert Counter(record.label for record in made.manifest.records) == dict.fromkeys(layouts.RADIOGRAPHY, 6)
+    assert patients_on_two_sides(made.manifest, made.splits) == ()
+
+
+def test_several_sources_with_their_classes(plan, tmp_path):
+    one, two = layouts.nested(tmp_path / "one"), layouts.class_folders(tmp_path / "two")
+    made = plan(
+        f"{{sources: [{{source: {one}, classes: {{NORMAL: No_findings, COVID: Covid-19}}}}, {two}], "
+        "classes: {Pneumonia: null}}"
+    )
+    assert made.manifest.classes == ("Covid-19", "No_findings")
+    assert Counter(record.source for record in made.manifest.records) == {"one": 16, "two": 16}
+    assert "left out as the class map says: 8 images of 'Pneumonia'" in made.notes
+    assert f"{one} + {two}" in shown(made)
+
+
+def test_notes_of_the_data_are_notes_of_the_plan(plan, tmp_path):
+    made = plan(f"{{source: {layouts.kermany(tmp_path / 'x')}, split: {{train: 0.8, val: 0.2}}}}")
+    assert any("merged into train's 400, and a new one is cut" in note for note in made.notes)
+    assert Counter(made.splits)[VAL] / 416 == pytest.approx(0.2, abs=0.02)
+
+
+def test_a_class_that_is_not_there_stops_the_plan(plan, tmp_path):
+    with pytest.raises(DataError, match="did you mean 'COVID'"):
+        plan(f"{{source: {layouts.nested(tmp_path / 'x')}, classes: {{Covid: a}}}}")
+
+
+def test_a_stored_split_is_that_of_its_shares(plan, tmp_path, cache_dir, monkeypatch):
+    manifest = plan(f"{{source: {layouts.nested(tmp_path / 'x', images=20)}}}").manifest
+    thirds = stored_splits(manifest, 0, cache_dir, (0.5, 0.5, 0.0))
+    assert Counter(thirds) == {TRAIN: 20, VAL: 20}
+    assert stored_splits(manifest, 0, cache_dir) != thirds
+    monkeypatch.setattr(planning, "assign_splits", None)  # what is stored is not made again
+    assert stored_splits(manifest, 0, cache_dir, (0.5, 0.5, 0.0)) == thirds
