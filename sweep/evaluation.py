@@ -184,7 +184,7 @@ def evaluate_finalists(
                 found.add(result, scores)
                 tracker.evaluated(result.trial_id, _overall(found.figures[result.trial_id]))
             if best:
-                progress.registers(tracker.uri)
+                progress.registers()
                 _register(plan, result, folder, data, tracker, call)
     if failure:
         raise failure

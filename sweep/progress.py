@@ -274,7 +274,7 @@ class EvaluationProgress:
         config = result.config
         self._show(f"evaluating {number} of {total} strategies on {images:,} images: {config.backbone} {config.freeze}")
 
-    def registers(self, uri: str) -> None:
+    def registers(self) -> None:
         """The best model is about to be registered."""
         self._show("registering the best model in MLflow (some 10 seconds)")
 

@@ -10,12 +10,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from sweep.run import INTERRUPTED, WRONG_INPUT, main
+from cxr_models.trial import METRICS, Objective, Outcome, TrialConfig, TrialResult
+from sweep.reference import ReferenceSpec
+from sweep.run import INTERRUPTED, PIPED_WIDTH, WRONG_INPUT, main, print_results
 
 ROOT = Path(__file__).parent.parent
 GOOD = """\
@@ -293,3 +298,55 @@ def wait_for(condition: object, timeout_s: float) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, f"not within {timeout_s} s"
         time.sleep(0.2)
+
+
+def printed(parts: tuple[str, ...], reference: ReferenceSpec | None = None) -> list[str]:
+    """What a sweep ends with on the terminal, whose test part has images if `parts` says so."""
+    config = TrialConfig("efficientnet_v2_b0", freeze="all>stages:1>none")
+    values = dict.fromkeys(METRICS, 0.9)
+    result = TrialResult("1a2b3c4d", config, Outcome.COMPLETED, 3, 2, values, 12_345_678, 12_345_678, 4000.0)
+    row: dict[str, Any] = {"backbone": config.backbone, "freeze": config.freeze, "trials": 10, "best_val": 0.9}
+    row |= {"median_val": 0.8, "trainable_parameters": 12_345_678, "frozen_parameters": 12_345_678}
+    row |= {"train_seconds": 4000.0, **{part: {"accuracy": 0.5, "loss": 0.7} for part in parts}}
+    summary: dict[str, Any] = {"strategies": [row], "data": {"classes": ["COVID", "Normal"]}}
+    summary |= {"epochs": {"run": 3, "full": 3, "from_features": 0}}
+    if "test" in parts:
+        figures = {key: {"value": 0.5, "low": 0.4, "high": 0.6} for key in METRICS}
+        summary["test"] = {**figures, "images": 9, "patients": 5}
+    objective = Objective("balanced_accuracy", "max")
+    spec = SimpleNamespace(objective=objective, reference=reference)
+    plan = SimpleNamespace(spec=spec, indices=lambda part: np.arange(9 if part in parts else 0))
+    console = Console(width=PIPED_WIDTH, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    print_results(plan, [result], summary, console)
+    return console.export_text().splitlines()
+
+
+def test_the_strategies_are_printed_with_the_accuracy_on_every_part():
+    lines = printed(("train", "val", "test"))
+    title = "Strategies by validation balanced_accuracy, accuracy of the best on train, val, test"
+    assert title in map(str.strip, lines)
+    (row,) = (line for line in lines if line.count("0.500") == 3)
+    assert "efficientnet_v2_b0 │ all>stages:1>none" in row  # nothing is cut or wrapped
+    assert max(map(len, lines)) <= PIPED_WIDTH
+
+
+def test_a_sweep_without_a_test_part_says_so():
+    text = "\n".join(printed(("train", "val")))
+    assert "no test part: these are validation figures, and the choice was made on them" in text
+    assert "accuracy of the best on train, val" in text
+
+
+def test_strategies_that_were_not_evaluated_have_no_such_columns():
+    assert any(line.startswith("Strategies by validation balanced_accuracy ") for line in printed(()))
+
+
+def test_published_figures_are_printed_beside_ours():
+    result = {"backbone": "efficientnet_b0", "freeze": "all", "label": "head only", "accuracy": {"test": 0.908}}
+    reference = ReferenceSpec.model_validate(
+        {"source": "a report", "classes": ["covid", "normal"], "results": [result]}
+    )
+    lines = printed(("train", "val", "test"), reference)
+    assert any("head only (not in this sweep) │ test │    0.908 │    – " in line for line in lines)
+    assert "splits differ" in lines[-1]
+    other = reference.model_copy(update={"classes": ("tuberculosis", "normal")})
+    assert "the reference (a report) is about other classes" in printed(("test",), other)[-1]
