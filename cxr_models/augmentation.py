@@ -5,7 +5,7 @@ mirrored image shows what hardly anybody has.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -105,6 +105,27 @@ def augmented(
     return views
 
 
+def augmented_masks(
+    masks: NDArray[np.uint8], image_ids: NDArray[np.uint64], *, kind: str, seed: int, view: int
+) -> NDArray[np.uint8]:
+    """The masks of the views that `augmented` gives, moved as their images are.
+
+    Args:
+        masks: (images, side, side, 1), 0 or 255.
+        image_ids: (images,), of the images, not of the masks.
+        kind: as in `augmented`.
+        seed: as in `augmented`.
+        view: as in `augmented`.
+
+    Returns:
+        An array of the shape of `masks`, 0 or 255.
+    """
+    views = np.empty(masks.shape, np.uint8)
+    for index, image_id in enumerate(image_ids):
+        views[index] = _mask_view(masks[index], AUGMENTATIONS[kind], _generator(seed, view, int(image_id)))
+    return views
+
+
 def _generator(seed: int, view: int, image_id: int) -> np.random.Generator:
     # Words of a fixed number: of a list of integers numpy takes as many as each needs, and two lists may then be alike.
     words = np.array([seed, view, image_id], "<u8").view("<u4")
@@ -112,15 +133,9 @@ def _generator(seed: int, view: int, image_id: int) -> np.random.Generator:
 
 
 def _view(pixels: NDArray[np.uint8], bounds: Augmentation, generator: np.random.Generator) -> NDArray[np.uint8]:
-    rotation, zoom, right, down, contrast, brightness = generator.uniform(-1.0, 1.0, 6)
+    *moves, contrast, brightness = generator.uniform(-1.0, 1.0, 6)
     side = len(pixels)
-    source = _source_of(
-        side,
-        radians=math.radians(bounds.rotation_degrees) * rotation,
-        scale=1.0 + bounds.zoom * zoom,
-        right=bounds.shift * side * right,
-        down=bounds.shift * side * down,
-    )
+    source = _moved(side, bounds, moves)
     mean = pixels.mean()
     gain, offset = 1.0 + bounds.contrast * contrast, 255.0 * bounds.brightness * brightness
     levels = mean + offset + gain * (np.arange(256) - mean)  # what each grey level becomes
@@ -130,6 +145,23 @@ def _view(pixels: NDArray[np.uint8], bounds: Augmentation, generator: np.random.
     # The same for all channels: an X-ray's noise has no colour.
     noise = _DEVIATES.take(np.frombuffer(generator.bytes(side * side), np.uint8)).reshape(side, side, 1)
     return _rounded(levels.astype(np.float32).take(warped) + np.float32(bounds.noise_deviation) * noise)
+
+
+def _mask_view(mask: NDArray[np.uint8], bounds: Augmentation, generator: np.random.Generator) -> NDArray[np.uint8]:
+    *moves, _, _ = generator.uniform(-1.0, 1.0, 6)
+    return np.where(_warped(mask, _moved(len(mask), bounds, moves)) >= 128, 255, 0).astype(np.uint8)
+
+
+def _moved(side: int, bounds: Augmentation, moves: Sequence[float]) -> Coefficients:
+    """`_source_of` a view, from what was drawn for it."""
+    rotation, zoom, right, down = moves
+    return _source_of(
+        side,
+        radians=math.radians(bounds.rotation_degrees) * rotation,
+        scale=1.0 + bounds.zoom * zoom,
+        right=bounds.shift * side * right,
+        down=bounds.shift * side * down,
+    )
 
 
 def _rounded(values: NDArray[np.floating]) -> NDArray[np.uint8]:

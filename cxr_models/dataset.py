@@ -118,7 +118,12 @@ class _Known(NamedTuple):
 
 
 def read_manifest(
-    source: Path, *, patient: str = "", cache_dir: Path | None = None, progress: Progress | None = None
+    source: Path,
+    *,
+    patient: str = "",
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+    least_classes: int = 2,
 ) -> Manifest:
     """Find, read and describe every image of a data set.
 
@@ -131,6 +136,7 @@ def read_manifest(
             own patient. A `patient` given in a CSV file wins.
         cache_dir: what was read is kept below it; a file with the same size and modification time is not read again.
         progress: called after every file that had to be read.
+        least_classes: how many there must be; 1 for a task that needs none.
 
     Raises:
         DataError: nothing there, no readable images, no classes, one class only, or a mistake in the CSV file or
@@ -144,7 +150,7 @@ def read_manifest(
     )
     left_out = tuple(sorted((*listing.unreadable, *unreadable), key=lambda file: file.path))
     manifest = Manifest(listing.root, listing.layout, records, left_out, listing.ignored)
-    _check_classes(manifest, source)
+    _check_classes(manifest, source, least_classes)
     return manifest
 
 
@@ -207,7 +213,7 @@ def _load_known(cache: Path) -> dict[str, _Known]:
         return {}
 
 
-def _check_classes(manifest: Manifest, source: Path) -> None:
+def _check_classes(manifest: Manifest, source: Path, least: int) -> None:
     lost = "".join(f"\n    {file.path!r}: {file.reason}" for file in manifest.unreadable[:3])
     if not manifest.records:
         raise data_error(
@@ -215,7 +221,7 @@ def _check_classes(manifest: Manifest, source: Path) -> None:
             f"{len(manifest.unreadable)} files, none of them readable:{lost}",
             "open one in an image viewer; copy the data set again",
         )
-    if len(manifest.classes) < 2:
+    if len(manifest.classes) < least:
         raise data_error(
             f"at least two classes in {str(source)!r}",
             f"only one class, {manifest.classes[0]!r}, with {len(manifest.records)} images"

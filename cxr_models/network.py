@@ -160,7 +160,7 @@ def build_network(config: TrialConfig, *, classes: int, channels: int, weights: 
     if config.batch_norm == "affine":
         backbone = _with_fixed_statistics(backbone)
     head_dropout = keras.Variable(config.dropout, dtype="float32", trainable=False, name="head_dropout")
-    head = _head(config, classes, _dropout_by_variable(head_dropout))
+    head = _head(config, classes, dropout_by_variable(head_dropout))
     network = Network(
         **_models(config, backbone, head, channels),
         backbone=backbone,
@@ -247,7 +247,7 @@ def _head(config: TrialConfig, classes: int, dropout: Callable[[str], keras.Laye
     return (*layers, keras.layers.Dense(output_units(config, classes), name="logits"))
 
 
-def _dropout_by_variable(rate: keras.Variable) -> Callable[[str], keras.Layer]:
+def dropout_by_variable(rate: keras.Variable) -> Callable[[str], keras.Layer]:
     """A maker of dropout layers that read their rate when they run; Keras' own compiles it in."""
     import keras
 

@@ -31,6 +31,17 @@ METRICS: Mapping[str, str] = {
     "auroc": "max",
 }
 
+# The same for a segmentation, averaged over images; see `mask_metrics.py`.
+MASK_METRICS: Mapping[str, str] = {"loss": "min", "dice": "max", "iou": "max", "pixel_accuracy": "max"}
+
+CLASSIFY, SEGMENT = "classify", "segment"
+TASK_METRICS: Mapping[str, Mapping[str, str]] = {CLASSIFY: METRICS, SEGMENT: MASK_METRICS}
+
+UNET = "unet"  # the one backbone of `segment`, see `unet.py`
+
+# `TrialConfig.lung_mask` beside these is the path of a segmentation sweep's run folder, or of its model.
+NO_MASK, DATASET_MASK = "none", "dataset"
+
 # Chosen by name in a search space; `TrialConfig` accepts nothing else.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "batch_norm": ("frozen", "affine", "train"),
@@ -39,6 +50,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "optimizer": ("adam", "adamw", "rmsprop", "sgd"),
     "class_weights": ("none", "balanced"),
     "augmentation": ("none", "light", "strong"),
+    "mask_loss": ("cross_entropy", "dice", "both"),
 }
 
 
@@ -55,7 +67,7 @@ class TrialConfig:
     """One point of a search space. Every field is an axis.
 
     Attributes:
-        backbone: a name in `backbones.BACKBONES`.
+        backbone: a name in `backbones.BACKBONES`, or `unet` for a segmentation.
         weights: `imagenet`, `bundled`, `none` or the path of a `.weights.h5` file.
         image_side: height and width of the square network input, in pixels.
         freeze: a freeze strategy, see `freezing.py`; phases are joined by `>`.
@@ -74,6 +86,11 @@ class TrialConfig:
         augmentation: how far the training images are changed at random, see `augmentation.AUGMENTATIONS`.
         augmented_views: of each image. 0 gives every epoch a view of its own; N reuses N views in turn, which is
             cheaper to keep and not the same training. Without augmentation it means nothing.
+        lung_mask: whose mask a classifier's pixels are left inside, 0 outside: `none`, `dataset` for the masks that
+            come with the images, or the run folder (or `best/model.keras`) of an earlier segmentation sweep.
+        unet_filters: of the U-Net's first block; each block further down has twice as many.
+        unet_depth: how often the U-Net halves its image.
+        mask_loss: a segmentation's loss: `cross_entropy` of the pixels, soft `dice`, or the sum of `both`.
         seed: of initial weights, image order, dropout and augmentation.
     """
 
@@ -95,6 +112,10 @@ class TrialConfig:
     class_weights: str = "none"
     augmentation: str = "none"
     augmented_views: int = 0
+    lung_mask: str = NO_MASK
+    unet_filters: int = 12
+    unet_depth: int = 4
+    mask_loss: str = "cross_entropy"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -102,9 +123,12 @@ class TrialConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, but got {getattr(self, name)!r}")
         least = {"image_side": 1, "batch_size": 1, "epochs": 1, "patience": 0, "augmented_views": 0, "seed": 0}
+        least |= {"unet_filters": 1, "unet_depth": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, but got {getattr(self, name)}")
+        if not self.lung_mask:
+            raise ValueError("lung_mask must be none, dataset or the run folder of a segmentation sweep, but got ''")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), but got {self.dropout}")
         if not (self.learning_rate > 0.0 and math.isfinite(self.learning_rate)):
@@ -151,12 +175,19 @@ class Objective:
     """The validation metric a sweep optimises, and which way.
 
     Attributes:
-        metric: a name in `METRICS`.
+        metric: a name in `metrics`.
         mode: `max` or `min`.
+        task: a name in `TASK_METRICS`.
     """
 
     metric: str
     mode: str
+    task: str = CLASSIFY
+
+    @property
+    def metrics(self) -> Mapping[str, str]:
+        """What every epoch of the task reports, and which way is better."""
+        return TASK_METRICS[self.task]
 
     def better(self, value: float, than: float) -> bool:
         """Whether `value` beats `than`; NaN beats nothing and everything beats NaN."""
@@ -178,7 +209,7 @@ class EpochMetrics:
         phase: index of the phase the epoch belongs to.
         train: metric -> value over the batches as they were trained on (dropout active).
         val: metric -> value over the validation images at the end of the epoch. The names are those of `METRICS`
-            and `recall/<class>`.
+            and `recall/<class>`; of a segmentation, those of `MASK_METRICS`.
         seconds: of training and validation in this epoch, without checkpoints; a phase's first epoch compiles too.
         images_per_second: training images per second of the epoch's training.
         device: what the trial's process sees: `CPU` or `GPU <ids>`.
@@ -267,6 +298,8 @@ class TrialData:
         weights: (backbone, weights, image_side) of a `TrialConfig` -> file; what starts from scratch is absent.
         image_ids: (images,) follow from the contents of each image; augmentation is keyed by them.
         features: which outputs of frozen layers are stored, and where; None stores none.
+        masks: image side -> `.npy` file of lung masks, uint8 (images, side, side, 1), 0 or 255; for segmentations.
+        masked: (lung_mask, image side) of a `TrialConfig` -> pixels as in `pixels`, 0 outside the lungs.
     """
 
     classes: tuple[str, ...]
@@ -278,3 +311,11 @@ class TrialData:
     weights: Mapping[tuple[str, str, int], Path] = field(default_factory=dict)
     image_ids: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     features: FeatureBudget | None = None
+    masks: Mapping[int, Path] = field(default_factory=dict)
+    masked: Mapping[tuple[str, int], Path] = field(default_factory=dict)
+
+    def pictures(self, config: TrialConfig) -> Path:
+        """The pixel array that a configuration is trained on."""
+        if config.lung_mask == NO_MASK:
+            return self.pixels[config.image_side]
+        return self.masked[config.lung_mask, config.image_side]

@@ -128,7 +128,7 @@ def best_model(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialDa
         trial_folder=folder.trial(result.trial_id),
         classes=len(data.classes),
         channels=data.channels,
-        pixels=data.pixels[config.image_side],
+        pixels=data.pictures(config),
         weights=data.weights.get((config.backbone, config.weights, config.image_side)),
         indices=np.concatenate([plan.indices(VAL), plan.indices(TEST)]),
         model=folder.model,
