@@ -202,6 +202,13 @@ def restore_best(config: TrialConfig, folder: Path, *, channels: int, model_path
     return model
 
 
+@lru_cache(maxsize=1)
+def load_unet(path: Path, threads: int) -> keras.Model:
+    """A saved U-Net, loaded once in a process that has not used TensorFlow before."""
+    steps.configure(threads)
+    return keras.saving.load_model(path, compile=False)
+
+
 def predict_masks(model: keras.Model, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Probability of lung (images, side, side, 1) by a saved U-Net, from raw pixels (images, side, side, channels)."""
     size = steps.inference_batch()

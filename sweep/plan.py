@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from cxr_models import network
+from cxr_models import network, unet
 from cxr_models.backbones import BACKBONES
 from cxr_models.dataset import SPLIT_VERSION, Manifest, Progress, assign_splits, read_manifest
 from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import LayerTable, layer_tables
 from cxr_models.phantom import PATIENT_PATTERN, phantom_dataset
 from cxr_models.storage import written_whole
-from cxr_models.trial import SPLITS, TEST, TRAIN, VAL, TrialConfig, TrialData
+from cxr_models.trial import SEGMENT, SPLITS, TEST, TRAIN, UNET, VAL, TrialConfig, TrialData
 from sweep.caching import (
     KEEPING,
     CachePlan,
@@ -33,8 +33,10 @@ from sweep.caching import (
     plan_cache,
 )
 from sweep.halving import rungs
+from sweep.lung_masks import LungMasks, find_lung_masks
 from sweep.machine import Allotment, Machine, allot
 from sweep.memory import trial_memory
+from sweep.segment_plan import UNetRow, unet_memory, unet_order, unet_rows, with_masks
 from sweep.space import Range
 from sweep.spec import SpecError, SweepSpec
 from sweep.weights import WeightsFile, find_weights
@@ -43,6 +45,7 @@ PHANTOM = "phantom"
 
 # The axes that shape a network; a value of each decides its parameters.
 SHAPING = ("backbone", "freeze", "batch_norm", "image_side", "pooling", "hidden_units", "output", "weights")
+SHAPING_UNET = ("backbone", "freeze", "image_side", "unet_filters", "unet_depth")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Plan:
         rungs: epochs after which halving judges; empty without halving.
         sides: image sides the trials use, in pixels.
         weights: files of pretrained weights, by (backbone, weights, image_side) of a configuration.
+        unets: those of a segmentation, which has no layer tables and keeps no features.
+        lung_masks: where the masks of the axis `lung_mask` come from, by its values other than `none`.
     """
 
     spec: SweepSpec
@@ -89,33 +94,53 @@ class Plan:
     cache: CachePlan
     rules: CacheRules
     notes: tuple[str, ...]
+    unets: tuple[UNetRow, ...] = ()
+    lung_masks: tuple[LungMasks, ...] = ()
 
     def parameters(self, config: TrialConfig) -> tuple[int, int]:
         """A configuration's (trainable, frozen) parameters in its last phase."""
+        if config.backbone == UNET:
+            return unet.count_parameters(config, self.channels), 0
         table = self.tables[config.backbone, config.image_side]
         phase = parse_strategy(config.freeze).phases[-1]
         return network.count_parameters(config, phase, table, len(self.manifest.classes))
 
     def order(self, config: TrialConfig) -> tuple[Any, ...]:
         """Sort key by which trials that share a prefix, and then a program, follow each other, long ones first."""
+        if config.backbone == UNET:
+            return unet_order(config)
         phases = self.rules.phases(config, self.cache.budget)
         names = [layer.name for layer in self.tables[config.backbone, config.image_side].layers]
         cuts = tuple(phase.cut.name if phase.cut else "" for phase in phases)
         earliest = min(names.index(phase.cut.layer) if phase.cut else 0 for phase in phases)
         views = (config.augmentation, config.augmented_views, config.seed if config.augmentation != "none" else 0)
         work = -max(phase.epoch_work for phase in phases)
-        return (*group_of(config), earliest, cuts, *views, work, config.batch_size, -config.epochs)
+        return (*group_of(config), config.lung_mask, earliest, cuts, *views, work, config.batch_size, -config.epochs)
+
+    @property
+    def channels(self) -> int:
+        """Of the pixels."""
+        return _channels(self.manifest)
 
     def indices(self, part: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Positions of a part's images in the manifest."""
         return np.flatnonzero(np.array(self.splits) == part).astype(np.int64)
 
-    def trial_data(self, pixels: Mapping[int, Path], weights: Mapping[Group, Path]) -> TrialData:
+    def trial_data(
+        self,
+        pixels: Mapping[int, Path],
+        weights: Mapping[Group, Path],
+        *,
+        masks: Mapping[int, Path] | None = None,
+        masked: Mapping[tuple[str, int], Path] | None = None,
+    ) -> TrialData:
         """What trials may read; the labels of the test images are not among it.
 
         Args:
             pixels: image side -> decoded images.
             weights: where the weights of `Plan.weights` lie for the length of the sweep.
+            masks: image side -> lung masks, for a segmentation.
+            masked: (lung_mask, image side) -> pixels inside the lungs.
         """
         labels = self.manifest.labels.copy()
         labels[self.indices(TEST)] = -1
@@ -124,11 +149,13 @@ class Plan:
             labels=labels,
             train=self.indices(TRAIN),
             val=self.indices(VAL),
-            channels=1 if self.manifest.grey else 3,
+            channels=self.channels,
             pixels=pixels,
             weights=weights,
             image_ids=np.array([int(record.sha256[:16], 16) for record in self.manifest.records], np.uint64),
             features=self.cache.budget,
+            masks=masks or {},
+            masked=masked or {},
         )
 
     def class_counts(self) -> dict[str, Counter[str]]:
@@ -170,24 +197,30 @@ def make_plan(
         DataError: the data cannot be used.
     """
     manifest = read_data(spec, cache_dir, progress)
+    mask_notes: tuple[str, ...] = ()
+    if spec.task == SEGMENT:
+        manifest, mask_notes = with_masks(manifest)
     splits = stored_splits(manifest, spec.data.seed, cache_dir)
     problems: list[str] = []
-    networks = _networks(spec)
+    everything = _networks(spec)
+    networks = [config for config in everything if config.backbone != UNET]
     tables = layer_tables({(config.backbone, config.image_side) for config in networks}, cache_dir)
     weights = find_weights(networks, tables, weights_dir, problems)
+    lung_masks = find_lung_masks(spec.space, manifest, problems)
     counts = Counter(splits)
     rules = CacheRules(tables, len(manifest.classes), counts[TRAIN], counts[VAL])
     max_epochs = max(int(epochs) for epochs in _values(spec, "epochs"))
     limit = default_limit_bytes(cache_dir) if cache_bytes is None else cache_bytes
     longest = [replace(config, epochs=max_epochs) for config in networks]
-    cache = plan_cache(rules, longest, cache_dir, limit)
+    cache = plan_cache(rules, longest, cache_dir, limit if networks else 0)
     strategies = _strategies(longest, rules, cache, problems)
     trials = _trials(spec)
     try:
         batch_size = max(int(size) for size in _values(spec, "batch_size"))
         fitting = [config for config in networks if fits(config, rules.classes)]  # the others are told of above
-        if fitting:
-            need = trial_memory(fitting, tables, rules.classes, batch_size)
+        unets = unet_rows([config for config in everything if config.backbone == UNET], _channels(manifest), batch_size)
+        if fitting or unets:
+            need = unet_memory(unets) if unets else trial_memory(fitting, tables, rules.classes, batch_size)
             allotment = allot(spec.resources, machine, trials, need)
     except ValueError as error:
         problems.append(f"resources: {error}")
@@ -203,14 +236,22 @@ def make_plan(
         trials=trials,
         max_epochs=max_epochs,
         rungs=marks,
-        sides=tuple(sorted({config.image_side for config in networks})),
+        sides=tuple(sorted({config.image_side for config in everything})),
         weights=weights,
         machine=machine,
         allotment=allotment,
         tables=tables,
         cache=cache,
         rules=rules,
-        notes=(*allotment.notes, *cache.notes, *_notes(spec, manifest, networks, max_epochs, marks)),
+        notes=(
+            *allotment.notes,
+            *cache.notes,
+            *mask_notes,
+            *(masks.note for masks in lung_masks),
+            *_notes(spec, manifest, everything, max_epochs, marks),
+        ),
+        unets=unets,
+        lung_masks=lung_masks,
     )
 
 
@@ -223,7 +264,8 @@ def read_data(spec: SweepSpec, cache_dir: Path, progress: Callable[[str], Progre
     else:
         source, pattern = Path(spec.data.source).expanduser(), spec.data.patient or ""
     reading = progress("reading images") if progress else None
-    return read_manifest(source, patient=pattern, cache_dir=cache_dir, progress=reading)
+    least = 1 if spec.task == SEGMENT else 2
+    return read_manifest(source, patient=pattern, cache_dir=cache_dir, progress=reading, least_classes=least)
 
 
 def stored_splits(manifest: Manifest, seed: int, cache_dir: Path) -> tuple[str, ...]:
@@ -239,6 +281,11 @@ def stored_splits(manifest: Manifest, seed: int, cache_dir: Path) -> tuple[str, 
         with written_whole(stored) as scratch:
             scratch.write_text(json.dumps(splits))
     return splits
+
+
+def _channels(manifest: Manifest) -> int:
+    """1 where every image is grey, else 3."""
+    return 1 if manifest.grey else 3
 
 
 def _trials(spec: SweepSpec) -> int:
@@ -260,7 +307,8 @@ def _values(spec: SweepSpec, axis: str) -> Iterator[float]:
 
 def _networks(spec: SweepSpec) -> list[TrialConfig]:
     """Every network the space can build."""
-    axes = [axis for axis in (*SHAPING, *KEEPING) if axis in spec.space.axes]
+    shaping = SHAPING_UNET if spec.task == SEGMENT else SHAPING
+    axes = [axis for axis in (*shaping, *KEEPING) if axis in spec.space.axes]
     points = sorted(spec.space.combinations(*axes), key=str)
     return [TrialConfig.from_json(dict(zip(axes, values, strict=True))) for values in points]
 
@@ -293,6 +341,8 @@ def _strategies(
 
 def _trains_from_scratch(config: TrialConfig) -> bool:
     """Whether every weight moves in the end."""
+    if config.backbone == UNET:
+        return True
     batch_norms = BACKBONES[config.backbone].application and config.batch_norm != "train"
     return parse_strategy(config.freeze).phases[-1].rule == "none" and not batch_norms
 

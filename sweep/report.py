@@ -24,8 +24,7 @@ from matplotlib.figure import Figure
 from cxr_models.metrics import classification_report
 from cxr_models.storage import written_whole
 from cxr_models.trial import (
-    AXES,
-    METRICS,
+    NO_MASK,
     SPLITS,
     VAL,
     Outcome,
@@ -35,6 +34,8 @@ from cxr_models.trial import (
 from sweep import plots
 from sweep.readback import FinalPredictions, Run, read_run
 from sweep.record import RunFolder, best_by_strategy, strategy_of
+from sweep.segment_report import overlay_rows
+from sweep.tasks import AXES_OF
 
 METRIC_NAMES: Mapping[str, str] = {
     "loss": "cross-entropy loss",
@@ -42,6 +43,9 @@ METRIC_NAMES: Mapping[str, str] = {
     "macro_f1": "macro F1",
     "balanced_accuracy": "balanced accuracy",
     "auroc": "AUROC",
+    "dice": "Dice",
+    "iou": "IoU",
+    "pixel_accuracy": "pixel accuracy",
 }
 RECALL = "recall/"
 
@@ -114,12 +118,13 @@ def reading_notes(run: Run) -> list[str]:
     """How far the validation scores carry: what a reader must know before calling one strategy better."""
     notes = ["Validation scores carry no interval in this report, and no test compares the strategies here."]
     images = 0 if run.split is None else int((run.split["split"] == VAL).sum())
-    if images:
+    classified = "accuracy" in run.objective.metrics
+    if images and classified:
         notes[0] += (
             f" The validation set has {images:,} images: one image is {100 / images:.2f} percentage points of accuracy."
         )
     leaders = best_by_strategy(run.results, run.objective)
-    if images and len(leaders) > 1:
+    if images and classified and len(leaders) > 1:
         first, second = (round(result.val["accuracy"] * images) for result in leaders[:2])
         notes.append(
             f"The leading trials of the first two strategies have {first:,} and {second:,} of these {images:,} images "
@@ -127,12 +132,12 @@ def reading_notes(run: Run) -> list[str]:
         )
     metric = run.objective.metric
     stated = (run.summary.get("test") or {}).get(metric, {})
-    if run.test and _is_number(stated.get("low")) and _is_number(stated.get("high")):
+    if _is_number(stated.get("low")) and _is_number(stated.get("high")):
         notes.append(
             f"As a yardstick, the 95 % interval of the test {_metric_name(metric)} is "
-            f"{stated['high'] - stated['low']:.3f} wide, from {_count(len(run.test.labels), 'image')}. Differences "
-            "between strategies' validation scores smaller than an interval of that kind should not be read as a "
-            "ranking."
+            f"{stated['high'] - stated['low']:.3f} wide, from {_count(run.summary['test']['images'], 'image')}. "
+            "Differences between strategies' validation scores smaller than an interval of that kind should not be read "
+            "as a ranking."
         )
     else:
         notes.append("Small differences between strategies' validation scores should not be read as a ranking.")
@@ -253,9 +258,9 @@ def render(run: Run) -> str:
         overview=overview(run),
         best=run.ranking[0] if run.ranking else None,
         strategies=strategy_rows(run),
-        axes=AXES,
+        axes=AXES_OF[run.objective.task],
         varied=run.varied,
-        constants=[axis for axis in AXES if axis not in run.varied],
+        constants=[axis for axis in AXES_OF[run.objective.task] if axis not in run.varied],
         failed=[result for result in run.results if result.outcome is Outcome.FAILED],
         unranked=[result for result in run.results if result.outcome is not Outcome.FAILED and not result.best_epoch],
         contradictions=contradictions(run),
@@ -266,6 +271,8 @@ def render(run: Run) -> str:
         splits=SPLITS,
         split_rows=split_counts(run.split) if run.split is not None else [],
         figures=_figures(run),
+        overlays=overlay_rows(run.folder),
+        masked=bool(run.ranking) and run.ranking[0].config.lung_mask != NO_MASK,
         command=f"python -m sweep.run {shlex.quote(str(run.folder.spec))}",
         provenance=provenance(run),
         spec=run.folder.spec.read_text(encoding="utf-8") if run.folder.spec.is_file() else "",
@@ -274,7 +281,7 @@ def render(run: Run) -> str:
 
 def _tested_metrics(run: Run) -> list[str]:
     """The objective first, then the others; the loss, which has no natural scale, last."""
-    order = dict.fromkeys((run.objective.metric, *(name for name in METRICS if name != "loss"), "loss"))
+    order = dict.fromkeys((run.objective.metric, *(name for name in run.objective.metrics if name != "loss"), "loss"))
     return [name for name in order if name in (run.summary.get("test") or {})]
 
 

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,19 +15,18 @@ from rich.console import Console
 
 from cxr_models.backbones import BACKBONES
 from cxr_models.dataset import write_split_csv
-from cxr_models.pixels import pixel_array
+from cxr_models.pixels import mask_array, pixel_array
 from cxr_models.storage import written_whole
-from cxr_models.trial import TrialData, TrialResult
+from cxr_models.trial import SEGMENT, TEST, TrialData, TrialResult
+from sweep import evaluation, segment_evaluation
 from sweep.evaluation import (
-    best_model,
-    evaluate_test,
     keras_child,
     record_opening,
-    record_predictions,
     register_champion,
-    save_and_predict,
 )
 from sweep.halving import Halving
+from sweep.lung_masks import input_tags
+from sweep.masking import masked_arrays
 from sweep.plan import Plan
 from sweep.progress import StepProgress, SweepProgress
 from sweep.record import Record, RunFolder, ranked, write_json
@@ -41,6 +40,8 @@ from sweep.weights import fetch_weights, kept_weights
 from sweep.worker import Work
 
 TRACKING_TIMEOUT_S = 120.0
+# What `Work` runs for a segmentation.
+SEGMENTING: Mapping[str, Any] = {"program": "sweep.worker:segment", "preload": ("cxr_models.segmentation",)}
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
             patients=manifest.patients,
             classes=plan.class_counts(),
         ),
+        inputs=input_tags(plan.lung_masks),
     )
     tracker.opened()
     return tracker
@@ -191,8 +193,10 @@ def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
 def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> TrialData:
     """Fetch the weights that are not here yet, decode every image once per side, and keep both for the sweep.
 
+    What a sweep needs of lung masks is made here too.
+
     Raises:
-        DataError: an image can no longer be read.
+        DataError: an image or a mask can no longer be read.
         WeightsError: weights could not be fetched.
     """
     for (backbone, _, side), weights in plan.weights.items():
@@ -201,7 +205,18 @@ def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> TrialData:
     pixels = {
         side: pixel_array(plan.manifest, side, cache_dir, progress(f"decoding at {side} px")) for side in plan.sides
     }
-    return plan.trial_data(pixels, {key: kept_weights(file.path, cache_dir) for key, file in plan.weights.items()})
+    masks = {}
+    if plan.spec.task == SEGMENT:
+        masks = {
+            side: mask_array(plan.manifest, side, cache_dir, progress(f"reading lung masks at {side} px"))
+            for side in plan.sides
+        }
+    return plan.trial_data(
+        pixels,
+        {key: kept_weights(file.path, cache_dir) for key, file in plan.weights.items()},
+        masks=masks,
+        masked=masked_arrays(plan, pixels, cache_dir, progress),
+    )
 
 
 def _conductor(plan: Plan, folder: RunFolder, data: TrialData, listeners: tuple[Listener, ...]) -> Conductor:
@@ -212,6 +227,7 @@ def _conductor(plan: Plan, folder: RunFolder, data: TrialData, listeners: tuple[
         folder.state / "trials",
         plan.allotment.threads,
         decisions=frozenset(plan.rungs),
+        **SEGMENTING if spec.task == SEGMENT else {},
     )
     halving = None
     if plan.rungs and spec.search.halving:
@@ -246,13 +262,15 @@ def _evaluate(
     tested: dict[str, Any],
 ) -> None:
     """Fill `tested` with the test figures as soon as they are there; registering the model comes after."""
-    best = best_model(plan, result, folder, data)
+    how = segment_evaluation if plan.spec.task == SEGMENT else evaluation
+    best = how.best_model(plan, result, folder, data)
     with keras_child(folder.log("evaluation")) as call:
-        record_opening(folder, result)
-        probabilities = call(save_and_predict, best)
+        if len(plan.indices(TEST)):
+            record_opening(folder, result)
+        predictions = call(how.save_and_predict, best)
         with _uninterrupted():
-            tested.update(evaluate_test(plan, best, probabilities))
-            record_predictions(plan, best, result, probabilities, folder)
+            tested.update(how.evaluate_test(plan, best, predictions))
+            how.record_predictions(plan, best, result, predictions, folder)
         if tracker.parent_run_id:
             try:
                 call(register_champion, best, tracker.uri, tracker.parent_run_id, plan.spec.name)
@@ -261,8 +279,11 @@ def _evaluate(
 
 
 def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tracker, status: RunStatus) -> None:
+    if tracker.parent_run_id:
+        summary["mlflow_run_id"] = tracker.parent_run_id
     write_json(folder.summary, summary)
     write_report(folder)
-    files = (folder.summary, folder.report, folder.trials, folder.predictions)
+    overlays = sorted(folder.overlays.glob("*.png"))
+    files = (folder.summary, folder.report, folder.trials, folder.predictions, folder.masks, *overlays)
     tracker.finished(summary, [path for path in files if path.is_file()], status)
     tracker.close(TRACKING_TIMEOUT_S)

@@ -41,6 +41,8 @@ def summarise(
     summary: dict[str, Any] = {
         "name": plan.spec.name,
         "seed": plan.spec.search.seed,
+        "task": plan.spec.task,
+        "inputs": [source.to_json() for source in plan.lung_masks],
         "objective": {"metric": objective.metric, "mode": objective.mode},
         "data": _data(plan),
         "trials": {
