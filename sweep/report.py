@@ -136,8 +136,8 @@ def reading_notes(run: Run) -> list[str]:
         notes.append(
             f"As a yardstick, the 95 % interval of the test {_metric_name(metric)} is "
             f"{stated['high'] - stated['low']:.3f} wide, from {_count(run.summary['test']['images'], 'image')}. "
-            "Differences between strategies' validation scores smaller than an interval of that kind should not be read "
-            "as a ranking."
+            "Differences between strategies' validation scores smaller than an interval of that kind should not be "
+            "read as a ranking."
         )
     else:
         notes.append("Small differences between strategies' validation scores should not be read as a ranking.")
