@@ -78,7 +78,7 @@ def mask_array(manifest: Manifest, side: int, cache_dir: Path, progress: Progres
 
     A pixel of a mask file is inside where it is brighter than half of the file's brightest, so that masks of 0 and 1
     serve as well as those of 0 and 255. The mask is resized by averaging, and a pixel of the result is inside where
-    at least half of what it covers is.
+    more than half of what it covers is.
 
     Args:
         manifest: every record of it has a mask.
