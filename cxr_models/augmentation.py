@@ -5,7 +5,7 @@ right; a mirrored image shows what hardly anybody has.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 
@@ -56,6 +56,7 @@ AUGMENTATIONS: Mapping[str, Augmentation] = {
         rotation_degrees=0.0, zoom=0.0, shift=0.0, contrast=0.20, brightness=0.10, noise_deviation=4.0
     ),
 }
+MIRROR = 1  # the random stream of mirroring
 MOST_ZOOM = 0.9  # a strength may not shrink an image to nothing
 
 
@@ -121,9 +122,48 @@ def augmented(
     for index, image_id in enumerate(image_ids):
         generator = _generator(seed, view, int(image_id))
         views[index] = _view(pixels[index], bounds, generator)
-        if flip and generator.random() < 0.5:
+        if flip and _is_mirrored(seed, view, int(image_id)):
             views[index] = views[index, :, ::-1]
     return views
+
+
+def augmented_masks(
+    masks: NDArray[np.uint8],
+    image_ids: NDArray[np.uint64],
+    *,
+    kind: str,
+    seed: int,
+    view: int,
+    strength: float = 1.0,
+    flip: bool = False,
+) -> NDArray[np.uint8]:
+    """The masks of the views that `augmented` gives, moved as their images are.
+
+    Args:
+        masks: (images, side, side, 1), 0 or 255.
+        image_ids: (images,), of the images, not of the masks.
+        kind: as in `augmented`.
+        seed: as in `augmented`.
+        view: as in `augmented`.
+        strength: as in `augmented`.
+        flip: as in `augmented`.
+
+    Returns:
+        An array of the shape of `masks`, 0 or 255.
+    """
+    bounds = _scaled(AUGMENTATIONS[kind], strength)
+    views = np.empty(masks.shape, np.uint8)
+    for index, image_id in enumerate(image_ids):
+        generator = _generator(seed, view, int(image_id))
+        views[index] = _mask_view(masks[index], bounds, generator)
+        if flip and _is_mirrored(seed, view, int(image_id)):
+            views[index] = views[index, :, ::-1]
+    return views
+
+
+def _is_mirrored(seed: int, view: int, image_id: int) -> bool:
+    """Whether a view is mirrored; a stream of its own, because noise takes as much as an image has pixels."""
+    return bool(_generator(seed, view, image_id, MIRROR).random() < 0.5)
 
 
 def _scaled(bounds: Augmentation, strength: float) -> Augmentation:
@@ -131,22 +171,16 @@ def _scaled(bounds: Augmentation, strength: float) -> Augmentation:
     return replace(scaled, zoom=min(MOST_ZOOM, scaled.zoom))
 
 
-def _generator(seed: int, view: int, image_id: int) -> np.random.Generator:
+def _generator(seed: int, view: int, image_id: int, purpose: int = 0) -> np.random.Generator:
     # Words of a fixed number: of a list of integers numpy takes as many as each needs, and two lists may then be alike.
-    words = np.array([seed, view, image_id], "<u8").view("<u4")
+    words = np.array([seed, view, image_id, *([purpose] if purpose else [])], "<u8").view("<u4")
     return np.random.default_rng(np.random.SeedSequence(words))
 
 
 def _view(pixels: NDArray[np.uint8], bounds: Augmentation, generator: np.random.Generator) -> NDArray[np.uint8]:
-    rotation, zoom, right, down, contrast, brightness = generator.uniform(-1.0, 1.0, 6)
+    *moves, contrast, brightness = generator.uniform(-1.0, 1.0, 6)
     side = len(pixels)
-    source = _source_of(
-        side,
-        radians=math.radians(bounds.rotation_degrees) * rotation,
-        scale=1.0 + bounds.zoom * zoom,
-        right=bounds.shift * side * right,
-        down=bounds.shift * side * down,
-    )
+    source = _moved(side, bounds, moves)
     mean = pixels.mean()
     gain, offset = 1.0 + bounds.contrast * contrast, 255.0 * bounds.brightness * brightness
     levels = mean + offset + gain * (np.arange(256) - mean)  # what each grey level becomes
@@ -156,6 +190,23 @@ def _view(pixels: NDArray[np.uint8], bounds: Augmentation, generator: np.random.
     # The same for all channels: an X-ray's noise has no colour.
     noise = _DEVIATES.take(np.frombuffer(generator.bytes(side * side), np.uint8)).reshape(side, side, 1)
     return _rounded(levels.astype(np.float32).take(warped) + np.float32(bounds.noise_deviation) * noise)
+
+
+def _mask_view(mask: NDArray[np.uint8], bounds: Augmentation, generator: np.random.Generator) -> NDArray[np.uint8]:
+    *moves, _, _ = generator.uniform(-1.0, 1.0, 6)
+    return np.where(_warped(mask, _moved(len(mask), bounds, moves)) >= 128, 255, 0).astype(np.uint8)
+
+
+def _moved(side: int, bounds: Augmentation, moves: Sequence[float]) -> Coefficients:
+    """`_source_of` a view, from what was drawn for it."""
+    rotation, zoom, right, down = moves
+    return _source_of(
+        side,
+        radians=math.radians(bounds.rotation_degrees) * rotation,
+        scale=1.0 + bounds.zoom * zoom,
+        right=bounds.shift * side * right,
+        down=bounds.shift * side * down,
+    )
 
 
 def _rounded(values: NDArray[np.floating]) -> NDArray[np.uint8]:

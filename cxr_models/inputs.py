@@ -15,7 +15,7 @@ from cxr_models.augmentation import AUGMENTATION_VERSION, augmented, view_of_epo
 from cxr_models.cuts import Cut
 from cxr_models.features import Extraction, Features, NoRoomError, Rows, obtain
 from cxr_models.network import Network
-from cxr_models.trial import PIXELS, TrialConfig, TrialData
+from cxr_models.trial import NO_MASK, PIXELS, TrialConfig, TrialData
 
 # Images of the data set, by their place in it -> what the network is given of them.
 Gather = Callable[[Rows], steps.Array]
@@ -54,7 +54,7 @@ class Inputs:
         self._network = network
         self._cut = cut
         self._untrained = untrained
-        self._pixels = np.load(data.pixels[config.image_side], mmap_mode="r")
+        self._pixels = np.load(data.pictures(config), mmap_mode="r")
         self.source = cut.name if cut else PIXELS
         self.features_seconds = 0.0
         self._view: tuple[int, Features] | None = None
@@ -139,7 +139,7 @@ class Inputs:
 
     def _title(self, view: int) -> str:
         config = self._config
-        title = f"{config.backbone} at {config.image_side} px"
+        title = f"{config.backbone} at {config.image_side} px{', masked' if config.lung_mask != NO_MASK else ''}"
         if not view:
             return title
         views = min(config.augmented_views or config.epochs, config.epochs)
@@ -148,7 +148,7 @@ class Inputs:
     def _key(self, rows: Rows, view: int) -> dict[str, object]:
         config = self._config
         weights = self._data.weights.get((config.backbone, config.weights, config.image_side))
-        pixels = self._data.pixels[config.image_side]
+        pixels = self._data.pictures(config)
         status = pixels.stat()
         return {
             "pixels": [pixels.name, status.st_size, status.st_mtime_ns],

@@ -3,7 +3,7 @@
 Scores are log-probabilities: a loss computed from probabilities saturates where the network is most wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,17 +110,41 @@ def patient_intervals(
         resamples: bootstrap samples.
         seed: of the resampling.
     """
-    _, owner = np.unique(np.asarray(patients), return_inverse=True)
-    number = int(owner.max()) + 1
-    generator = np.random.default_rng(seed)
     draws: dict[str, list[float]] = {}
-    for _ in range(resamples):
-        drawn = np.bincount(generator.integers(number, size=number), minlength=number)
-        for name, value in evaluate(labels, scores, classes, drawn[owner].astype(float)).items():
+    for weights in _resampled(patients, resamples, seed):
+        for name, value in evaluate(labels, scores, classes, weights).items():
             draws.setdefault(name, []).append(value)
     return {
         name: Interval(value, *_percentiles(draws[name])) for name, value in evaluate(labels, scores, classes).items()
     }
+
+
+def mean_intervals(
+    values: Mapping[str, FloatArray], patients: Sequence[str], *, resamples: int = 1000, seed: int = 0
+) -> dict[str, Interval]:
+    """Means over images, with intervals as those of `patient_intervals`.
+
+    Args:
+        values: name -> (images,) figure of each image.
+        patients: (images,) patient of each image.
+        resamples: bootstrap samples.
+        seed: of the resampling.
+    """
+    draws = list(_resampled(patients, resamples, seed))
+    return {
+        name: Interval(float(own.mean()), *_percentiles([float(np.average(own, weights=one)) for one in draws]))
+        for name, own in values.items()
+    }
+
+
+def _resampled(patients: Sequence[str], resamples: int, seed: int) -> Iterator[FloatArray]:
+    """How often each image, (images,), is drawn with its patient, for each bootstrap sample."""
+    _, owner = np.unique(np.asarray(patients), return_inverse=True)
+    number = int(owner.max()) + 1
+    generator = np.random.default_rng(seed)
+    for _ in range(resamples):
+        drawn = np.bincount(generator.integers(number, size=number), minlength=number)
+        yield drawn[owner].astype(float)
 
 
 def _percentiles(values: Sequence[float]) -> tuple[float, float]:

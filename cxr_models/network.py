@@ -167,7 +167,7 @@ def build_network(config: TrialConfig, *, classes: int, channels: int, weights: 
         backbone = _with_fixed_statistics(backbone)
     head_dropout = keras.Variable(config.dropout, dtype="float32", trainable=False, name="head_dropout")
     taps = tuple(layer.name for layer in tapped_layers(table, config.taps))
-    head = _head(config, _outputs(backbone, taps), classes, _dropout_by_variable(head_dropout))
+    head = _head(config, _outputs(backbone, taps), classes, dropout_by_variable(head_dropout))
     network = Network(
         **_models(config, backbone, taps, head, channels),
         backbone=backbone,
@@ -272,7 +272,7 @@ def _head(
     return (*layers, keras.layers.Dense(output_units(config, classes), name="logits"))
 
 
-def _dropout_by_variable(rate: keras.Variable) -> Callable[[str], keras.Layer]:
+def dropout_by_variable(rate: keras.Variable) -> Callable[[str], keras.Layer]:
     """A maker of dropout layers that read their rate when they run; Keras' own compiles it in."""
     import keras
 

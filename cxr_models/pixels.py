@@ -15,6 +15,7 @@ from cxr_models.images import read_picture
 from cxr_models.storage import written_whole
 
 DECODE_VERSION = 1  # raise it with any change of what `decode` returns: arrays of before are then not used again
+MASK_VERSION = 1  # the same for `mask_array`
 
 
 def decode(path: Path, side: int, channels: int) -> NDArray[np.uint8]:
@@ -70,6 +71,60 @@ def pixel_array(manifest: Manifest, side: int, cache_dir: Path, progress: Progre
             with written_whole(path) as scratch:
                 _write(scratch, manifest, shape, progress)
     return path
+
+
+def mask_array(manifest: Manifest, side: int, cache_dir: Path, progress: Progress | None = None) -> Path:
+    """Read the lung mask of every image, unless a run before has done so.
+
+    A pixel of a mask file is inside where it is brighter than half of the file's brightest, so that masks of 0 and 1
+    serve as well as those of 0 and 255. The mask is resized by averaging, and a pixel of the result is inside where
+    more than half of what it covers is.
+
+    Args:
+        manifest: every record of it has a mask.
+        side: height and width of every mask, in pixels.
+        cache_dir: the array is kept below it, named after the contents of the masks.
+        progress: called after every mask read.
+
+    Returns:
+        `.npy` file, uint8 (images, side, side, 1), 0 or 255, in the order of `manifest.records`.
+
+    Raises:
+        DataError: a mask cannot be read.
+        OSError: the disk has no room for the array.
+    """
+    files = [manifest.root / record.mask for record in manifest.records]
+    try:
+        digests = in_threads(lambda file: hashlib.sha256(file.read_bytes()).hexdigest(), files, None)
+    except OSError as error:
+        raise _mask_error(Path(str(error.filename)), error) from error
+    contents = json.dumps([MASK_VERSION, *digests])
+    path = cache_dir / "masks" / f"{hashlib.sha256(contents.encode()).hexdigest()[:24]}-{side}px.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (len(files), side, side, 1)
+    with FileLock(path.with_suffix(".lock")):
+        if not _is_whole(path, shape):
+            masks = in_threads(lambda file: _decode_mask(file, side), files, progress)
+            with written_whole(path) as scratch:
+                np.save(scratch, np.stack(masks))
+    return path
+
+
+def _decode_mask(path: Path, side: int) -> NDArray[np.uint8]:
+    try:
+        grey = np.asarray(read_picture(path).convert("L"))
+    except (OSError, ValueError) as error:
+        raise _mask_error(path, error) from error
+    inside = Image.fromarray(np.where(2 * grey.astype(np.int32) > grey.max(), 255, 0).astype(np.uint8))
+    small = np.asarray(inside.resize((side, side), Image.Resampling.BOX))
+    return np.where(small >= 128, 255, 0).astype(np.uint8).reshape(side, side, 1)
+
+
+def _mask_error(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"expected a lung mask in {str(path)!r}\n  found: {error}\n"
+        "  remedy: copy the mask again, or move it away to leave its image without one"
+    )
 
 
 def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:

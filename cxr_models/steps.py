@@ -262,6 +262,118 @@ def _setting(name: str) -> keras.Variable:
     return keras.Variable(0.0, dtype="float32", trainable=False, name=name)
 
 
+class MaskSteps:
+    """The compiled steps of one U-Net with one loss; any number of trials may take them in turn.
+
+    Args:
+        logits: pixels -> logits, (images, side, side, 1).
+        loss: a name in `CHOICES["mask_loss"]`.
+        optimizer: of its own. Learning rate and weight decay may change without a new compilation.
+    """
+
+    def __init__(self, logits: keras.Model, loss: str, optimizer: keras.Optimizer) -> None:
+        self._logits = logits
+        self._loss = loss
+        self._optimizer = optimizer
+        self._weight_decay = keras.Variable(0.0, dtype="float32", trainable=False, name="weight_decay")
+        optimizer.weight_decay = self._weight_decay
+        self._trained = logits.trainable_variables
+        optimizer.build(self._trained)
+        self._dropout_seeds = [layer.seed_generator.state for layer in _drawing(logits.layers)]
+        self._programs: dict[tuple[int, ...], Callable[..., Any]] = {}
+        self._count = _in_batches(lambda both: [self._counts(*_parted(both), training=False)], 1)
+
+    @property
+    def dropout_seeds(self) -> int:
+        """How many pairs of numbers the dropout layers take in a step."""
+        return len(self._dropout_seeds)
+
+    def begin(self, learning_rate: float, weight_decay: float) -> None:
+        """Start a trial with a fresh optimizer."""
+        for variable in self._optimizer.variables:
+            variable.assign(tf.zeros_like(variable))
+        self._optimizer.learning_rate = learning_rate
+        self._weight_decay.assign(weight_decay)
+
+    def train(
+        self, both: NDArray[np.uint8], weights: NDArray[np.float32], seeds: NDArray[np.uint32]
+    ) -> NDArray[np.float32]:
+        """Take steps one after the other, and return the counts each was computed from.
+
+        Args:
+            both: (steps, images, side, side, channels + 1) pixels, with the mask (0 or 255) as the last channel.
+            weights: (steps, images) 1, or 0 for an image that only fills up its batch.
+            seeds: (steps, dropout_seeds, 2), as in `Steps.train`.
+
+        Returns:
+            (steps, images, 4) in the order of `mask_metrics.COUNTS`.
+        """
+        batch = both.shape[1:]
+        if batch not in self._programs:
+            self._programs[batch] = tf.function(
+                self._train_steps,
+                input_signature=[
+                    tf.TensorSpec((None, *batch), tf.uint8),
+                    tf.TensorSpec((None, batch[0]), tf.float32),
+                    tf.TensorSpec((None, self.dropout_seeds, 2), tf.uint32),
+                ],
+            )
+        counts: NDArray[np.float32] = self._programs[batch](both, weights, seeds).numpy()
+        return counts
+
+    def count(
+        self, gather: Callable[[NDArray[np.int64]], NDArray[np.uint8]], rows: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Counts (len(rows), 4) in inference mode.
+
+        Args:
+            gather: images by their place in the data set -> pixels and mask, as in `train`.
+            rows: the images.
+        """
+        at_once = max(1, CHUNK_BYTES // gather(rows[:1]).nbytes)
+        parts = [self._count(gather(rows[first : first + at_once]))[0] for first in range(0, len(rows), at_once)]
+        return np.concatenate(parts)
+
+    def _counts(self, images: Any, truth: Any, *, training: bool) -> Any:
+        logits = self._logits(images, training=training)
+        inside = tf.cast(logits >= 0, tf.float32)  # a probability of one half
+        parts = [inside * truth, inside, truth]
+        counted = [tf.reduce_sum(part, axis=(1, 2, 3)) for part in parts]
+        return tf.stack([self._losses(logits, truth), *counted], axis=1)
+
+    def _losses(self, logits: Any, truth: Any) -> Any:
+        """The loss of each image."""
+        pixels = tf.nn.sigmoid_cross_entropy_with_logits(truth, logits)
+        cross_entropy = tf.reduce_mean(pixels, axis=(1, 2, 3))
+        if self._loss == "cross_entropy":
+            return cross_entropy
+        inside = tf.sigmoid(logits)
+        overlap = tf.reduce_sum(inside * truth, axis=(1, 2, 3))
+        both = tf.reduce_sum(inside + truth, axis=(1, 2, 3))
+        dice = 1.0 - (2.0 * overlap + 1.0) / (both + 1.0)  # one pixel more, so that two empty masks agree
+        return dice if self._loss == "dice" else cross_entropy + dice
+
+    def _train_steps(self, both: Any, weights: Any, seeds: Any) -> Any:
+        (counts,) = _loop(
+            tf.shape(weights)[0], lambda step: [self._train_step(both[step], weights[step], seeds[step])], outputs=1
+        )
+        return counts
+
+    def _train_step(self, both: Any, weights: Any, seeds: Any) -> Any:
+        for index, state in enumerate(self._dropout_seeds):
+            state.assign(tf.cast(seeds[index], state.dtype))
+        with tf.GradientTape() as tape:
+            counts = self._counts(*_parted(both), training=True)
+            loss = tf.reduce_sum(weights * counts[:, 0]) / tf.reduce_sum(weights)
+        self._optimizer.apply(tape.gradient(loss, self._trained), self._trained)
+        return counts
+
+
+def _parted(both: Any) -> tuple[Any, Any]:
+    """Pixels, and the mask as 0 or 1, float32."""
+    return tf.cast(both[..., :-1], tf.float32), tf.cast(both[..., -1:] > 0, tf.float32)
+
+
 def _loop(steps: Any, take: Callable[[Any], list[Any]], outputs: int) -> list[Any]:
     """Run `take` for each step inside the graph; the outputs of all steps, stacked."""
 
@@ -294,5 +406,9 @@ def _in_batches(model: Callable[[Any], list[Any]], outputs: int) -> Callable[[Ar
 
 
 def _random_layers(network: Network) -> list[keras.Layer]:
-    layers = (*network.backbone.layers, *network.head)
+    return _drawing((*network.backbone.layers, *network.head))
+
+
+def _drawing(layers: Sequence[keras.Layer]) -> list[keras.Layer]:
+    """Those that draw random numbers."""
     return [layer for layer in layers if getattr(layer, "seed_generator", None) is not None]

@@ -31,6 +31,17 @@ METRICS: Mapping[str, str] = {
     "auroc": "max",
 }
 
+# The same for a segmentation, averaged over images; see `mask_metrics.py`.
+MASK_METRICS: Mapping[str, str] = {"loss": "min", "dice": "max", "iou": "max", "pixel_accuracy": "max"}
+
+CLASSIFY, SEGMENT = "classify", "segment"
+TASK_METRICS: Mapping[str, Mapping[str, str]] = {CLASSIFY: METRICS, SEGMENT: MASK_METRICS}
+
+UNET = "unet"  # the one backbone of `segment`, see `unet.py`
+
+# `TrialConfig.lung_mask` beside these is the path of a segmentation sweep's run folder, or of its model.
+NO_MASK, DATASET_MASK = "none", "dataset"
+
 # Chosen by name in a search space; `TrialConfig` accepts nothing else.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "batch_norm": ("frozen", "affine", "train"),
@@ -43,6 +54,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "sampling": ("natural", "balanced"),
     "augmentation": ("none", "light", "strong", "wide", "geometry", "exposure"),
     "horizontal_flip": ("never", "random"),
+    "mask_loss": ("cross_entropy", "dice", "both"),
 }
 # Of these a trial may name one for each phase of its freeze strategy, joined by `>` as the phases are.
 PHASED = ("optimizer", "schedule")
@@ -57,6 +69,7 @@ class Outcome(StrEnum):
 
 
 _LEAST = {"image_side": 1, "taps": 1, "batch_size": 1, "epochs": 1, "patience": 0, "augmented_views": 0, "seed": 0}
+_LEAST |= {"unet_filters": 1, "unet_depth": 1}
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ class TrialConfig:
     """One point of a search space. Every field is an axis.
 
     Attributes:
-        backbone: a name in `backbones.BACKBONES`.
+        backbone: a name in `backbones.BACKBONES`, or `unet` for a segmentation.
         weights: `imagenet`, `bundled`, `none`, a file, a URL with its checksum, or the folder of an earlier run.
         image_side: height and width of the square network input, in pixels.
         freeze: a freeze strategy, see `freezing.py`; phases are joined by `>`.
@@ -99,6 +112,11 @@ class TrialConfig:
             where a study did it. Without augmentation it means nothing.
         augmented_views: of each image. 0 gives every epoch a view of its own; N reuses N views in turn, which is
             cheaper to keep and not the same training. Without augmentation it means nothing.
+        lung_mask: whose mask a classifier's pixels are left inside, 0 outside: `none`, `dataset` for the masks that
+            come with the images, or the run folder (or `best/model.keras`) of an earlier segmentation sweep.
+        unet_filters: of the U-Net's first block; each block further down has twice as many.
+        unet_depth: how often the U-Net halves its image.
+        mask_loss: a segmentation's loss: `cross_entropy` of the pixels, soft `dice`, or the sum of `both`.
         seed: of initial weights, image order, dropout and augmentation.
     """
 
@@ -132,6 +150,10 @@ class TrialConfig:
     augmentation_strength: float = 1.0
     augmented_views: int = 0
     horizontal_flip: str = "never"
+    lung_mask: str = NO_MASK
+    unet_filters: int = 12
+    unet_depth: int = 4
+    mask_loss: str = "cross_entropy"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -158,6 +180,8 @@ class TrialConfig:
             raise ValueError(f"layer_decay must lie above 0 and be at most 1, but got {self.layer_decay}")
         if self.taps > 1 and self.pooling == "flatten":
             raise ValueError(f"taps above 1 need pooling average or max, but got taps {self.taps} with flatten")
+        if not self.lung_mask:
+            raise ValueError("lung_mask must be none, dataset or the run folder of a segmentation sweep, but got ''")
         if any(units < 1 for units in self.hidden_units):
             raise ValueError(f"hidden_units must each be at least 1, but got {list(self.hidden_units)}")
 
@@ -216,12 +240,19 @@ class Objective:
     """The validation metric a sweep optimises, and which way.
 
     Attributes:
-        metric: a name in `METRICS`.
+        metric: a name in `metrics`.
         mode: `max` or `min`.
+        task: a name in `TASK_METRICS`.
     """
 
     metric: str
     mode: str
+    task: str = CLASSIFY
+
+    @property
+    def metrics(self) -> Mapping[str, str]:
+        """What every epoch of the task reports, and which way is better."""
+        return TASK_METRICS[self.task]
 
     def better(self, value: float, than: float) -> bool:
         """Whether `value` beats `than`; NaN beats nothing and everything beats NaN."""
@@ -243,7 +274,7 @@ class EpochMetrics:
         phase: index of the phase the epoch belongs to.
         train: metric -> value over the batches as they were trained on (dropout active).
         val: metric -> value over the validation images at the end of the epoch. The names are those of `METRICS`
-            and `recall/<class>`.
+            and `recall/<class>`; of a segmentation, those of `MASK_METRICS`.
         seconds: of training and validation in this epoch, without checkpoints; a phase's first epoch compiles too.
         images_per_second: training images per second of the epoch's training.
         device: what the trial's process sees: `CPU` or `GPU <ids>`.
@@ -332,6 +363,8 @@ class TrialData:
         weights: (backbone, weights, image_side) of a `TrialConfig` -> file; what starts from scratch is absent.
         image_ids: (images,) follow from the contents of each image; augmentation is keyed by them.
         features: which outputs of frozen layers are stored, and where; None stores none.
+        masks: image side -> `.npy` file of lung masks, uint8 (images, side, side, 1), 0 or 255; for segmentations.
+        masked: (lung_mask, image side) of a `TrialConfig` -> pixels as in `pixels`, 0 outside the lungs.
     """
 
     classes: tuple[str, ...]
@@ -343,3 +376,11 @@ class TrialData:
     weights: Mapping[tuple[str, str, int], Path] = field(default_factory=dict)
     image_ids: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     features: FeatureBudget | None = None
+    masks: Mapping[int, Path] = field(default_factory=dict)
+    masked: Mapping[tuple[str, int], Path] = field(default_factory=dict)
+
+    def pictures(self, config: TrialConfig) -> Path:
+        """The pixel array that a configuration is trained on."""
+        if config.lung_mask == NO_MASK:
+            return self.pixels[config.image_side]
+        return self.masked[config.lung_mask, config.image_side]

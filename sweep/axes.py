@@ -7,13 +7,13 @@ from typing import Any, get_type_hints
 
 from cxr_models.backbones import BACKBONES
 from cxr_models.freezing import parse_strategy
-from cxr_models.trial import AXES, CHOICES, PHASED, TrialConfig
+from cxr_models.trial import AXES, CHOICES, PHASED, UNET, TrialConfig
 from sweep.document import Document, Where, shown, unknown
 from sweep.space import Axis, Case, Choice, Constant, Domain, Range, Space, Value, value_text
 from sweep.weights import source_problem
 
 KINDS: Mapping[str, Any] = {name: kind for name, kind in get_type_hints(TrialConfig).items() if name in AXES}
-NAMES: Mapping[str, tuple[str, ...]] = {"backbone": tuple(BACKBONES), **CHOICES}
+NAMES: Mapping[str, tuple[str, ...]] = {"backbone": (*BACKBONES, UNET), **CHOICES}
 RANGE_KEYS = ("low", "high", "log", "step")
 DOMAIN_KEYS = ("value", "choices", *RANGE_KEYS)
 MAX_STEPS = 1_000_000
@@ -22,12 +22,12 @@ MAX_CHOICES = 1_000
 _DEFAULTS = {field.name: field.default for field in fields(TrialConfig) if field.default is not MISSING}
 
 
-def read_space(document: Document, seed: int) -> Space:
+def read_space(document: Document, defaults: Mapping[str, Value]) -> Space:
     """Read the section; axes with problems, and those that look at them, are left out of the space.
 
     Args:
         document: the file; its problems grow.
-        seed: of the trials, where the file does not name the axis `seed`.
+        defaults: of axes that the file does not name, where they are not `TrialConfig`'s.
     """
     section = document.section("space")
     if section is None:
@@ -36,7 +36,7 @@ def read_space(document: Document, seed: int) -> Space:
     if "backbone" not in section:
         document.add(("space", "backbone"), "missing; name at least one backbone")
     axes: dict[str, Axis] = {}
-    for name, default in {**dict.fromkeys(AXES), **_DEFAULTS, "seed": seed}.items():
+    for name, default in {**dict.fromkeys(AXES), **_DEFAULTS, **defaults}.items():
         if name in section:
             axis = _read_axis(name, section[name], document)
         else:

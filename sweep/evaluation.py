@@ -185,7 +185,7 @@ def evaluate_finalists(
                 tracker.evaluated(result.trial_id, _overall(found.figures[result.trial_id]))
             if best:
                 progress.registers()
-                _register(plan, result, folder, data, tracker, call)
+                register(plan, result, folder, data, tracker, call)
     if failure:
         raise failure
 
@@ -200,13 +200,12 @@ def _write_best_config(plan: Plan, result: TrialResult, data: TrialData, folder:
     write_json(folder.best_config, {"trial_id": result.trial_id, **shape, **result.config.to_json()})
 
 
-def _register(
-    plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData, tracker: Tracker, call: Call
-) -> None:
+def register(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData, tracker: Tracker, call: Call) -> None:
+    """Log the saved best model to MLflow and register it; a failure is noted, not raised."""
     if not tracker.parent_run_id:
         return
     # An image that trials saw: the test images stay out of MLflow.
-    pixels = np.load(data.pixels[result.config.image_side], mmap_mode="r")
+    pixels = np.load(data.pictures(result.config), mmap_mode="r")
     example = pixels[data.val[:1]].astype(np.float32)
     try:
         call(register_champion, folder.model, example, tracker.uri, tracker.parent_run_id, plan.spec.name)
@@ -307,7 +306,7 @@ def best_scores(finalist: Finalist, indices: NDArray[np.int64], model: Path | No
     network = training.best_network(config, data, finalist.folder)
     if model is not None:
         training.save_model(network, config, len(data.classes), model)
-    return training.log_probabilities(network, np.load(data.pixels[config.image_side], mmap_mode="r"), indices)
+    return training.log_probabilities(network, np.load(data.pictures(config), mmap_mode="r"), indices)
 
 
 def register_champion(model: Path, example: NDArray[np.float32], uri: str, run_id: str, name: str) -> str:

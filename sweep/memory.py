@@ -34,6 +34,11 @@ def trial_memory(
     """
     weights = [COPIES * BYTES_PER_ELEMENT * _parameters(config, tables, classes) for config in configs]
     activations = [_activations(config, tables, batch_size) for config in configs]
+    return memory_of(weights, activations)
+
+
+def memory_of(weights: Sequence[int], activations: Sequence[int]) -> TrialMemory:
+    """The memory of the largest trial, from the bytes of each network's weights, in all their copies, and outputs."""
     largest = max(map(sum, zip(weights, activations, strict=True)))
     return TrialMemory(PROCESS_BYTES + largest, CONTEXT_BYTES + largest, PROCESS_BYTES + CUDA_BYTES + max(weights))
 

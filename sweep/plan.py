@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cxr_models import network
+from cxr_models import network, unet
 from cxr_models.backbones import BACKBONES
 from cxr_models.cohort import Source, read_cohort
 from cxr_models.dataset import DEFAULT_SHARES, SPLIT_VERSION, Manifest, Progress, assign_splits
@@ -21,7 +21,7 @@ from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import LayerTable, layer_tables
 from cxr_models.phantom import PATIENT_PATTERN, phantom_dataset
 from cxr_models.storage import written_whole
-from cxr_models.trial import SPLITS, TEST, TRAIN, VAL, TrialConfig, TrialData
+from cxr_models.trial import SEGMENT, SPLITS, TEST, TRAIN, UNET, VAL, TrialConfig, TrialData
 from sweep.caching import (
     KEEPING,
     CachePlan,
@@ -34,8 +34,10 @@ from sweep.caching import (
 )
 from sweep.dataspec import SourceSpec
 from sweep.halving import rungs
+from sweep.lung_masks import LungMasks, find_lung_masks
 from sweep.machine import Allotment, Machine, allot
 from sweep.memory import trial_memory
+from sweep.segment_plan import UNetRow, unet_memory, unet_order, unet_rows, with_masks
 from sweep.space import Range
 from sweep.spec import SpecError, SweepSpec
 from sweep.weights import WeightsFile, find_weights, origin_notes
@@ -45,6 +47,7 @@ SHOWN_UNREADABLE = 20
 
 # The axes that shape a network; a value of each decides its parameters.
 SHAPING = ("backbone", "freeze", "batch_norm", "image_side", "pooling", "taps", "hidden_units", "output", "weights")
+SHAPING_UNET = ("backbone", "freeze", "image_side", "unet_filters", "unet_depth")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Plan:
         rungs: epochs after which halving judges; empty without halving.
         sides: image sides the trials use, in pixels.
         weights: files of pretrained weights, by (backbone, weights, image_side) of a configuration.
+        unets: those of a segmentation, which has no layer tables and keeps no features.
+        lung_masks: where the masks of the axis `lung_mask` come from, by its values other than `none`.
     """
 
     spec: SweepSpec
@@ -91,33 +96,53 @@ class Plan:
     cache: CachePlan
     rules: CacheRules
     notes: tuple[str, ...]
+    unets: tuple[UNetRow, ...] = ()
+    lung_masks: tuple[LungMasks, ...] = ()
 
     def parameters(self, config: TrialConfig) -> tuple[int, int]:
         """A configuration's (trainable, frozen) parameters in its last phase."""
+        if config.backbone == UNET:
+            return unet.count_parameters(config, self.channels), 0
         table = self.tables[config.backbone, config.image_side]
         phase = parse_strategy(config.freeze).phases[-1]
         return network.count_parameters(config, phase, table, len(self.manifest.classes))
 
     def order(self, config: TrialConfig) -> tuple[Any, ...]:
         """Sort key by which trials that share a prefix, and then a program, follow each other, long ones first."""
+        if config.backbone == UNET:
+            return unet_order(config)
         phases = self.rules.phases(config, self.cache.budget)
         names = [layer.name for layer in self.tables[config.backbone, config.image_side].layers]
         cuts = tuple(phase.cut.name if phase.cut else "" for phase in phases)
         earliest = min(names.index(phase.cut.layer) if phase.cut else 0 for phase in phases)
         views = (*config.views, config.augmented_views)
         work = -max(phase.epoch_work for phase in phases)
-        return (*group_of(config), earliest, cuts, *views, work, config.batch_size, -config.epochs)
+        return (*group_of(config), config.lung_mask, earliest, cuts, *views, work, config.batch_size, -config.epochs)
+
+    @property
+    def channels(self) -> int:
+        """Of the pixels."""
+        return _channels(self.manifest)
 
     def indices(self, part: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Positions of a part's images in the manifest."""
         return np.flatnonzero(np.array(self.splits) == part).astype(np.int64)
 
-    def trial_data(self, pixels: Mapping[int, Path], weights: Mapping[Group, Path]) -> TrialData:
+    def trial_data(
+        self,
+        pixels: Mapping[int, Path],
+        weights: Mapping[Group, Path],
+        *,
+        masks: Mapping[int, Path] | None = None,
+        masked: Mapping[tuple[str, int], Path] | None = None,
+    ) -> TrialData:
         """What trials may read; the labels of the test images are not among it.
 
         Args:
             pixels: image side -> decoded images.
             weights: where the weights of `Plan.weights` lie for the length of the sweep.
+            masks: image side -> lung masks, for a segmentation.
+            masked: (lung_mask, image side) -> pixels inside the lungs.
         """
         labels = self.manifest.labels.copy()
         labels[self.indices(TEST)] = -1
@@ -126,11 +151,13 @@ class Plan:
             labels=labels,
             train=self.indices(TRAIN),
             val=self.indices(VAL),
-            channels=1 if self.manifest.grey else 3,
+            channels=self.channels,
             pixels=pixels,
             weights=weights,
             image_ids=np.array([int(record.sha256[:16], 16) for record in self.manifest.records], np.uint64),
             features=self.cache.budget,
+            masks=masks or {},
+            masked=masked or {},
         )
 
     def class_counts(self) -> dict[str, Counter[str]]:
@@ -171,25 +198,31 @@ def make_plan(
         SpecError: the space does not fit the data, the weights or the machine; all problems at once.
         DataError: the data cannot be used.
     """
-    manifest = read_data(spec, cache_dir, progress)
+    manifest = read_data(spec, cache_dir, progress, least_classes=1 if spec.task == SEGMENT else 2)
+    mask_notes: tuple[str, ...] = ()
+    if spec.task == SEGMENT:
+        manifest, mask_notes = with_masks(manifest)
     splits = stored_splits(manifest, spec.data.seed, cache_dir, spec.data.split.shares)
     problems: list[str] = []
-    networks = _networks(spec)
+    everything = _networks(spec)
+    networks = [config for config in everything if config.backbone != UNET]
     tables = layer_tables({(config.backbone, config.image_side) for config in networks}, cache_dir)
     weights = find_weights(networks, tables, weights_dir, cache_dir, problems)
+    lung_masks = find_lung_masks(spec.space, manifest, problems)
     counts = Counter(splits)
     rules = CacheRules(tables, len(manifest.classes), counts[TRAIN], counts[VAL])
     max_epochs = max(int(epochs) for epochs in _values(spec, "epochs"))
     limit = default_limit_bytes(cache_dir) if cache_bytes is None else cache_bytes
     longest = [replace(config, epochs=max_epochs) for config in networks]
-    cache = plan_cache(rules, longest, cache_dir, limit)
+    cache = plan_cache(rules, longest, cache_dir, limit if networks else 0)
     strategies = _strategies(longest, rules, cache, problems)
     trials = _trials(spec)
     try:
         batch_size = max(int(size) for size in _values(spec, "batch_size"))
         fitting = [config for config in networks if not rules.problem(config)]  # the others are told of above
-        if fitting:
-            need = trial_memory(fitting, tables, rules.classes, batch_size)
+        unets = unet_rows([config for config in everything if config.backbone == UNET], _channels(manifest), batch_size)
+        if fitting or unets:
+            need = unet_memory(unets) if unets else trial_memory(fitting, tables, rules.classes, batch_size)
             allotment = allot(spec.resources, machine, trials, need)
     except ValueError as error:
         problems.append(f"resources: {error}")
@@ -205,7 +238,7 @@ def make_plan(
         trials=trials,
         max_epochs=max_epochs,
         rungs=marks,
-        sides=tuple(sorted({config.image_side for config in networks})),
+        sides=tuple(sorted({config.image_side for config in everything})),
         weights=weights,
         machine=machine,
         allotment=allotment,
@@ -216,9 +249,13 @@ def make_plan(
             *allotment.notes,
             *cache.notes,
             *origin_notes(weights),
+            *mask_notes,
+            *(masks.note for masks in lung_masks),
             *_data_notes(spec, manifest, splits),
-            *_notes(spec, networks, max_epochs, marks),
+            *_notes(spec, everything, max_epochs, marks),
         ),
+        unets=unets,
+        lung_masks=lung_masks,
     )
 
 
@@ -267,6 +304,11 @@ def stored_splits(
     return splits
 
 
+def _channels(manifest: Manifest) -> int:
+    """1 where every image is grey, else 3."""
+    return 1 if manifest.grey else 3
+
+
 def _trials(spec: SweepSpec) -> int:
     if spec.search.algorithm != "grid":
         return spec.search.trials
@@ -286,7 +328,8 @@ def _values(spec: SweepSpec, axis: str) -> Iterator[float]:
 
 def _networks(spec: SweepSpec) -> list[TrialConfig]:
     """Every network the space can build."""
-    axes = [axis for axis in (*SHAPING, *KEEPING) if axis in spec.space.axes]
+    shaping = SHAPING_UNET if spec.task == SEGMENT else SHAPING
+    axes = [axis for axis in (*shaping, *KEEPING) if axis in spec.space.axes]
     points = sorted(spec.space.combinations(*axes), key=str)
     return [TrialConfig.from_json(dict(zip(axes, values, strict=True))) for values in points]
 
@@ -317,6 +360,8 @@ def _strategies(
 
 def _trains_from_scratch(config: TrialConfig) -> bool:
     """Whether every weight moves in the end."""
+    if config.backbone == UNET:
+        return True
     batch_norms = BACKBONES[config.backbone].application and config.batch_norm != "train"
     return parse_strategy(config.freeze).phases[-1].rule == "none" and not batch_norms
 

@@ -10,6 +10,7 @@ from cxr_models.storage import size_text
 from sweep.caching import PhaseCache
 from sweep.plan import Plan
 from sweep.space import Constant
+from sweep.tasks import AXES_OF
 
 
 def render_plan(plan: Plan) -> RenderableType:
@@ -32,8 +33,16 @@ def render_plan(plan: Plan) -> RenderableType:
     ):
         facts.add_row(Text(name, style="bold"), Text(value))
     notes = [Text(f"note: {note}", style="yellow") for note in plan.notes]
-    tables = _split_table(plan), _axis_table(plan), _constants(plan), _strategy_table(plan), *_cache(plan)
-    return Group(facts, *tables, *notes)
+    networks = (_unet_table(plan),) if plan.unets else (_strategy_table(plan), *_cache(plan))
+    return Group(facts, _split_table(plan), _axis_table(plan), _constants(plan), *networks, *notes)
+
+
+def _unet_table(plan: Plan) -> Table:
+    numbers = ("filters", "depth", "image side", "parameters", "memory of a step")
+    table = _table("U-Nets: every parameter trains; memory is an estimate", (), numbers=numbers)
+    for row in plan.unets:
+        table.add_row(*row.cells)
+    return table
 
 
 def _split_table(plan: Plan) -> Table:
@@ -63,7 +72,8 @@ def _two_sides(plan: Plan) -> str:
 
 
 def _constants(plan: Plan) -> Text:
-    axes = plan.spec.space.axes.values()
+    own = AXES_OF[plan.spec.task]
+    axes = [axis for axis in plan.spec.space.axes.values() if axis.name in own]
     fixed = (f"{axis.name} {axis.domain}" for axis in axes if not axis.cases and isinstance(axis.domain, Constant))
     return Text(f"the same in every trial: {', '.join(fixed)}")
 

@@ -25,6 +25,9 @@ METRIC_LABELS: Mapping[str, str] = {
     "macro_f1": "Macro F1",
     "balanced_accuracy": "Balanced accuracy",
     "auroc": "AUROC (one class against the rest)",
+    "dice": "Dice coefficient",
+    "iou": "Intersection over union",
+    "pixel_accuracy": "Pixel accuracy",
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")  # the next one for every round through the colours

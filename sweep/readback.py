@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_models.metrics import confusion_matrix
-from cxr_models.trial import AXES, TEST, VAL, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from cxr_models.trial import AXES, CLASSIFY, TEST, VAL, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 from sweep.record import RunFolder, ranked, read_lines
 from sweep.reference import ReferenceSpec
 from sweep.samples import Samples, read_samples
@@ -128,7 +128,8 @@ def read_run(folder: RunFolder) -> Run:
         )
     summary = json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.is_file() else {}
     if summary:
-        objective, source = Objective(**summary["objective"]), summary["data"]["source"]
+        objective = Objective(**summary["objective"], task=summary.get("task", CLASSIFY))
+        source = summary["data"]["source"]
     else:
         spec = read_spec(folder.spec)
         objective, source = spec.objective, spec.data.name

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_models.storage import written_whole
-from cxr_models.trial import AXES, BEST_WEIGHTS, METRICS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
+from cxr_models.trial import AXES, BEST_WEIGHTS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,16 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "best" / "model.keras"
+
+    @property
+    def masks(self) -> Path:
+        """How well each validation and test image was segmented, one row an image; of a segmentation."""
+        return self.path / "masks.csv"
+
+    @property
+    def overlays(self) -> Path:
+        """Pictures of images, true masks and predicted ones; of a segmentation."""
+        return self.path / "best" / "overlays"
 
     @property
     def best_config(self) -> Path:
@@ -174,17 +184,17 @@ class Record:
 
     def close(self) -> None:
         """Bring `trials.csv` into the order of suggestion, and drop weights that a trial left after its end."""
-        write_trials_csv(self._folder.trials, self.results)
+        write_trials_csv(self._folder.trials, self.results, self._objective)
         kept = {result.trial_id for result in best_by_strategy(self.results, self._objective)}
         for result in self.results:
             if result.trial_id not in kept:
                 self._drop_weights(result)
 
     def _add_to_table(self, result: TrialResult) -> None:
-        columns = _table_metrics((*self._columns, *result.val))
+        columns = _table_metrics((*self._columns, *result.val), self._objective)
         if columns != self._columns:  # the first trial, or the first that has metrics
             self._columns = columns
-            write_trials_csv(self._folder.trials, self.results)
+            write_trials_csv(self._folder.trials, self.results, self._objective)
         else:
             with self._folder.trials.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow(_table_row(result, columns))
@@ -226,9 +236,9 @@ def best_by_strategy(results: tuple[TrialResult, ...], objective: Objective) -> 
     return tuple(best.values())
 
 
-def write_trials_csv(path: Path, results: tuple[TrialResult, ...]) -> None:
+def write_trials_csv(path: Path, results: tuple[TrialResult, ...], objective: Objective) -> None:
     """One row a trial, in the order given."""
-    metrics = _table_metrics(name for result in results for name in result.val)
+    metrics = _table_metrics((name for result in results for name in result.val), objective)
     with written_whole(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         # `epochs` is how many the trial ran; the axis of that name is the most it may run, as in --max-epochs.
@@ -238,9 +248,9 @@ def write_trials_csv(path: Path, results: tuple[TrialResult, ...]) -> None:
         writer.writerows(_table_row(result, metrics) for result in results)
 
 
-def _table_metrics(names: Iterable[str]) -> tuple[str, ...]:
-    """The metrics of `trials.csv` in the order of its columns; those of `METRICS` are always among them."""
-    return (*METRICS, *sorted({*names} - METRICS.keys()))
+def _table_metrics(names: Iterable[str], objective: Objective) -> tuple[str, ...]:
+    """The metrics of `trials.csv` in the order of its columns; those of the task are always among them."""
+    return (*objective.metrics, *sorted({*names} - objective.metrics.keys()))
 
 
 def _table_row(result: TrialResult, metrics: Sequence[str]) -> list[Any]:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cxr_models.storage import written_whole
-from cxr_models.trial import AXES, METRICS, SPLITS, Outcome, TrialConfig
+from cxr_models.trial import NO_MASK, SPLITS, Outcome, TrialConfig
 from sweep import plots
 from sweep.readback import Run, read_run
 from sweep.record import RunFolder
@@ -44,6 +44,8 @@ from sweep.report_data import (
     trial_notes,
 )
 from sweep.samples import Pictures
+from sweep.segment_report import overlay_rows
+from sweep.tasks import AXES_OF
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -87,9 +89,9 @@ def render(run: Run) -> str:
         overview=overview(run),
         best=run.ranking[0] if run.ranking else None,
         strategies=strategy_rows(run),
-        axes=AXES,
+        axes=AXES_OF[run.objective.task],
         varied=run.varied,
-        constants=[axis for axis in AXES if axis not in run.varied],
+        constants=[axis for axis in AXES_OF[run.objective.task] if axis not in run.varied],
         failed=[result for result in run.results if result.outcome is Outcome.FAILED],
         unranked=[result for result in run.results if result.outcome is not Outcome.FAILED and not result.best_epoch],
         contradictions=contradictions(run),
@@ -104,6 +106,8 @@ def render(run: Run) -> str:
         splits=SPLITS,
         split_rows=split_counts(run.split) if run.split is not None else [],
         figures=_figures(run),
+        overlays=overlay_rows(run.folder),
+        masked=bool(run.ranking) and run.ranking[0].config.lung_mask != NO_MASK,
         command=f"python -m sweep.run {shlex.quote(str(run.folder.spec))}",
         provenance=provenance(run),
         spec=run.folder.spec.read_text(encoding="utf-8") if run.folder.spec.is_file() else "",
@@ -112,7 +116,7 @@ def render(run: Run) -> str:
 
 def _tested_metrics(run: Run) -> list[str]:
     """The objective first, then the others; the loss, which has no natural scale, last."""
-    order = dict.fromkeys((run.objective.metric, *(name for name in METRICS if name != "loss"), "loss"))
+    order = dict.fromkeys((run.objective.metric, *(name for name in run.objective.metrics if name != "loss"), "loss"))
     return [name for name in order if name in (run.summary.get("test") or {})]
 
 

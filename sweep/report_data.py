@@ -20,6 +20,9 @@ METRIC_NAMES: Mapping[str, str] = {
     "macro_f1": "macro F1",
     "balanced_accuracy": "balanced accuracy",
     "auroc": "AUROC",
+    "dice": "Dice",
+    "iou": "IoU",
+    "pixel_accuracy": "pixel accuracy",
 }
 RECALL = "recall/"
 
@@ -92,12 +95,13 @@ def reading_notes(run: Run) -> list[str]:
     """How far the validation scores carry: what a reader must know before calling one strategy better."""
     notes = ["Validation scores carry no interval in this report, and no test compares the strategies here."]
     images = 0 if run.split is None else int((run.split["split"] == VAL).sum())
-    if images:
+    classified = "accuracy" in run.objective.metrics
+    if images and classified:
         notes[0] += (
             f" The validation set has {images:,} images: one image is {100 / images:.2f} percentage points of accuracy."
         )
     leaders = best_by_strategy(run.results, run.objective)
-    if images and len(leaders) > 1:
+    if images and classified and len(leaders) > 1:
         first, second = (round(result.val["accuracy"] * images) for result in leaders[:2])
         notes.append(
             f"The leading trials of the first two strategies have {first:,} and {second:,} of these {images:,} images "
@@ -105,12 +109,12 @@ def reading_notes(run: Run) -> list[str]:
         )
     metric = run.objective.metric
     stated = (run.summary.get("test") or {}).get(metric, {})
-    if run.test and is_number(stated.get("low")) and is_number(stated.get("high")):
+    if is_number(stated.get("low")) and is_number(stated.get("high")):
         notes.append(
             f"As a yardstick, the 95 % interval of the test {metric_name(metric)} is "
-            f"{stated['high'] - stated['low']:.3f} wide, from {count(len(run.test.labels), 'image')}. Differences "
-            "between strategies' validation scores smaller than an interval of that kind should not be read as a "
-            "ranking."
+            f"{stated['high'] - stated['low']:.3f} wide, from {count(run.summary['test']['images'], 'image')}. "
+            "Differences between strategies' validation scores smaller than an interval of that kind should not be "
+            "read as a ranking."
         )
     else:
         notes.append("Small differences between strategies' validation scores should not be read as a ranking.")

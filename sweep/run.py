@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cxr_models.dataset import DataError
-from cxr_models.trial import METRICS, SPLITS, TEST, Objective, TrialResult
+from cxr_models.trial import SPLITS, TEST, Objective, TrialResult
 from sweep.machine import ClusterUnreachable, Machine, this_machine
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
@@ -28,6 +28,7 @@ from sweep.progress import StepProgress, duration
 from sweep.record import RunFolder, ranked
 from sweep.reference import COMPARED, ReferenceSpec, compare
 from sweep.spec import SpecError, checked_name, read_spec
+from sweep.tasks import AXES_OF
 from sweep.weights import WeightsError
 
 DONE, UNFINISHED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -174,12 +175,13 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
     console.print(_ranking(order, objective))
     console.print(_strategy_table(summary, objective))
     console.print(_features_line(summary))
-    best = order[0].config.to_json()
+    own = AXES_OF[objective.task]
+    best = {axis: value for axis, value in order[0].config.to_json().items() if axis in own}
     shown = (f"{axis} {value:.4g}" if isinstance(value, float) else f"{axis} {value}" for axis, value in best.items())
     console.print(Text(f"best configuration: {', '.join(shown)}"))
     if test := summary.get("test"):
         console.print(f"test set, opened once: {test['images']} images of {test['patients']} patients")
-        for name in METRICS:
+        for name in (name for name in objective.metrics if name in test):
             found = test[name]
             console.print(f"  {name} {found['value']:.3f} (95 % interval {found['low']:.3f} to {found['high']:.3f})")
     elif not len(plan.indices(TEST)):

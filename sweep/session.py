@@ -3,7 +3,7 @@
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +15,13 @@ from rich.console import Console
 
 from cxr_models.backbones import BACKBONES
 from cxr_models.dataset import write_split_csv
-from cxr_models.pixels import pixel_array
+from cxr_models.pixels import mask_array, pixel_array
 from cxr_models.storage import written_whole
-from cxr_models.trial import TEST, TrialData, TrialResult
+from cxr_models.trial import SEGMENT, TEST, TrialData, TrialResult
 from sweep.evaluation import FinalEvaluation, evaluate_finalists, uninterrupted
 from sweep.halving import Halving
+from sweep.lung_masks import input_tags
+from sweep.masking import masked_arrays
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress, StepProgress, SweepProgress
 from sweep.readback import read_epochs
@@ -28,6 +30,7 @@ from sweep.report import write_report
 from sweep.runner import Conductor, Listener, SweepFailed, run_inline
 from sweep.samples import take_samples, write_samples
 from sweep.search import Search
+from sweep.segment_evaluation import evaluate_segmentation
 from sweep.summary import summarise
 from sweep.timeline import Timeline
 from sweep.tracking import DatasetInfo, RunStatus, Tracker
@@ -35,6 +38,8 @@ from sweep.weights import fetch_weights, kept_weights
 from sweep.worker import Work
 
 TRACKING_TIMEOUT_S = 120.0
+# What `Work` runs for a segmentation.
+SEGMENTING: Mapping[str, Any] = {"program": "sweep.worker:segment", "preload": ("cxr_models.segmentation",)}
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,11 @@ def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, a
                     if tests
                     else "no test part: the best trial of each strategy is evaluated on train and validation images"
                 )
-                shown = EvaluationProgress(console)
-                evaluate_finalists(plan, record.results, folder, data, tracker, shown, evaluation)
+                if plan.spec.task == SEGMENT:
+                    evaluate_segmentation(plan, record.results, folder, data, tracker, evaluation)
+                else:
+                    shown = EvaluationProgress(console)
+                    evaluate_finalists(plan, record.results, folder, data, tracker, shown, evaluation)
     except KeyboardInterrupt:
         interrupted = True
     except SweepFailed as error:
@@ -175,6 +183,7 @@ def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
             patients=manifest.patients,
             classes=plan.class_counts(),
         ),
+        inputs=input_tags(plan.lung_masks),
     )
     tracker.opened()
     return tracker
@@ -183,8 +192,10 @@ def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
 def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> TrialData:
     """Fetch the weights that are not here yet, decode every image once per side, and keep both for the sweep.
 
+    What a sweep needs of lung masks is made here too.
+
     Raises:
-        DataError: an image can no longer be read.
+        DataError: an image or a mask can no longer be read.
         WeightsError: weights could not be fetched.
     """
     for (backbone, _, side), weights in plan.weights.items():
@@ -193,7 +204,18 @@ def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> TrialData:
     pixels = {
         side: pixel_array(plan.manifest, side, cache_dir, progress(f"decoding at {side} px")) for side in plan.sides
     }
-    return plan.trial_data(pixels, {key: kept_weights(file.path, cache_dir) for key, file in plan.weights.items()})
+    masks = {}
+    if plan.spec.task == SEGMENT:
+        masks = {
+            side: mask_array(plan.manifest, side, cache_dir, progress(f"reading lung masks at {side} px"))
+            for side in plan.sides
+        }
+    return plan.trial_data(
+        pixels,
+        {key: kept_weights(file.path, cache_dir) for key, file in plan.weights.items()},
+        masks=masks,
+        masked=masked_arrays(plan, pixels, cache_dir, progress),
+    )
 
 
 def _conductor(plan: Plan, folder: RunFolder, data: TrialData, listeners: tuple[Listener, ...]) -> Conductor:
@@ -204,6 +226,7 @@ def _conductor(plan: Plan, folder: RunFolder, data: TrialData, listeners: tuple[
         folder.state / "trials",
         plan.allotment.threads,
         decisions=frozenset(plan.rungs),
+        **SEGMENTING if spec.task == SEGMENT else {},
     )
     halving = None
     if plan.rungs and spec.search.halving:
@@ -230,8 +253,11 @@ def _run_trials(
 
 
 def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tracker, status: RunStatus) -> None:
+    if tracker.parent_run_id:
+        summary["mlflow_run_id"] = tracker.parent_run_id
     write_json(folder.summary, summary)
     write_report(folder)
-    files = (folder.summary, folder.report, folder.trials, folder.predictions)
+    overlays = sorted(folder.overlays.glob("*.png"))
+    files = (folder.summary, folder.report, folder.trials, folder.predictions, folder.masks, *overlays)
     tracker.finished(summary, [path for path in files if path.is_file()], status)
     tracker.close(TRACKING_TIMEOUT_S)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from cxr_models.backbones import BACKBONES
 from cxr_models.freezing import parse_strategy, strategy_problem
-from cxr_models.trial import AXES, METRICS, PHASED, Objective
+from cxr_models.trial import AXES, CLASSIFY, PHASED, TASK_METRICS, Objective
 from sweep.axes import condition_schema, point_schema, read_point, read_space, space_schema
 from sweep.dataspec import DataSpec, data_schema, read_data_section
 from sweep.document import Document, SpecError, Where, parse_value, read_document, shown, unknown, write_yaml
@@ -18,6 +18,7 @@ from sweep.reference import ReferenceResult, ReferenceSpec
 from sweep.section import Section as _Section
 from sweep.section import validated as _validated
 from sweep.space import Range, Space, Value
+from sweep.tasks import DEFAULTS_OF, TASKS, check_objective, check_space, read_task
 
 __all__ = [
     "DataSpec",
@@ -36,7 +37,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NAME_EXPECTED = "letters, digits, '-', '_' and '.', beginning with a letter or digit"
 SHORT_FORMS = {"data": "source", "objective": "metric"}
 ONE_OF = {("data", "source"): "sources", ("data", "sources"): "source"}  # setting one takes the other's place
-TEXT_KEYS = ("data.patient", "data.source", "tracking.uri", "space.weights")
+TEXT_KEYS = ("data.patient", "data.source", "tracking.uri", "space.weights", "space.lung_mask")
 
 
 class HalvingSpec(_Section):
@@ -88,15 +89,10 @@ class TrackingSpec(_Section):
 class ObjectiveSection(_Section):
     """The section behind `Objective`; without a mode, the metric's own way is taken."""
 
-    metric: str = Field(json_schema_extra={"enum": list(METRICS)})
+    metric: str = Field(
+        json_schema_extra={"enum": list(dict.fromkeys(name for names in TASK_METRICS.values() for name in names))}
+    )
     mode: Literal["min", "max"] | None = None
-
-    @field_validator("metric")
-    @classmethod
-    def _is_metric(cls, metric: str) -> str:
-        if metric not in METRICS:
-            raise ValueError(unknown(metric, METRICS))
-        return metric
 
 
 @dataclass(frozen=True)
@@ -104,6 +100,7 @@ class SweepSpec:
     """A whole sweep, checked.
 
     Attributes:
+        task: what is trained, `classify` or `segment`.
         dropped_points: how many fixed points of the file lie outside the space that `--set` left.
     """
 
@@ -114,6 +111,7 @@ class SweepSpec:
     space: Space
     resources: ResourceSpec
     tracking: TrackingSpec
+    task: str = CLASSIFY
     reference: ReferenceSpec | None = None
     dropped_points: int = field(default=0, compare=False)
 
@@ -127,8 +125,9 @@ class SweepSpec:
         return write_yaml(
             {
                 "name": self.name,
+                "task": self.task,
                 "data": self.data.to_yaml(),
-                "objective": asdict(self.objective),
+                "objective": {"metric": self.objective.metric, "mode": self.objective.mode},
                 "search": {**search, "halving": search["halving"] or "none", "fixed": fixed},
                 "space": {axis.name: axis.to_yaml() for axis in self.space.axes.values()},
                 "resources": self.resources.model_dump(exclude_none=True),
@@ -138,7 +137,7 @@ class SweepSpec:
         )
 
 
-KEYS = ("name", "data", "objective", "search", "space", "resources", "tracking", "reference")
+KEYS = ("name", "task", "data", "objective", "search", "space", "resources", "tracking", "reference")
 
 
 def read_spec(path: Path, overrides: Sequence[str] = ()) -> SweepSpec:
@@ -184,6 +183,7 @@ def json_schema() -> dict[str, Any]:
         "required": ["name", "data", "objective", "search", "space"],
         "properties": {
             "name": {"type": "string", "pattern": NAME_PATTERN},
+            "task": {"enum": list(TASKS)},
             "data": {"anyOf": [text, data_schema()]},
             "objective": {"anyOf": [text, ObjectiveSection.model_json_schema()]},
             "search": search,
@@ -233,6 +233,7 @@ def _override(document: Document, override: str) -> None:
 
 def _resolve(document: Document) -> SweepSpec | None:
     name = _name(document)
+    task = read_task(document)
     search = _search(document)
     seed = search.seed if search else 0
     data = read_data_section(document, seed)
@@ -240,21 +241,25 @@ def _resolve(document: Document) -> SweepSpec | None:
     resources = _section(ResourceSpec, document, "resources")
     tracking = _section(TrackingSpec, document, "tracking")
     reference = _reference(document)
-    space = read_space(document, seed)
+    space = read_space(document, {**DEFAULTS_OF[task], "seed": seed})
     fixed = _fixed(document, space)
     if search and search.algorithm == "grid":
         _check_grid(document, space)
+    check_space(document, task, space)
+    if objective:
+        check_objective(document, objective.metric, task, space)
     _check_networks(document, space)
     if not (name and search and data and objective and resources and tracking):
         return None
     return SweepSpec(
         name,
         data,
-        Objective(objective.metric, objective.mode or METRICS[objective.metric]),
+        Objective(objective.metric, objective.mode or TASK_METRICS[task].get(objective.metric, ""), task),
         search.model_copy(update={"fixed": fixed}),
         space,
         resources,
         tracking,
+        task,
         reference,
         dropped_points=_count_points(document) - len(fixed),
     )
@@ -336,6 +341,8 @@ def _check_networks(document: Document, space: Space) -> None:
         document.add(("space",), f"backbone, freeze, image_side and epochs must be lists or have a step: {error}")
         return
     for name, freeze, side, epochs in combinations:
+        if name not in BACKBONES:
+            continue  # a U-Net, of which `check_space` has told
         backbone, strategy = BACKBONES[str(name)], parse_strategy(str(freeze))
         if problem := strategy_problem(strategy, backbone):
             document.add(("space", "freeze"), problem)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from cxr_models.trial import METRICS, EpochMetrics, Objective, Outcome, TrialResult, best_epoch
+from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult, best_epoch
 from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
 from sweep.record import best_by_strategy, ranked, strategy_of
@@ -44,6 +44,8 @@ def summarise(
     summary: dict[str, Any] = {
         "name": plan.spec.name,
         "seed": plan.spec.search.seed,
+        "task": plan.spec.task,
+        "inputs": [source.to_json() for source in plan.lung_masks],
         "objective": {"metric": objective.metric, "mode": objective.mode},
         "data": _data(plan),
         "trials": {
@@ -127,7 +129,7 @@ def _strategies(
                 "trainable_parameters": best.trainable_parameters,
                 "frozen_parameters": best.frozen_parameters,
                 "train_seconds": round(sum(result.train_seconds for result in own), 2),
-                **_best_epochs(curves.get(best.trial_id, ())),
+                **_best_epochs(plan.spec.objective, curves.get(best.trial_id, ())),
                 **evaluation.figures.get(best.trial_id, {}),
             }
         )
@@ -136,7 +138,8 @@ def _strategies(
     return rows
 
 
-def _best_epochs(epochs: Sequence[EpochMetrics]) -> dict[str, int]:
+def _best_epochs(objective: Objective, epochs: Sequence[EpochMetrics]) -> dict[str, int]:
     """By validation loss and by validation accuracy, which seldom agree."""
-    found = {metric: best_epoch(epochs, Objective(metric, METRICS[metric])) for metric in ("loss", "accuracy")}
+    modes = {metric: mode for metric, mode in objective.metrics.items() if metric in ("loss", "accuracy")}
+    found = {metric: best_epoch(epochs, Objective(metric, mode)) for metric, mode in modes.items()}
     return {f"best_epoch_by_{metric}": best.epoch for metric, best in found.items() if best}

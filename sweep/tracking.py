@@ -71,6 +71,7 @@ class _Sweep:
     objective: Objective
     classes: tuple[str, ...]
     dataset: DatasetInfo
+    inputs: Mapping[str, str]
 
 
 class Tracker:
@@ -88,6 +89,7 @@ class Tracker:
         objective: what the sweep optimises.
         classes: class names; a label is an index into them.
         dataset: the images.
+        inputs: tags that name the earlier sweeps this one builds on.
     """
 
     def __init__(
@@ -100,12 +102,15 @@ class Tracker:
         objective: Objective,
         classes: Sequence[str],
         dataset: DatasetInfo,
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         _set_environment()
         self._uri = uri or f"sqlite:///{folder.tracking_database.absolute()}"
         artifacts = None if uri else folder.tracking_artifacts.absolute().as_uri()
         experiment = experiment or spec_name
-        sweep = _Sweep(folder, spec_name, self._uri, experiment, artifacts, objective, tuple(classes), dataset)
+        sweep = _Sweep(
+            folder, spec_name, self._uri, experiment, artifacts, objective, tuple(classes), dataset, inputs or {}
+        )
         self._problem = ""
         self._parent_run_id = ""
         self._experiment_id = ""
@@ -255,6 +260,7 @@ class _Runs:
         sweep = self._sweep
         self.experiment_id = self._find_experiment()
         tags = {"sweep": sweep.name, "objective": f"{sweep.objective.metric} ({sweep.objective.mode})"}
+        tags |= {"task": sweep.objective.task, **sweep.inputs}
         self.parent, self._parent_artifacts = self._create_run(sweep.folder.path.name, at_ms, tags)
         spec = yaml.safe_load(sweep.folder.spec.read_text(encoding="utf-8"))
         spec.pop("reference", None)  # published figures are no parameters, and longer than MLflow takes

@@ -81,12 +81,23 @@ class TrialEnd:
 
 
 def train(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
-    """The program of every real trial."""
+    """The program of every real trial of a classifier."""
     from cxr_models import steps, training
 
     steps.configure(job.work.threads)
     work = job.work
     return training.run_trial(job.trial_id, job.config, work.data, job.folder, work.objective, decisions=work.decisions)
+
+
+def segment(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
+    """The program of every real trial of a segmentation."""
+    from cxr_models import segmentation, steps
+
+    steps.configure(job.work.threads)
+    work = job.work
+    return segmentation.run_segmentation(
+        job.trial_id, job.config, work.data, job.folder, work.objective, decisions=work.decisions
+    )
 
 
 def load_program(name: str) -> Program:

@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("cxr_models/*.py"), *ROOT.glob("sweep/*.py")])
 
-KERAS_HOMES = {"backbones", "layer_table", "freezing", "network", "training", "steps", "pretraining", "evaluation"}
+KERAS_HOMES = {"backbones", "layer_table", "freezing", "network", "training", "steps", "pretraining", "evaluation"} | {
+    "unet",
+    "segmentation",
+}
 HOMES = {
     "tensorflow": {"steps"},
     "keras": KERAS_HOMES,

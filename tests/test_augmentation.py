@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cxr_models.augmentation import AUGMENTATIONS, augmented, view_of_epoch
+from cxr_models.augmentation import AUGMENTATIONS, augmented, augmented_masks, view_of_epoch
 from cxr_models.trial import CHOICES
 
 SIDE = 48
@@ -229,3 +229,31 @@ def test_the_axis_offers_every_augmentation_and_none():
 )
 def test_views_are_taken_in_turn(views, seen):
     assert [view_of_epoch(epoch, views) for epoch in range(1, 8)] == seen
+
+
+class TestMasks:
+    """A mask moves as its image does, and stays a mask."""
+
+    IDS = np.arange(12, dtype=np.uint64)
+
+    @pytest.mark.parametrize("kind", ["light", "strong"])
+    def test_a_mask_follows_its_image(self, kind):
+        """Of an image that is its own mask the view, thresholded, is the view of the mask."""
+        down, across = np.mgrid[:48, :48]
+        inside = (down - 20) ** 2 / 150 + (across - 26) ** 2 / 60 < 1
+        pixels = np.repeat(np.where(inside, 200, 40).astype(np.uint8)[np.newaxis, ..., np.newaxis], 12, axis=0)
+        masks = np.repeat(np.where(inside, 255, 0).astype(np.uint8)[np.newaxis, ..., np.newaxis], 12, axis=0)
+        views = augmented(pixels, self.IDS, kind=kind, seed=1, view=2)
+        moved = augmented_masks(masks, self.IDS, kind=kind, seed=1, view=2)
+        assert set(np.unique(moved)) == {0, 255}
+        assert (moved != masks).any(axis=(1, 2, 3)).all()
+        for view, mask in zip(views.astype(float), moved, strict=True):
+            middle = (view.min() + view.max()) / 2
+            assert ((view > middle) == (mask > 0)).mean() > 0.98
+
+    def test_it_follows_from_seed_view_and_image_alone(self):
+        masks = np.where(np.random.default_rng(0).random((12, 16, 16, 1)) < 0.5, 255, 0).astype(np.uint8)
+        whole = augmented_masks(masks, self.IDS, kind="strong", seed=1, view=2)
+        alone = augmented_masks(masks[5:6], self.IDS[5:6], kind="strong", seed=1, view=2)
+        np.testing.assert_array_equal(whole[5:6], alone)
+        assert (augmented_masks(masks, self.IDS, kind="strong", seed=1, view=3) != whole).any()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cxr_models import pixels
 from cxr_models.dataset import DataError, read_manifest
-from cxr_models.pixels import decode, pixel_array
+from cxr_models.pixels import decode, mask_array, pixel_array
 
 # Smooth, of all grey values, and different in every orientation.
 PICTURE = np.add.outer(np.linspace(0, 155, 40), np.linspace(0, 100, 60)).round().astype(np.uint8)
@@ -188,3 +188,44 @@ def test_an_image_lost_since_it_was_listed_is_named_and_leaves_no_array(tmp_path
     with pytest.raises(DataError, match=r"b/3\.png' could be read when the data set was listed"):
         pixel_array(manifest, 16, tmp_path)
     assert list((tmp_path / "pixels").glob("*.npy")) == []
+
+
+class TestMasks:
+    @staticmethod
+    def folder(root: Path, mask: Image.Image) -> Path:
+        for label in ("a", "b"):
+            for kind, picture in (("images", GREY), ("masks", mask)):
+                (root / label / kind).mkdir(parents=True)
+                picture.save(root / label / kind / "x.png")
+        return root
+
+    @pytest.mark.parametrize("brightest", [1, 255])
+    @pytest.mark.parametrize("mode", ["L", "RGB"])
+    def test_half_of_the_brightest_is_inside(self, tmp_path: Path, brightest: int, mode: str) -> None:
+        """Masks of 0 and 1 are as good as those of 0 and 255, whatever their size and mode."""
+        given = np.zeros((80, 160), np.uint8)
+        given[:, :75] = brightest
+        source = self.folder(tmp_path / "set", Image.fromarray(given).convert(mode))
+        found = np.load(mask_array(read_manifest(source), 8, tmp_path))
+        assert found.shape == (2, 8, 8, 1)
+        # The fourth column is covered by three quarters, and counts as inside.
+        np.testing.assert_array_equal(found[0, :, :, 0], np.tile([255] * 4 + [0] * 4, (8, 1)))
+
+    def test_an_empty_mask_stays_empty(self, tmp_path: Path) -> None:
+        source = self.folder(tmp_path / "set", Image.new("L", (20, 20)))
+        assert not np.load(mask_array(read_manifest(source), 8, tmp_path)).any()
+
+    def test_a_broken_mask_is_named(self, tmp_path: Path) -> None:
+        source = self.folder(tmp_path / "set", GREY)
+        manifest = read_manifest(source)
+        (source / "b" / "masks" / "x.png").write_bytes(b"\x89PNG")
+        with pytest.raises(DataError, match=r"expected a lung mask in '.*b/masks/x.png'"):
+            mask_array(manifest, 8, tmp_path)
+
+    def test_other_masks_of_the_same_images_are_another_array(self, tmp_path: Path) -> None:
+        source = self.folder(tmp_path / "set", GREY)
+        manifest = read_manifest(source)
+        first = mask_array(manifest, 8, tmp_path)
+        assert mask_array(manifest, 8, tmp_path) == first
+        Image.new("L", (20, 20)).save(source / "b" / "masks" / "x.png")
+        assert mask_array(manifest, 8, tmp_path) != first

@@ -1,0 +1,218 @@
+"""One trial of a segmentation: a U-Net trained on images and masks, validated every epoch, its best weights kept."""
+
+import math
+import time
+from collections.abc import Callable, Collection, Generator, Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from cxr_models import steps
+from cxr_models.augmentation import augmented, augmented_masks, view_of_epoch
+from cxr_models.mask_metrics import evaluate_masks
+from cxr_models.storage import written_whole
+from cxr_models.training import WARM_NETWORKS, WARM_STEPS, DivergedError, dropout_seeds, make_optimizer
+from cxr_models.trial import BEST_WEIGHTS, UNET, EpochMetrics, Objective, TrialConfig, TrialData
+from cxr_models.unet import UNet, build_unet, export_unet
+
+Rows = NDArray[np.int64]
+
+
+def run_segmentation(
+    trial_id: str,
+    config: TrialConfig,
+    data: TrialData,
+    folder: Path,
+    objective: Objective,
+    *,
+    decisions: Collection[int] = (),
+) -> Generator[EpochMetrics, bool, None]:
+    """Train one U-Net, yielding what each epoch measured; arguments and answers as in `training.run_trial`.
+
+    Args:
+        trial_id: name of the trial.
+        config: what is trained.
+        data: on which images; it has masks of the configuration's side.
+        folder: for the weights of the best epoch.
+        objective: which epoch is the best.
+        decisions: epochs after which the caller may end the trial and still rank it.
+
+    Raises:
+        DivergedError: a loss is not finite.
+    """
+    begun = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    unet = _warm_unet(*_shape(config, data))
+    unet.reset(config.seed, config.dropout)
+    best = _Best(folder, unet, objective)
+    loop = _EpochLoop(trial_id, config, data, unet)
+    lowest_loss, waited = math.inf, 0
+    for epoch in range(1, config.epochs + 1):
+        metrics = loop.run(epoch, begun)
+        best.offer(metrics)
+        waited = 0 if metrics.val["loss"] < lowest_loss else waited + 1
+        lowest_loss = min(lowest_loss, metrics.val["loss"])
+        ends = bool(config.patience) and waited >= config.patience
+        if epoch in decisions or epoch == config.epochs or ends:
+            best.write()
+        if not (yield metrics):
+            best.write()
+            return
+        if ends:
+            return
+
+
+def _shape(config: TrialConfig, data: TrialData) -> tuple[TrialConfig, int]:
+    """What trials must have in common to be trained by the same U-Net, one after the other."""
+    shaping = TrialConfig(
+        UNET, image_side=config.image_side, unet_filters=config.unet_filters, unet_depth=config.unet_depth
+    )
+    return shaping, data.channels
+
+
+@lru_cache(maxsize=WARM_NETWORKS)
+def _warm_unet(shaping: TrialConfig, channels: int) -> UNet:
+    """The U-Net of a shape, built once in a process."""
+    return build_unet(shaping, channels)
+
+
+@lru_cache(maxsize=WARM_STEPS)
+def _warm_steps(unet: UNet, loss: str, optimizer: str) -> steps.MaskSteps:
+    """The compiled steps of a U-Net with a loss, made once in a process."""
+    return steps.MaskSteps(unet.logits, loss, make_optimizer(optimizer))
+
+
+class _EpochLoop:
+    """Runs the epochs of a trial."""
+
+    def __init__(self, trial_id: str, config: TrialConfig, data: TrialData, unet: UNet) -> None:
+        self._trial_id = trial_id
+        self._config = config
+        self._data = data
+        self._pixels = np.load(data.pictures(config), mmap_mode="r")
+        self._masks = np.load(data.masks[config.image_side], mmap_mode="r")
+        self._steps = _warm_steps(unet, config.mask_loss, config.optimizer)
+        self._steps.begin(config.learning_rate, config.weight_decay)
+
+    def run(self, epoch: int, begun: float) -> EpochMetrics:
+        """One epoch of a trial that began at `begun`."""
+        config, pixels = self._config, self._config.image_side**2
+        start = time.perf_counter()
+        train = evaluate_masks(self._train(epoch), pixels)
+        trained = time.perf_counter()
+        val = evaluate_masks(self._steps.count(self._plain, self._data.val), pixels)
+        if not (math.isfinite(train["loss"]) and math.isfinite(val["loss"])):
+            raise DivergedError(
+                f"diverged in epoch {epoch}: training loss {train['loss']}, validation loss {val['loss']}; "
+                f"a lower learning rate than {config.learning_rate:g} usually helps"
+            )
+        return EpochMetrics(
+            trial_id=self._trial_id,
+            epoch=epoch,
+            phase=0,
+            learning_rate=config.learning_rate,
+            train=train,
+            val=val,
+            seconds=time.perf_counter() - start,
+            images_per_second=len(self._data.train) / (trained - start),
+            device=steps.device(),
+            trial_seconds=time.perf_counter() - begun,
+        )
+
+    def _train(self, epoch: int) -> NDArray[np.float32]:
+        """Counts (training images, 4), in the order the images were seen."""
+        batch, seed = self._config.batch_size, self._config.seed
+        order = np.random.default_rng((seed, epoch)).permutation(self._data.train)
+        steps_taken = -(-len(order) // batch)
+        # What fills up the last batch, images of the same epoch, weighs nothing: batches have one shape.
+        filled = order[np.arange(steps_taken * batch) % len(order)].reshape(steps_taken, batch)
+        weights = np.ones(filled.shape, np.float32)
+        weights.flat[len(order) :] = 0.0
+        pairs = self._steps.dropout_seeds
+        seeds = np.stack([dropout_seeds((seed, epoch, step), pairs) for step in range(steps_taken)])
+        gather = self._views(epoch)
+        at_once = max(1, steps.CHUNK_BYTES // (batch * gather(order[:1]).nbytes))
+        counts = []
+        for first in range(0, steps_taken, at_once):
+            some = slice(first, first + at_once)
+            both = gather(filled[some].ravel())
+            counts.append(self._steps.train(both.reshape(-1, batch, *both.shape[1:]), weights[some], seeds[some]))
+        return np.concatenate(counts).reshape(-1, counts[0].shape[-1])[: len(order)]
+
+    def _plain(self, rows: Rows) -> NDArray[np.uint8]:
+        """Images as they are, with their masks as the last channel."""
+        return np.concatenate([self._pixels[rows], self._masks[rows]], axis=-1)
+
+    def _views(self, epoch: int) -> Callable[[Rows], NDArray[np.uint8]]:
+        """Images and masks as this epoch sees them."""
+        config = self._config
+        if config.augmentation == "none":
+            return self._plain
+        view = view_of_epoch(epoch, config.augmented_views)
+        draw, draw_masks = (
+            partial(function, kind=config.augmentation, seed=config.seed, view=view)
+            for function in (augmented, augmented_masks)
+        )
+
+        def gather(rows: Rows) -> NDArray[np.uint8]:
+            ids = self._data.image_ids[rows]
+            return np.concatenate([draw(self._pixels[rows], ids), draw_masks(self._masks[rows], ids)], axis=-1)
+
+        return gather
+
+
+class _Best:
+    """Keeps the weights of the best epoch; `write` puts them on disk."""
+
+    def __init__(self, folder: Path, unet: UNet, objective: Objective) -> None:
+        self._folder = folder
+        self._unet = unet
+        self._objective = objective
+        self._value = objective.worst
+        self._found: Mapping[str, NDArray[np.generic]] | None = None
+
+    def offer(self, metrics: EpochMetrics) -> None:
+        """Note the weights as they are now if no epoch was better."""
+        value = metrics.val[self._objective.metric]
+        if self._objective.better(value, self._value):
+            self._value = value
+            self._found = {weight.path: weight.numpy() for weight in self._unet.logits.trainable_variables}
+
+    def write(self) -> None:
+        """Put on disk what is not there yet."""
+        if self._found is None:
+            return
+        with written_whole(self._folder / BEST_WEIGHTS) as scratch, scratch.open("wb") as file:
+            np.savez(file, **self._found)  # type: ignore[arg-type]
+        self._found = None
+
+
+def restore_best(config: TrialConfig, folder: Path, *, channels: int, model_path: Path) -> keras.Model:
+    """Rebuild a trial's U-Net with its best weights and save it whole, preprocessing inside, to `model_path`."""
+    unet = build_unet(config, channels)
+    with np.load(folder / BEST_WEIGHTS) as kept:
+        for variable in unet.logits.trainable_variables:
+            variable.assign(kept[variable.path])
+    model = export_unet(unet, config, channels)
+    with written_whole(model_path) as scratch:
+        model.save(scratch)
+    return model
+
+
+@lru_cache(maxsize=1)
+def load_unet(path: Path, threads: int) -> keras.Model:
+    """A saved U-Net, loaded once in a process that has not used TensorFlow before."""
+    steps.configure(threads)
+    return keras.saving.load_model(path, compile=False)
+
+
+def predict_masks(model: keras.Model, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Probability of lung (images, side, side, 1) by a saved U-Net, from raw pixels (images, side, side, channels)."""
+    size = steps.inference_batch()
+    batches = [
+        model.predict_on_batch(pixels[start : start + size].astype(np.float32)) for start in range(0, len(pixels), size)
+    ]
+    return np.concatenate(batches)

@@ -1,0 +1,198 @@
+"""The final evaluation of a segmentation: the best U-Net saved whole, its figures and its most telling pictures."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+from cxr_models.mask_metrics import INSIDE, count_masks, image_metrics, telling_examples
+from cxr_models.metrics import mean_intervals
+from cxr_models.storage import written_whole
+from cxr_models.trial import SEGMENT, TEST, VAL, TrialConfig, TrialData, TrialResult
+from sweep.evaluation import (
+    CALL_TIMEOUT_S,
+    IMAGE_TIMEOUT_S,
+    FinalEvaluation,
+    keras_child,
+    record_opening,
+    register,
+    uninterrupted,
+)
+from sweep.plan import Plan
+from sweep.record import RunFolder, ranked, write_json
+from sweep.tracking import Tracker
+
+EXAMPLES = 3  # of the worst, the median and the best images each
+TILE_SIDE = 320  # of one picture in an overlay, in pixels
+TRUE_COLOUR, PREDICTED_COLOUR = (0, 114, 178), (230, 159, 0)  # of Okabe and Ito
+OPACITY = 0.45
+SHOWN = ("dice", "iou", "pixel_accuracy")
+
+
+@dataclass(frozen=True)
+class BestUNet:
+    """What the child needs to rebuild the best trial's U-Net and read images and masks with it.
+
+    Attributes:
+        indices: the validation and test images, in this order.
+        tested: (images,) which of them are the test set's.
+    """
+
+    config: TrialConfig
+    trial_folder: Path
+    channels: int
+    pixels: Path
+    masks: Path
+    indices: NDArray[np.int64]
+    tested: NDArray[np.bool_]
+    model: Path
+    threads: int
+
+
+@dataclass(frozen=True)
+class FoundMasks:
+    """What the best U-Net made of the images.
+
+    Attributes:
+        counts: (images, 4), see `mask_metrics.COUNTS`; without a loss.
+        examples: kind (`worst`, ...) -> position among the images -> its predicted mask (side, side).
+    """
+
+    counts: NDArray[np.float64]
+    examples: dict[str, dict[int, NDArray[np.bool_]]]
+
+
+def evaluate_segmentation(
+    plan: Plan,
+    results: tuple[TrialResult, ...],
+    folder: RunFolder,
+    data: TrialData,
+    tracker: Tracker,
+    found: FinalEvaluation,
+) -> None:
+    """Evaluate the best trial, save its model and register it; `found` has the test figures as soon as they are known.
+
+    Raises:
+        RuntimeError, TimeoutError: the best trial could not be evaluated.
+    """
+    result = ranked(results, plan.spec.objective)[0]
+    best = best_model(plan, result, folder, data)
+    with keras_child(folder.log("evaluation")) as call:
+        if best.tested.any():
+            record_opening(folder, [result])
+        masks = call(save_and_predict, best, timeout_s=CALL_TIMEOUT_S + IMAGE_TIMEOUT_S * len(best.indices))
+        with uninterrupted():
+            found.test = evaluate_test(plan, best, masks)
+            record_predictions(plan, best, result, masks, folder)
+        register(plan, result, folder, data, tracker, call)
+
+
+def best_model(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData) -> BestUNet:
+    """The best trial's U-Net with the validation and test images, in this order."""
+    config = result.config
+    val, test = plan.indices(VAL), plan.indices(TEST)
+    return BestUNet(
+        config=config,
+        trial_folder=folder.trial(result.trial_id),
+        channels=data.channels,
+        pixels=data.pictures(config),
+        masks=data.masks[config.image_side],
+        indices=np.concatenate([val, test]),
+        tested=np.arange(len(val) + len(test)) >= len(val),
+        model=folder.model,
+        threads=plan.allotment.threads,
+    )
+
+
+def save_and_predict(best: BestUNet) -> FoundMasks:
+    """In the child: save the best trial's whole U-Net, and run it on the images."""
+    from cxr_models import segmentation, steps
+
+    steps.configure(best.threads)
+    model = segmentation.restore_best(best.config, best.trial_folder, channels=best.channels, model_path=best.model)
+    pixels, masks = (np.load(path, mmap_mode="r") for path in (best.pixels, best.masks))
+
+    def predicted(indices: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return segmentation.predict_masks(model, pixels[indices]) >= INSIDE
+
+    at_once = 16 * steps.inference_batch()
+    parts = [best.indices[first : first + at_once] for first in range(0, len(best.indices), at_once)]
+    counts = np.concatenate([count_masks(masks[part], predicted(part)) for part in parts])
+    shown = np.flatnonzero(best.tested) if best.tested.any() else np.arange(len(best.indices))
+    dice = image_metrics(counts, best.config.image_side**2)["dice"][shown]
+    examples = {
+        kind: {int(shown[place]): predicted(best.indices[shown[place : place + 1]])[0, ..., 0] for place in places}
+        for kind, places in telling_examples(dice, EXAMPLES).items()
+    }
+    return FoundMasks(counts, examples)
+
+
+def evaluate_test(plan: Plan, best: BestUNet, found: FoundMasks) -> dict[str, Any] | None:
+    """The test metrics with 95 % intervals by patient; `summary.json`'s `test`. None where no image was kept."""
+    if not best.tested.any():
+        return None
+    metrics = image_metrics(found.counts[best.tested], best.config.image_side**2)
+    patients = [plan.manifest.records[index].patient for index in best.indices[best.tested]]
+    intervals = mean_intervals({name: metrics[name] for name in SHOWN}, patients, seed=plan.spec.search.seed)
+    return {
+        **{name: asdict(interval) for name, interval in intervals.items()},
+        "images": len(patients),
+        "patients": len(set(patients)),
+    }
+
+
+def record_predictions(plan: Plan, best: BestUNet, result: TrialResult, found: FoundMasks, folder: RunFolder) -> None:
+    """Write `masks.csv`, the overlays and `best/config.json`."""
+    records = [plan.manifest.records[index] for index in best.indices]
+    metrics = image_metrics(found.counts, best.config.image_side**2)
+    overlays = {
+        position: f"{kind}-{number}.png"
+        for kind, masks in found.examples.items()
+        for number, position in enumerate(masks, start=1)
+    }
+    frame = pd.DataFrame(
+        {
+            "trial_id": result.trial_id,
+            "image": [record.path for record in records],
+            "patient": [record.patient for record in records],
+            "split": [plan.splits[index] for index in best.indices],
+            **{name: metrics[name] for name in SHOWN},
+            "overlay": [overlays.get(position, "") for position in range(len(records))],
+        }
+    )
+    with written_whole(folder.masks) as scratch:
+        frame.to_csv(scratch, index=False, errors="surrogateescape")
+    pixels, masks = (np.load(path, mmap_mode="r") for path in (best.pixels, best.masks))
+    for predicted in found.examples.values():
+        for position, mask in predicted.items():
+            index = best.indices[position]
+            picture = overlay(pixels[index], masks[index, ..., 0] > 0, mask)
+            with written_whole(folder.overlays / overlays[position]) as scratch:
+                picture.save(scratch)
+    # All that is needed to use the model: an image's side and channels.
+    config = {"trial_id": result.trial_id, "task": SEGMENT, "channels": best.channels, **result.config.to_json()}
+    write_json(folder.best_config, config)
+
+
+def overlay(pixels: NDArray[np.uint8], truth: NDArray[np.bool_], predicted: NDArray[np.bool_]) -> Image.Image:
+    """The image, the image with its true mask, and the image with the predicted one, side by side.
+
+    Args:
+        pixels: (side, side, 1 or 3).
+        truth: (side, side).
+        predicted: (side, side).
+    """
+    plain = np.broadcast_to(pixels, (*pixels.shape[:2], 3)).astype(np.float64)
+    tiles = [plain, _tinted(plain, truth, TRUE_COLOUR), _tinted(plain, predicted, PREDICTED_COLOUR)]
+    wide = Image.fromarray(np.concatenate(tiles, axis=1).round().astype(np.uint8))
+    return wide.resize((3 * TILE_SIDE, TILE_SIDE), Image.Resampling.BILINEAR)
+
+
+def _tinted(plain: NDArray[np.float64], mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> NDArray[np.float64]:
+    share = OPACITY * mask[..., np.newaxis].astype(np.float64)
+    tinted: NDArray[np.float64] = plain * (1 - share) + share * np.array(colour, np.float64)
+    return tinted
