@@ -153,7 +153,14 @@ class _EpochLoop:
             return self._plain
         view = view_of_epoch(epoch, config.augmented_views)
         draw, draw_masks = (
-            partial(function, kind=config.augmentation, seed=config.seed, view=view)
+            partial(
+                function,
+                kind=config.augmentation,
+                seed=config.seed,
+                view=view,
+                strength=config.augmentation_strength,
+                flip=config.horizontal_flip == "random",
+            )
             for function in (augmented, augmented_masks)
         )
 

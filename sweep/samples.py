@@ -59,7 +59,12 @@ def take_samples(data: TrialData, patients: NDArray[np.str_], space: Space) -> S
     viewed = np.array([own[0] for own in chosen if len(own)][:VIEWED], np.int64)
     kinds = _kinds(space)
     originals = pixels[viewed]
-    views = [[_view(originals, data.image_ids[viewed], kind, view) for view in range(1, VIEWS + 1)] for kind in kinds]
+    flip = "horizontal_flip" in space.axes and ("random",) in space.combinations("horizontal_flip")
+    ids = data.image_ids[viewed]
+    views = [
+        [augmented(originals, ids, kind=kind, seed=0, view=view, flip=flip) for view in range(1, VIEWS + 1)]
+        for kind in kinds
+    ]
     small = [np.stack([_small(each) for each in of_kind], axis=1) for of_kind in views]
     return Samples(
         tuple(data.classes[data.labels[index]] for index in images),
@@ -84,10 +89,6 @@ def _kinds(space: Space) -> tuple[str, ...]:
     if "augmentation" not in space.axes:
         return ()
     return tuple(sorted(str(kind) for (kind,) in space.combinations("augmentation") if kind != "none"))
-
-
-def _view(pixels: Pictures, image_ids: NDArray[np.uint64], kind: str, view: int) -> Pictures:
-    return augmented(pixels, image_ids, kind=kind, seed=0, view=view)
 
 
 def _small(pixels: Pictures) -> Pictures:

@@ -26,7 +26,9 @@ _COMMON_AXES = (
     "epochs",
     "patience",
     "augmentation",
+    "augmentation_strength",
     "augmented_views",
+    "horizontal_flip",
     "seed",
 )
 # What a trial of the task reads; any other axis would only make trials that are all alike.
