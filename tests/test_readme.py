@@ -11,13 +11,20 @@ import pytest
 import yaml
 
 from sweep.spec import json_schema, read_spec
+from tests import layouts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^\.venv/bin/python (-m sweep\..*)$", README, flags=re.MULTILINE)
 
 # What would take hours or a network: replaced, and only this.
-CHEAPER = {"--trials 60": "--trials 2", "--weights imagenet": "--weights bundled", "image_side=224": "image_side=72"}
+CHEAPER = {
+    "--trials 60": "--trials 2",
+    "--weights imagenet": "--weights bundled",
+    "image_side=224": "image_side=72",
+    "--name lungs": "--name lungs --trials 1 --set image_side=32",
+    "--set lung_mask=": "--trials 2 --set lung_mask=",
+}
 QUICK = ["--max-epochs", "2", "--set", "search.halving=none"]
 
 
@@ -29,17 +36,24 @@ def test_the_quick_start_is_two_lines_each_complete():
 
 
 def test_the_worked_example(tmp_path, radiography_folder, cache_dir):
-    """In the order they stand: the plan, the sweep, the report of that sweep."""
-    assert [command.split()[1] for command in COMMANDS] == ["sweep.run", "sweep.run", "sweep.report"]
+    """In the order they stand: the plan, the sweep, the report of that sweep; lung masks, and a sweep that uses them."""
+    assert [command.split()[1] for command in COMMANDS] == ["sweep.run"] * 2 + ["sweep.report"] + ["sweep.run"] * 2
+    places = {
+        "~/COVID-19_Radiography_Dataset": radiography_folder,
+        "~/lungs": layouts.images_and_masks(tmp_path / "lungs"),
+        "~/xrays": layouts.class_folders(tmp_path / "xrays"),
+    }
     for command in COMMANDS:
-        for dear, cheap in CHEAPER.items():
-            command = command.replace(dear, cheap)
-        arguments = shlex.split(command.replace("~/COVID-19_Radiography_Dataset", str(radiography_folder)))
+        for dear, cheap in (CHEAPER | places).items():
+            command = command.replace(dear, str(cheap))
+        arguments = shlex.split(command)
         arguments = [str(ROOT / part) if part.startswith("search_spaces/") else part for part in arguments]
         if arguments[1] == "sweep.run":
             arguments += ["--cache-dir", str(cache_dir), *QUICK]
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    (source,) = json.loads((tmp_path / "runs" / "freeze" / "summary.json").read_text())["inputs"]
+    assert source["lung_mask"] == "runs/lungs"
     run = tmp_path / "runs" / "radiography"
     table = README.partition("leaves one folder")[2].partition("In MLflow")[0]
     rows = re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
