@@ -403,6 +403,8 @@ def _notes(spec: SweepSpec, networks: Sequence[TrialConfig], max_epochs: int, ma
         )
     if any(config.augmented_views for config in networks) and all(config.augmentation == "none" for config in networks):
         yield "augmented_views does nothing here: no trial augments its images (augmentation: light, or strong)"
+    if spec.dropped_strategies:
+        yield f"too few epochs for the phases of {', '.join(spec.dropped_strategies)}, which are left out"
     if spec.dropped_points:
         yield f"{spec.dropped_points} fixed points of the file lie outside the space that --set left, and are not run"
     if spec.search.halving and not marks:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -102,6 +102,7 @@ class SweepSpec:
     Attributes:
         task: what is trained, `classify` or `segment`.
         dropped_points: how many fixed points of the file lie outside the space that `--set` left.
+        dropped_strategies: freeze strategies of the file with more phases than the epochs that `--set` left.
     """
 
     name: str
@@ -114,6 +115,7 @@ class SweepSpec:
     task: str = CLASSIFY
     reference: ReferenceSpec | None = None
     dropped_points: int = field(default=0, compare=False)
+    dropped_strategies: tuple[str, ...] = field(default=(), compare=False)
 
     def to_yaml(self) -> str:
         """The resolved file, with every default written out; `read_spec` reads it back equal."""
@@ -157,11 +159,37 @@ def read_spec(path: Path, overrides: Sequence[str] = ()) -> SweepSpec:
         _override(document, override)
         _expand_short_forms(document)
     document.check_keys((), document.values, KEYS)
+    dropped = _drop_long_strategies(document)
     spec = _resolve(document)
     document.check()
     if spec is None:  # `_resolve` notes a problem whenever it has no answer, and then `check` has raised
         raise SpecError(document.source, ["could not be read"])
-    return spec
+    return replace(spec, dropped_strategies=dropped)
+
+
+def _drop_long_strategies(document: Document) -> tuple[str, ...]:
+    """Where an override leaves fewer epochs than a strategy has phases, leave that one out of the file's choices."""
+    space = document.values.get("space")
+    epochs = space.get("epochs") if isinstance(space, dict) else None
+    if not (isinstance(epochs, int) and document.overridden(("space", "epochs"))):
+        return ()
+    dropped: dict[str, None] = {}
+
+    def kept(raw: Any) -> Any:
+        if isinstance(raw, dict):
+            return {key: kept(value) if key in ("choices", "when") else value for key, value in raw.items()}
+        if not isinstance(raw, list):
+            return raw
+        short = [kept(value) for value in raw if not isinstance(value, str) or value.count(">") < epochs]
+        if short:  # with none left, the check of the whole space says what is wrong
+            dropped.update(dict.fromkeys(value for value in raw if isinstance(value, str) and value not in short))
+        return short or raw
+
+    freeze = space.get("freeze") if isinstance(space, dict) else None
+    left = kept(freeze)
+    if dropped:
+        document.set(("space", "freeze"), left, f"--set space.epochs={epochs}")
+    return tuple(dropped)
 
 
 def json_schema() -> dict[str, Any]:

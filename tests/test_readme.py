@@ -36,7 +36,7 @@ def test_the_quick_start_is_two_lines_each_complete():
 
 
 def test_the_worked_example(tmp_path, radiography_folder, cache_dir):
-    """In the order they stand: the plan, the sweep, the report of that sweep; lung masks, and a sweep that uses them."""
+    """In the order they stand: plan, sweep and report; lung masks, and a sweep that uses them."""
     assert [command.split()[1] for command in COMMANDS] == ["sweep.run"] * 2 + ["sweep.report"] + ["sweep.run"] * 2
     places = {
         "~/COVID-19_Radiography_Dataset": radiography_folder,

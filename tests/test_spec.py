@@ -550,3 +550,48 @@ def test_a_spec_cannot_be_changed(read):
         spec.name = "other"
     with pytest.raises(ValueError, match="frozen"):
         spec.search.trials = 9
+
+
+class TestFewEpochs:
+    """`--max-epochs 1`, to try a file out."""
+
+    SPACE = """\
+name: phases
+data: phantom
+objective: macro_f1
+search:
+  trials: 2
+  fixed: [{freeze: "all>stages:1>none"}, {freeze: all}]
+space:
+  backbone: [mobilenet_v2_1.0, vanilla_cnn]
+  freeze:
+    choices: [all, "all>stages:1", "all>stages:1>none"]
+    when: [{if: {backbone: vanilla_cnn}, value: none}]
+  optimizer:
+    choices: [adam, "adam>sgd"]
+    when:
+      - {if: {freeze: "all>stages:1>none"}, value: adam}
+      - {if: {freeze: [all, none]}, value: adam}
+  epochs: 20
+"""
+
+    def read(self, tmp_path, *overrides):
+        path = tmp_path / "phases.yaml"
+        path.write_text(self.SPACE)
+        return read_spec(path, overrides)
+
+    def test_strategies_with_more_phases_are_left_out_and_told(self, tmp_path):
+        spec = self.read(tmp_path, "space.epochs=2")
+        assert spec.space.reachable("freeze") == ("all", "all>stages:1", "none")
+        assert spec.dropped_strategies == ("all>stages:1>none",)
+        assert (spec.search.fixed, spec.dropped_points) == (({"freeze": "all"},), 1)
+        assert self.read(tmp_path, "space.epochs=1").space.reachable("freeze") == ("all", "none")
+        assert self.read(tmp_path, "space.epochs=3").dropped_strategies == ()
+
+    def test_where_none_is_left_it_is_a_mistake(self, tmp_path):
+        with pytest.raises(SpecError, match="freeze 'all>none' has 2 phases, but 1 epochs"):
+            self.read(tmp_path, "freeze=all>none", "space.epochs=1")
+
+    def test_an_optimizer_for_each_phase_must_fit_the_phases(self, tmp_path):
+        with pytest.raises(SpecError, match="one value, or one for each of the 3 phases of freeze 'all>stages:1>none'"):
+            self.read(tmp_path, "optimizer=adam>sgd", "freeze=all>stages:1>none")
