@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cxr_models import steps
 from cxr_models.augmentation import augmented, augmented_masks, view_of_epoch
 from cxr_models.mask_metrics import evaluate_masks
+from cxr_models.schedules import Schedule
 from cxr_models.storage import written_whole
 from cxr_models.training import WARM_NETWORKS, WARM_STEPS, DivergedError, dropout_seeds, make_optimizer
 from cxr_models.trial import BEST_WEIGHTS, UNET, EpochMetrics, Objective, TrialConfig, TrialData
@@ -95,13 +96,21 @@ class _EpochLoop:
         self._pixels = np.load(data.pictures(config), mmap_mode="r")
         self._masks = np.load(data.masks[config.image_side], mmap_mode="r")
         self._steps = _warm_steps(unet, config.mask_loss, config.optimizer)
-        self._steps.begin(config.learning_rate, config.weight_decay)
+        self._steps.begin(config.weight_decay)
+        self._schedule = Schedule(
+            config.schedule,
+            config.learning_rate,
+            steps=-(-len(data.train) // config.batch_size),
+            epochs=config.epochs,
+            warmup=config.warmup,
+        )
 
     def run(self, epoch: int, begun: float) -> EpochMetrics:
         """One epoch of a trial that began at `begun`."""
         config, pixels = self._config, self._config.image_side**2
         start = time.perf_counter()
-        train = evaluate_masks(self._train(epoch), pixels)
+        rates = self._schedule.next_epoch()
+        train = evaluate_masks(self._train(epoch, rates), pixels)
         trained = time.perf_counter()
         val = evaluate_masks(self._steps.count(self._plain, self._data.val), pixels)
         if not (math.isfinite(train["loss"]) and math.isfinite(val["loss"])):
@@ -109,11 +118,12 @@ class _EpochLoop:
                 f"diverged in epoch {epoch}: training loss {train['loss']}, validation loss {val['loss']}; "
                 f"a lower learning rate than {config.learning_rate:g} usually helps"
             )
+        self._schedule.observe(val["loss"])
         return EpochMetrics(
             trial_id=self._trial_id,
             epoch=epoch,
             phase=0,
-            learning_rate=config.learning_rate,
+            learning_rate=float(rates[-1]),
             train=train,
             val=val,
             seconds=time.perf_counter() - start,
@@ -122,11 +132,11 @@ class _EpochLoop:
             trial_seconds=time.perf_counter() - begun,
         )
 
-    def _train(self, epoch: int) -> NDArray[np.float32]:
+    def _train(self, epoch: int, rates: NDArray[np.float32]) -> NDArray[np.float32]:
         """Counts (training images, 4), in the order the images were seen."""
         batch, seed = self._config.batch_size, self._config.seed
         order = np.random.default_rng((seed, epoch)).permutation(self._data.train)
-        steps_taken = -(-len(order) // batch)
+        steps_taken = len(rates)
         # What fills up the last batch, images of the same epoch, weighs nothing: batches have one shape.
         filled = order[np.arange(steps_taken * batch) % len(order)].reshape(steps_taken, batch)
         weights = np.ones(filled.shape, np.float32)
@@ -139,7 +149,8 @@ class _EpochLoop:
         for first in range(0, steps_taken, at_once):
             some = slice(first, first + at_once)
             both = gather(filled[some].ravel())
-            counts.append(self._steps.train(both.reshape(-1, batch, *both.shape[1:]), weights[some], seeds[some]))
+            both = both.reshape(-1, batch, *both.shape[1:])
+            counts.append(self._steps.train(both, weights[some], seeds[some], rates[some]))
         return np.concatenate(counts).reshape(-1, counts[0].shape[-1])[: len(order)]
 
     def _plain(self, rows: Rows) -> NDArray[np.uint8]:

@@ -268,14 +268,14 @@ class MaskSteps:
     Args:
         logits: pixels -> logits, (images, side, side, 1).
         loss: a name in `CHOICES["mask_loss"]`.
-        optimizer: of its own. Learning rate and weight decay may change without a new compilation.
+        optimizer: of its own. Learning rates and weight decay may change without a new compilation.
     """
 
     def __init__(self, logits: keras.Model, loss: str, optimizer: keras.Optimizer) -> None:
         self._logits = logits
         self._loss = loss
         self._optimizer = optimizer
-        self._weight_decay = keras.Variable(0.0, dtype="float32", trainable=False, name="weight_decay")
+        self._weight_decay = _setting("weight_decay")
         optimizer.weight_decay = self._weight_decay
         self._trained = logits.trainable_variables
         optimizer.build(self._trained)
@@ -288,15 +288,18 @@ class MaskSteps:
         """How many pairs of numbers the dropout layers take in a step."""
         return len(self._dropout_seeds)
 
-    def begin(self, learning_rate: float, weight_decay: float) -> None:
+    def begin(self, weight_decay: float) -> None:
         """Start a trial with a fresh optimizer."""
         for variable in self._optimizer.variables:
             variable.assign(tf.zeros_like(variable))
-        self._optimizer.learning_rate = learning_rate
         self._weight_decay.assign(weight_decay)
 
     def train(
-        self, both: NDArray[np.uint8], weights: NDArray[np.float32], seeds: NDArray[np.uint32]
+        self,
+        both: NDArray[np.uint8],
+        weights: NDArray[np.float32],
+        seeds: NDArray[np.uint32],
+        rates: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         """Take steps one after the other, and return the counts each was computed from.
 
@@ -304,6 +307,7 @@ class MaskSteps:
             both: (steps, images, side, side, channels + 1) pixels, with the mask (0 or 255) as the last channel.
             weights: (steps, images) 1, or 0 for an image that only fills up its batch.
             seeds: (steps, dropout_seeds, 2), as in `Steps.train`.
+            rates: (steps,) learning rate of each step.
 
         Returns:
             (steps, images, 4) in the order of `mask_metrics.COUNTS`.
@@ -316,9 +320,10 @@ class MaskSteps:
                     tf.TensorSpec((None, *batch), tf.uint8),
                     tf.TensorSpec((None, batch[0]), tf.float32),
                     tf.TensorSpec((None, self.dropout_seeds, 2), tf.uint32),
+                    tf.TensorSpec((None,), tf.float32),
                 ],
             )
-        counts: NDArray[np.float32] = self._programs[batch](both, weights, seeds).numpy()
+        counts: NDArray[np.float32] = self._programs[batch](both, weights, seeds, rates).numpy()
         return counts
 
     def count(
@@ -353,18 +358,19 @@ class MaskSteps:
         dice = 1.0 - (2.0 * overlap + 1.0) / (both + 1.0)  # one pixel more, so that two empty masks agree
         return dice if self._loss == "dice" else cross_entropy + dice
 
-    def _train_steps(self, both: Any, weights: Any, seeds: Any) -> Any:
+    def _train_steps(self, *given: Any) -> Any:
         (counts,) = _loop(
-            tf.shape(weights)[0], lambda step: [self._train_step(both[step], weights[step], seeds[step])], outputs=1
+            tf.shape(given[0])[0], lambda step: [self._train_step(*(one[step] for one in given))], outputs=1
         )
         return counts
 
-    def _train_step(self, both: Any, weights: Any, seeds: Any) -> Any:
+    def _train_step(self, both: Any, weights: Any, seeds: Any, rate: Any) -> Any:
         for index, state in enumerate(self._dropout_seeds):
             state.assign(tf.cast(seeds[index], state.dtype))
         with tf.GradientTape() as tape:
             counts = self._counts(*_parted(both), training=True)
             loss = tf.reduce_sum(weights * counts[:, 0]) / tf.reduce_sum(weights)
+        self._optimizer.learning_rate.assign(rate)
         self._optimizer.apply(tape.gradient(loss, self._trained), self._trained)
         return counts
 

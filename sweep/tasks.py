@@ -21,6 +21,8 @@ _COMMON_AXES = (
     "dropout",
     "optimizer",
     "learning_rate",
+    "schedule",
+    "warmup",
     "weight_decay",
     "batch_size",
     "epochs",
