@@ -34,7 +34,14 @@ DATA: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in SPACES.glob("*.yaml")))
+QUICK = ("smoke", "r3_two_gpus")
+NAMES = [
+    pytest.param(path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+    for path in sorted(SPACES.glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_shipped_space_runs(name, tmp_path):
     """Two trials of one epoch; what begins with ImageNet weights begins with random ones."""
     arguments = [str(SPACES / f"{name}.yaml"), "--data", str(DATA[name](tmp_path / "data")), "--weights", "none"]
