@@ -19,6 +19,28 @@ PLATEAU_FACTOR = 0.5
 PLATEAU_PATIENCE = 2
 
 
+class Patience:
+    """Counts the epochs without a new minimum of the validation loss.
+
+    Args:
+        epochs: after which it is over; 0 never.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self._epochs = epochs
+        self._lowest = math.inf
+        self._waited = 0
+
+    def is_over(self, loss: float) -> bool:
+        """Whether it is over with an epoch of this loss; the count then begins anew, the minimum stays."""
+        self._waited = 0 if loss < self._lowest else self._waited + 1
+        self._lowest = min(self._lowest, loss)
+        if not self._epochs or self._waited < self._epochs:
+            return False
+        self._waited = 0
+        return True
+
+
 class Schedule:
     """The learning rates of one phase, in the order they are needed.
 
@@ -38,8 +60,7 @@ class Schedule:
         self._rising = round(warmup * self._total)
         self._taken = 0
         self._halvings = 0
-        self._lowest_loss = math.inf
-        self._waited = 0
+        self._patience = Patience(PLATEAU_PATIENCE)
 
     def next_epoch(self) -> NDArray[np.float32]:
         """(steps,) learning rate of each step of the next epoch."""
@@ -49,11 +70,7 @@ class Schedule:
 
     def observe(self, loss: float) -> None:
         """Take notice of the validation loss at the end of an epoch."""
-        self._waited = 0 if loss < self._lowest_loss else self._waited + 1
-        self._lowest_loss = min(self._lowest_loss, loss)
-        if self._waited >= PLATEAU_PATIENCE:
-            self._waited = 0
-            self._halvings += 1
+        self._halvings += self._patience.is_over(loss)
 
     def _factor(self, step: int) -> float:
         if step < self._rising:

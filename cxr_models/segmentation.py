@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cxr_models import steps
 from cxr_models.augmentation import augmented, augmented_masks, view_of_epoch
 from cxr_models.mask_metrics import evaluate_masks
-from cxr_models.schedules import Schedule
+from cxr_models.schedules import Patience, Schedule
 from cxr_models.storage import written_whole
 from cxr_models.training import WARM_NETWORKS, WARM_STEPS, DivergedError, dropout_seeds, make_optimizer
 from cxr_models.trial import BEST_WEIGHTS, UNET, EpochMetrics, Objective, TrialConfig, TrialData
@@ -50,13 +50,11 @@ def run_segmentation(
     unet.reset(config.seed, config.dropout)
     best = _Best(folder, unet, objective)
     loop = _EpochLoop(trial_id, config, data, unet)
-    lowest_loss, waited = math.inf, 0
+    patience = Patience(config.patience)
     for epoch in range(1, config.epochs + 1):
         metrics = loop.run(epoch, begun)
         best.offer(metrics)
-        waited = 0 if metrics.val["loss"] < lowest_loss else waited + 1
-        lowest_loss = min(lowest_loss, metrics.val["loss"])
-        ends = bool(config.patience) and waited >= config.patience
+        ends = patience.is_over(metrics.val["loss"])
         if epoch in decisions or epoch == config.epochs or ends:
             best.write()
         if not (yield metrics):

@@ -18,7 +18,7 @@ from cxr_models.freezing import Phase, parse_strategy, stage_depths
 from cxr_models.inputs import Gather, Inputs
 from cxr_models.metrics import evaluate
 from cxr_models.network import Network, build_network, export_model, head_parameters
-from cxr_models.schedules import Schedule
+from cxr_models.schedules import Patience, Schedule
 from cxr_models.storage import written_whole
 from cxr_models.trial import (
     BEST_WEIGHTS,
@@ -79,15 +79,13 @@ def run_trial(
         network.enter(phase, config.batch_norm)
         best.watch(network, everything=shape[-1] is None)
         loop = _EpochLoop(trial_id, config, data, network, strategy.phases[: index + 1], epochs)
-        lowest_loss, waited = math.inf, 0
+        patience = Patience(config.patience)
         try:
             for _ in range(epochs):
                 epoch += 1
                 metrics, scores = loop.run(epoch, begun)
                 best.offer(metrics, scores)
-                waited = 0 if metrics.val["loss"] < lowest_loss else waited + 1
-                lowest_loss = min(lowest_loss, metrics.val["loss"])
-                ends = bool(config.patience) and waited >= config.patience
+                ends = patience.is_over(metrics.val["loss"])
                 if epoch in decisions or epoch == config.epochs or ends:
                     best.write()
                 if not (yield metrics):
