@@ -63,13 +63,15 @@ def test_the_worked_example(tmp_path, radiography_folder, cache_dir):
 
 
 def test_the_example_space_is_read(tmp_path):
-    data, example = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    data, example, reference = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
     (tmp_path / "example.yaml").write_text(example)
     spec = read_spec(tmp_path / "example.yaml")
     assert spec.name == yaml.safe_load(example)["name"]
     assert spec.search.trials == 40
     (tmp_path / "data.yaml").write_text(re.sub(r"^data: .*\n", data, example, flags=re.MULTILINE))
     assert len(read_spec(tmp_path / "data.yaml").data.all_sources) == 2
+    (tmp_path / "reference.yaml").write_text(example + reference)
+    assert read_spec(tmp_path / "reference.yaml").reference.results[0].accuracy["test"] == 0.908
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "search_spaces").glob("*.yaml")), ids=lambda file: file.name)
