@@ -12,6 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import keras
 
@@ -308,9 +310,12 @@ def _vanilla_cnn(side: int) -> keras.Model:
 def load_backbone_weights(backbone: Backbone, model: keras.Model, path: Path) -> None:
     """Load a `.weights.h5` file or one of Keras' own `.h5` files of ImageNet weights into `model`."""
     model.load_weights(path)
-    if backbone.imagenet_deviations and path.name == backbone.imagenet_name(model.input_shape[1]):
-        # The file holds deviations where the layer expects variances. Keras mends that by dividing once more, in a
-        # further layer, but only when it fetches the file itself; here the factor goes into the variance.
+    if backbone.imagenet_deviations:
+        # Keras' file holds deviations where the layer expects variances. Keras mends that by dividing once more, in a
+        # further layer, but only when it fetches the file itself; here the factor goes into the variance. By what it
+        # holds, because the same file may come under another name.
         normalization = next(layer for layer in model.layers if type(layer).__name__ == "Normalization")
-        normalization.adapt_variance.assign(normalization.adapt_variance * list(IMAGENET_DEVIATION))
-        normalization.finalize_state()
+        variance = np.ravel(normalization.adapt_variance.numpy())
+        if np.allclose(variance, IMAGENET_DEVIATION, rtol=1e-3):
+            normalization.adapt_variance.assign(normalization.adapt_variance * list(IMAGENET_DEVIATION))
+            normalization.finalize_state()

@@ -149,7 +149,6 @@ def read_manifest(
         least_classes: how many there must be; 1 where labels do not matter.
         cache_dir: what was read is kept below it; a file with the same size and modification time is not read again.
         progress: called after every file that had to be read.
-        least_classes: how many there must be; 1 for a task that needs none.
 
     Raises:
         DataError: nothing there, no readable images, no classes, fewer than `least_classes`, or a mistake in the CSV

@@ -93,6 +93,7 @@ def run_trial(
                     return
                 if ends:
                     break  # ends the phase; the trial goes on if another follows
+            best.write()  # the last phase may end before the trial's last epoch
         finally:
             loop.close()
 

@@ -100,7 +100,8 @@ class TrialConfig:
         weight_decay: decoupled (AdamW's) for every optimizer, 0 for none.
         batch_size: images per step.
         epochs: the most epochs over all phases.
-        patience: epochs without a lower validation loss before the trial ends by itself; 0 never.
+        patience: epochs without a lower validation loss before a phase ends by itself; 0 never. The next phase goes on
+            from the last weights; those of the trial's best epoch are kept at its end.
         loss: `focal` weighs an image by (1 - probability of its class) ** focal_gamma (Lin et al., ICCV 2017).
         focal_gamma: at least 0; means nothing for another loss.
         label_smoothing: share of the target that is spread evenly over all classes, in [0, 1).

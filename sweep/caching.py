@@ -16,7 +16,7 @@ from cxr_models.storage import size_text
 from cxr_models.trial import TrialConfig
 
 # The axes that decide what a trial keeps, beside those that shape its network.
-KEEPING = ("augmentation", "augmented_views")
+KEEPING = ("augmentation", "augmented_views", "probe_share")
 SHARE_OF_DISK = 0.25
 
 Group = tuple[str, str, int]  # (backbone, weights, image side): what may share a prefix

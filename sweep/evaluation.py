@@ -204,7 +204,7 @@ def register(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData
     """Log the saved best model to MLflow and register it; a failure is noted, not raised."""
     if not tracker.parent_run_id:
         return
-    # An image that trials saw: the test images stay out of MLflow.
+    # An image that trials saw.
     pixels = np.load(data.pictures(result.config), mmap_mode="r")
     example = pixels[data.val[:1]].astype(np.float32)
     try:

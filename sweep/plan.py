@@ -38,7 +38,7 @@ from sweep.lung_masks import LungMasks, find_lung_masks
 from sweep.machine import Allotment, Machine, allot
 from sweep.memory import trial_memory
 from sweep.segment_plan import UNetRow, unet_memory, unet_order, unet_rows, with_masks
-from sweep.space import Range
+from sweep.space import Range, Space
 from sweep.spec import SpecError, SweepSpec
 from sweep.weights import WeightsFile, find_weights, origin_notes
 
@@ -329,9 +329,15 @@ def _values(spec: SweepSpec, axis: str) -> Iterator[float]:
 def _networks(spec: SweepSpec) -> list[TrialConfig]:
     """Every network the space can build."""
     shaping = SHAPING_UNET if spec.task == SEGMENT else SHAPING
-    axes = [axis for axis in (*shaping, *KEEPING) if axis in spec.space.axes]
+    axes = [axis for axis in shaping if axis in spec.space.axes]
+    # A range that has no list is left at the default: it only bears on how much is kept.
+    axes += [axis for axis in KEEPING if axis in spec.space.axes and _is_listed(spec.space, axis)]
     points = sorted(spec.space.combinations(*axes), key=str)
     return [TrialConfig.from_json(dict(zip(axes, values, strict=True))) for values in points]
+
+
+def _is_listed(space: Space, axis: str) -> bool:
+    return all(domain.finite for name in space.dependencies(axis) for domain in space.axes[name].domains)
 
 
 def _strategies(

@@ -176,6 +176,11 @@ class Published:
     per_class: Mapping[str, tuple[float, ...]]
     contradictions: tuple[str, ...]
 
+    @property
+    def class_part(self) -> str:
+        """The images that `per_class` is about."""
+        return self.result.matrix_part if self.result.confusion_matrix else TEST
+
 
 def published(reference: ReferenceSpec, result: ReferenceResult) -> Published:
     """What a result says, by its confusion matrix where it has one."""
@@ -237,9 +242,15 @@ class Comparison:
         result = self.published.result
         return result.label or " ".join(filter(None, [result.backbone, result.freeze])) or "without a name"
 
+    @property
+    def head(self) -> str:
+        """Our trial's head, which may be another than the source's."""
+        config = (self.ours or {}).get("config", {})
+        return f"{config.get('pooling', '')} {config.get('hidden_units', '')}".strip()
+
     def class_rows(self) -> list[tuple[str, tuple[float, ...], tuple[float, ...]]]:
-        """(class as the data has it, theirs, ours): precision, recall and f1 on test, of classes that both have."""
-        report = (self.ours or {}).get(TEST, {}).get("report", {})
+        """(class as the data has it, theirs, ours): precision, recall and f1, of classes that both have."""
+        report = (self.ours or {}).get(self.published.class_part, {}).get("report", {})
         return [
             (name, self.published.per_class[plain_name(name)], tuple(row[column] for column in CLASS_COLUMNS))
             for name, row in report.items()

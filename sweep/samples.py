@@ -59,10 +59,12 @@ def take_samples(data: TrialData, patients: NDArray[np.str_], space: Space) -> S
     viewed = np.array([own[0] for own in chosen if len(own)][:VIEWED], np.int64)
     kinds = _kinds(space)
     originals = pixels[viewed]
-    flip = "horizontal_flip" in space.axes and ("random",) in space.combinations("horizontal_flip")
     ids = data.image_ids[viewed]
     views = [
-        [augmented(originals, ids, kind=kind, seed=0, view=view, flip=flip) for view in range(1, VIEWS + 1)]
+        [
+            augmented(originals, ids, kind=kind, seed=0, view=view, flip=_is_mirrored(space, kind))
+            for view in range(1, VIEWS + 1)
+        ]
         for kind in kinds
     ]
     small = [np.stack([_small(each) for each in of_kind], axis=1) for of_kind in views]
@@ -89,6 +91,12 @@ def _kinds(space: Space) -> tuple[str, ...]:
     if "augmentation" not in space.axes:
         return ()
     return tuple(sorted(str(kind) for (kind,) in space.combinations("augmentation") if kind != "none"))
+
+
+def _is_mirrored(space: Space, kind: str) -> bool:
+    """Whether some trial mirrors views of this kind."""
+    both = ("augmentation", "horizontal_flip")
+    return {*both} <= space.axes.keys() and (kind, "random") in space.combinations(*both)
 
 
 def _small(pixels: Pictures) -> Pictures:

@@ -37,7 +37,9 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NAME_EXPECTED = "letters, digits, '-', '_' and '.', beginning with a letter or digit"
 SHORT_FORMS = {"data": "source", "objective": "metric"}
 ONE_OF = {("data", "source"): "sources", ("data", "sources"): "source"}  # setting one takes the other's place
-TEXT_KEYS = ("data.patient", "data.source", "tracking.uri", "space.weights", "space.lung_mask")
+# Text as it stands, which YAML might read as something else; for the axes a list or a section in brackets is one.
+TEXT_KEYS = ("data.patient", "data.source", "tracking.uri")
+TEXT_AXES = ("space.weights", "space.lung_mask")
 
 
 class HalvingSpec(_Section):
@@ -256,7 +258,9 @@ def _override(document: Document, override: str) -> None:
     section = document.values.get("data")
     if where in ONE_OF and isinstance(section, dict):
         section.pop(ONE_OF[where], None)
-    document.set(where, text if ".".join(map(str, where)) in TEXT_KEYS else parse_value(text), origin)
+    path = ".".join(map(str, where))
+    is_text = path in TEXT_KEYS or (path in TEXT_AXES and not text.startswith(("[", "{")))
+    document.set(where, text if is_text else parse_value(text), origin)
 
 
 def _resolve(document: Document) -> SweepSpec | None:

@@ -126,6 +126,7 @@ def _strategies(
                 "best_val": best.val[metric],
                 "median_val": statistics.median(values),
                 "trial_id": best.trial_id,
+                "config": best.config.to_json(),
                 "trainable_parameters": best.trainable_parameters,
                 "frozen_parameters": best.frozen_parameters,
                 "train_seconds": round(sum(result.train_seconds for result in own), 2),

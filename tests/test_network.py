@@ -41,7 +41,14 @@ def test_the_vanilla_cnn_of_the_fourth_report():
     assert built.table.output == (7, 7, 128)
 
 
-@pytest.mark.parametrize("stored", sorted(PACKAGED.glob("*.json")), ids=lambda path: path.stem)
+QUICK = ("mobilenet_v2_0.35", "vanilla_cnn", "mobilenet_v2_1.0")
+STORED = [
+    pytest.param(path, id=path.stem, marks=() if path.stem.rpartition("-")[0] in QUICK else pytest.mark.slow)
+    for path in sorted(PACKAGED.glob("*.json"))
+]
+
+
+@pytest.mark.parametrize("stored", STORED)
 def test_packaged_tables_are_what_keras_builds(stored):
     table = LayerTable.from_json(stored.read_text())
     row = BACKBONES[table.backbone]

@@ -171,6 +171,20 @@ class TestBestWeights:
             scores = log_probabilities(network, np.load(data.pixels[70]), data.val)
             np.testing.assert_allclose(scores, stored[number], rtol=1e-4, atol=1e-5)
 
+    def test_also_where_phases_end_early(self, watch, data):
+        """Nothing is learned in the first phase, so patience ends it; the second ends before the trial's last epoch."""
+        config = replace(
+            TINY, freeze="all>none", epochs=8, probe_share=0.5, patience=1, learning_rate=1e-30, phase_rate=1e27
+        )
+        trial = watch(config, data)
+        assert len(trial.epochs) < config.epochs
+        best = min(trial.epochs, key=lambda metrics: metrics.val["loss"])
+        assert best.phase == 1
+        stored = np.load(trial.folder / VALIDATION_SCORES)
+        assert -stored["scores"][np.arange(VAL), stored["labels"]].mean() == pytest.approx(best.val["loss"])
+        for name, weight in np.load(trial.folder / BEST_WEIGHTS).items():
+            np.testing.assert_array_equal(weight, trial.weights[best.epoch][name])
+
     def test_nothing_else_is_left_in_the_folder(self, data, tmp_path):
         drain(run_trial("t", TINY, data, tmp_path / "trial", LOSS))
         assert {path.name for path in (tmp_path / "trial").iterdir()} == {BEST_WEIGHTS, VALIDATION_SCORES}
