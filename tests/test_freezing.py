@@ -96,9 +96,8 @@ def test_the_first_phase_gets_its_share_and_the_others_the_rest_evenly(probe_sha
     assert parse_strategy("all>stages:1>none").epochs(20, probe_share) == epochs
 
 
-def test_depths_count_the_stages_from_the_output(tables):
-    row = BACKBONES["mobilenet_v2_0.35"]
-    depths = stage_depths(row, tables[row.name])
+def test_depths_count_the_stages_from_the_output(mobilenet_224):
+    depths = stage_depths(BACKBONES["mobilenet_v2_1.0"], mobilenet_224[1.0])
     assert depths["input_layer"] == 5
     assert (depths["block_13_depthwise"], depths["block_12_add"], depths["Conv_1"]) == (1, 2, 1)
     assert list(depths.values()) == sorted(depths.values(), reverse=True)

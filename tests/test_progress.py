@@ -110,7 +110,7 @@ class Pass:
     def __init__(self, folder: Path, digest: str, title: str) -> None:
         self._folder = folder / digest
         self._folder.mkdir(parents=True)
-        (self._folder / "pass.json").write_text(json.dumps({"title": title, "cuts": [["cut", "", [4]]]}))
+        (self._folder / "pass.json").write_text(json.dumps({"title": title, "cuts": [["cut", "", [4], []]]}))
         self._file = (self._folder / "cut.f32.partial").open("wb")
         self.done(0)
 

@@ -25,6 +25,7 @@ CHEAPER = {
     "--name lungs": "--name lungs --trials 1 --set image_side=32",
     "--set lung_mask=": "--trials 2 --set lung_mask=",
 }
+OF_SEGMENTATIONS = {"masks.csv", "best/overlays"}  # in place of the predictions
 QUICK = ["--max-epochs", "2", "--set", "search.halving=none"]
 
 
@@ -35,33 +36,48 @@ def test_the_quick_start_is_two_lines_each_complete():
     assert lines[1].endswith(".venv/bin/python -m pytest")
 
 
+def run_command(command: str, places: dict[str, Path], folder: Path, cache_dir: Path) -> None:
+    """One of the README's commands, made cheap, in a folder of its own."""
+    for dear, cheap in (CHEAPER | places).items():
+        command = command.replace(dear, str(cheap))
+    arguments = [str(ROOT / part) if part.startswith("search_spaces/") else part for part in shlex.split(command)]
+    if arguments[1] == "sweep.run":
+        arguments += ["--cache-dir", str(cache_dir), *QUICK]
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+def listed_files() -> list[str]:
+    """What the README says a run folder holds."""
+    table = README.partition("leaves one folder")[2].partition("In MLflow")[0]
+    rows = re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
+    return [name.strip("/") for row in rows for name in re.findall(r"`([^`]*)`", row)]
+
+
 def test_the_worked_example(tmp_path, radiography_folder, cache_dir):
-    """In the order they stand: plan, sweep and report; lung masks, and a sweep that uses them."""
+    """In the order they stand: the plan, the sweep, the report of that sweep."""
     assert [command.split()[1] for command in COMMANDS] == ["sweep.run"] * 2 + ["sweep.report"] + ["sweep.run"] * 2
+    for command in COMMANDS[:3]:
+        run_command(command, {"~/COVID-19_Radiography_Dataset": radiography_folder}, tmp_path, cache_dir)
+    run = tmp_path / "runs" / "radiography"
+    names = [name for name in listed_files() if name not in OF_SEGMENTATIONS]
+    assert len(names) == 9
+    assert not [name for name in names if not (run / name).exists()]
+
+
+@pytest.mark.slow
+def test_lung_masks_and_a_sweep_that_uses_them(tmp_path, cache_dir):
     places = {
-        "~/COVID-19_Radiography_Dataset": radiography_folder,
         "~/lungs": layouts.images_and_masks(tmp_path / "lungs"),
         "~/xrays": layouts.class_folders(tmp_path / "xrays"),
     }
-    for command in COMMANDS:
-        for dear, cheap in (CHEAPER | places).items():
-            command = command.replace(dear, str(cheap))
-        arguments = shlex.split(command)
-        arguments = [str(ROOT / part) if part.startswith("search_spaces/") else part for part in arguments]
-        if arguments[1] == "sweep.run":
-            arguments += ["--cache-dir", str(cache_dir), *QUICK]
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    for command in COMMANDS[3:]:
+        run_command(command, places, tmp_path, cache_dir)
+    names = OF_SEGMENTATIONS & {*listed_files()}
+    assert len(names) == 2
+    assert not [name for name in names if not (tmp_path / "runs" / "lungs" / name).exists()]
     (source,) = json.loads((tmp_path / "runs" / "freeze" / "summary.json").read_text())["inputs"]
     assert source["lung_mask"] == "runs/lungs"
-    run = tmp_path / "runs" / "radiography"
-    table = README.partition("leaves one folder")[2].partition("In MLflow")[0]
-    rows = re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
-    names = [name.strip("/") for row in rows for name in re.findall(r"`([^`]*)`", row)]
-    assert len(names) == 11
-    lungs = tmp_path / "runs" / "lungs"
-    own = {"masks.csv", "best/overlays"}  # a segmentation's, in place of the predictions
-    assert not [name for name in names if not ((lungs if name in own else run) / name).exists()]
 
 
 def test_the_example_space_is_read(tmp_path):

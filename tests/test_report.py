@@ -121,6 +121,7 @@ STRATEGIES = [
         "backbone": "mobilenet_v2_0.35",
         "freeze": "stages:1",
         "trial_id": "trial-2",
+        "config": {"pooling": "flatten", "hidden_units": [1024]},
         "trainable_parameters": 23456,
         "best_epoch_by_loss": 5,
         "best_epoch_by_accuracy": 19,
@@ -440,7 +441,7 @@ def test_published_figures_stand_beside_ours(tmp_path: Path) -> None:
     rows = page.tables["reference-table"][2:]
     assert rows[0] == [
         "head only",
-        "mobilenet_v2_0.35 stages:1",
+        "mobilenet_v2_0.35 stages:1, flatten [1024]",
         "train",
         "–",
         "0.900",

@@ -18,9 +18,12 @@ REFERENCE = ReferenceSpec.model_validate(
 
 def plan() -> Any:
     objective = Objective("macro_f1", "max")
-    search, data = SimpleNamespace(seed=0), SimpleNamespace(source="xrays")
+    search, data = SimpleNamespace(seed=0), SimpleNamespace(name="xrays")
     return SimpleNamespace(
-        spec=SimpleNamespace(name="small", search=search, objective=objective, data=data, reference=REFERENCE),
+        spec=SimpleNamespace(
+            name="small", task="classify", search=search, objective=objective, data=data, reference=REFERENCE
+        ),
+        lung_masks=(),
         manifest=Manifest(Path("/nowhere"), "folders", RECORDS, (), 0),
         trials=2,
         machine=SimpleNamespace(cores=2, gpus=0),

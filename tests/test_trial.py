@@ -93,6 +93,7 @@ def test_a_configuration_is_named_by_its_content():
         "phase_rate": 0.5, "probe_share": 0.5, "schedule": "cosine", "warmup": 0.1, "layer_decay": 0.5,
         "loss": "focal", "focal_gamma": 1.0, "label_smoothing": 0.1, "sampling": "balanced",
         "augmentation_strength": 2.0, "horizontal_flip": "random",
+        "lung_mask": "dataset", "unet_filters": 8, "unet_depth": 3, "mask_loss": "dice",
         "class_weights": "balanced", "augmentation": "light", "augmented_views": 2, "seed": 1,
     }  # fmt: skip
     assert others.keys() == set(AXES)
