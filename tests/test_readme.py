@@ -61,7 +61,7 @@ def test_the_worked_example(tmp_path, radiography_folder, cache_dir):
         run_command(command, {"~/COVID-19_Radiography_Dataset": radiography_folder}, tmp_path, cache_dir)
     run = tmp_path / "runs" / "radiography"
     names = [name for name in listed_files() if name not in OF_SEGMENTATIONS]
-    assert len(names) == 9
+    assert len(names) == 10
     assert not [name for name in names if not (run / name).exists()]
 
 

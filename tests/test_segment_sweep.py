@@ -159,6 +159,7 @@ def test_mlflow_has_the_figures_the_pictures_and_the_model(segmented):
     assert int(client.get_model_version_by_alias("lungs", "champion").version) == 1
 
 
+@pytest.mark.slow
 def test_a_classifier_may_see_the_lungs_alone(segmented, images, tmp_path):
     earlier, _ = segmented
     runs, said = sweep(CLASSIFY.format(data=images, run=earlier), tmp_path, "--inline")
