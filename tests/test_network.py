@@ -110,6 +110,7 @@ def test_dropout_inside_the_backbone_comes_back_when_its_layers_train():
         assert {name: built.backbone.get_layer(name).rate for name in published} == expected
 
 
+@pytest.mark.slow
 def test_fixed_statistics_are_the_same_function_in_inference(tmp_path):
     """EfficientNet's input normalization computes with figures derived from its weights; they must be copied too."""
     row = BACKBONES["efficientnet_b0"]

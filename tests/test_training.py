@@ -317,6 +317,7 @@ class TestWarm:
                 np.testing.assert_array_equal(after[name], weight)
         assert [one.val for one in first.epochs] == [one.val for one in second.epochs]
 
+    @pytest.mark.slow
     def test_networks_of_many_shapes_are_not_all_kept(self, data):
         kept = []
         for units in range(1, training.WARM_STEPS + 3):
@@ -344,7 +345,12 @@ class TestStoredFeatures:
 
     @pytest.mark.parametrize(
         ("freeze", "batch_norm"),
-        [("all", "frozen"), ("convs:1", "train"), ("all>stages:1", "frozen"), ("convs:2>all", "affine")],
+        [
+            ("all", "frozen"),
+            ("convs:1", "train"),
+            pytest.param("all>stages:1", "frozen", marks=pytest.mark.slow),
+            pytest.param("convs:2>all", "affine", marks=pytest.mark.slow),
+        ],
     )
     def test_the_saved_model_is_the_whole_network(self, freeze, batch_norm, watch, images, tmp_path):
         config = replace(self.GIVEN, freeze=freeze, batch_norm=batch_norm)
