@@ -59,11 +59,14 @@ TRIALS = {
         "horizontal_flip": "random",
     },
 }
-QUICK = ("all", "convs:2", "stages:1", "all>stages:1", "convs:2>all", "light-deep", "light", "light-again", "two-views")
-QUICK += ("taps",)
+QUICK = ("all", "convs:2", "stages:1", "all>stages:1", "light-deep", "light", "light-again", "taps")
 # What takes long to compile runs with the slow tests.
 MANY = ("all", "convs:2", "stages:1", "all>stages:1", "light-deep", "light", "affine")
-SLOW = {"mobilenet_v2_0.35": ("convs:5", "affine", "rich"), "efficientnet_b0": MANY, "resnet50": MANY}
+SLOW = {
+    "mobilenet_v2_0.35": ("convs:5", "convs:2>all", "two-views", "affine", "rich"),
+    "efficientnet_b0": MANY,
+    "resnet50": MANY,
+}
 COMPARED = [(BASE.backbone, QUICK, name) for name in QUICK] + [
     pytest.param(backbone, names, name, marks=pytest.mark.slow) for backbone, names in SLOW.items() for name in names
 ]

@@ -229,6 +229,7 @@ def test_mlflow_has_parent_children_curves_and_artifacts(on_ray):
     }
 
 
+@pytest.mark.slow
 def test_inline_and_ray_give_the_same_trials(on_ray, space, cache_dir, tmp_path):
     """Also: the same seed twice gives the same sweep."""
     folder, _ = sweep(space, tmp_path, cache_dir, "--inline")

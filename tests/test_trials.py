@@ -42,7 +42,7 @@ def run(conductor: Conductor, folder: Path, *, total: int, at_once: int, gpus: f
     run_on_ray(conductor, Placement(1.0, gpus, at_once), total=total, folder=folder)
 
 
-@pytest.mark.parametrize(("share", "on_one"), [(1.0, 1), (0.5, 2)])
+@pytest.mark.parametrize(("share", "on_one"), [pytest.param(1.0, 1, marks=pytest.mark.slow), (0.5, 2)])
 def test_trials_share_four_gpus(share, on_one, local_ray, tmp_path):
     """As many trials as fit run at once and wait for each other, so every device must be full; two more follow."""
     at_once = GPUS * on_one
