@@ -13,8 +13,33 @@ from sweep.run import DONE, main
 pytestmark = pytest.mark.slow
 WEIGHTS = "mobilenet_v2_0.35_224_imagenet_notop.weights.h5"
 
+PLAIN = {
+    "pooling": "average",
+    "hidden_units": [],
+    "dropout": 0.0,
+    "class_weights": "none",
+    "augmentation": "none",
+    "phase_rate": 0.1,
+    "learning_rate": 1e-3,
+}
+LARGE = {"pooling": "flatten", "hidden_units": [1024, 512]}
+HIDDEN = {"hidden_units": [128], "dropout": 0.5}
+LIGHT = {"class_weights": "balanced", "augmentation": "light"}
+STRONG = {"class_weights": "balanced", "augmentation": "strong"}
+THEN = {"optimizer": "adam>rmsprop", "schedule": "constant>plateau", "phase_rate": 0.3}
 # R1: three depths and everything, behind a pooled and a flattened map. R4: three depths with a hidden layer. R5: class
 # weights, augmentation, the head first and then the last layers, with Adam and with RMSprop after it.
+POINTS = [
+    *({"freeze": freeze} for freeze in ("all", "convs:1", "convs:2")),
+    *({"freeze": freeze, **LARGE} for freeze in ("all", "convs:1", "convs:2")),
+    {"freeze": "none", **LARGE, "learning_rate": 3e-4},
+    *({"freeze": freeze, **HIDDEN} for freeze in ("all", "first:135")),
+    {"freeze": "none", **HIDDEN, "learning_rate": 3e-4},
+    {"freeze": "all>last:100", **LIGHT, "optimizer": "adam", "schedule": "constant"},
+    {"freeze": "all>last:50", **LIGHT},
+    {"freeze": "all>last:100", **STRONG, **THEN},
+    {"freeze": "all>stages:1", **STRONG, "phase_rate": 1.0},
+]
 STUDIES = """\
 name: studies
 data: {data}
@@ -22,27 +47,7 @@ objective: macro_f1
 search:
   algorithm: tpe
   trials: 14
-  fixed:
-    - {{freeze: all, pooling: average, hidden_units: [], learning_rate: 1e-3}}
-    - {{freeze: "convs:1", pooling: average, hidden_units: [], learning_rate: 1e-3}}
-    - {{freeze: "convs:2", pooling: average, hidden_units: [], learning_rate: 1e-3}}
-    - {{freeze: all, pooling: flatten, hidden_units: [1024, 512], learning_rate: 1e-3}}
-    - {{freeze: "convs:1", pooling: flatten, hidden_units: [1024, 512], learning_rate: 1e-3}}
-    - {{freeze: "convs:2", pooling: flatten, hidden_units: [1024, 512], learning_rate: 1e-3}}
-    - {{freeze: none, pooling: flatten, hidden_units: [1024, 512], learning_rate: 3e-4}}
-    - {{freeze: all, pooling: average, hidden_units: [128], dropout: 0.5, learning_rate: 1e-3}}
-    - {{freeze: "first:135", pooling: average, hidden_units: [128], dropout: 0.5, learning_rate: 1e-3}}
-    - {{freeze: none, pooling: average, hidden_units: [128], dropout: 0.5, learning_rate: 3e-4}}
-    - {{freeze: "all>last:100", augmentation: light, class_weights: balanced, learning_rate: 1e-3, phase_rate: 0.1}}
-    - {{freeze: "all>last:50", augmentation: light, class_weights: balanced, learning_rate: 1e-3, phase_rate: 0.1}}
-    - freeze: "all>last:100"
-      augmentation: strong
-      class_weights: balanced
-      optimizer: "adam>rmsprop"
-      schedule: "constant>plateau"
-      learning_rate: 1e-3
-      phase_rate: 0.3
-    - {{freeze: "all>stages:1", augmentation: strong, class_weights: balanced, learning_rate: 1e-3, phase_rate: 1.0}}
+  fixed: {points}
 space:
   backbone: mobilenet_v2_0.35
   weights: {weights}
@@ -71,7 +76,9 @@ space:
 def run(tmp_path_factory, real_data) -> RunFolder:
     folder = tmp_path_factory.mktemp("studies")
     space = folder / "studies.yaml"
-    space.write_text(STUDIES.format(data=real_data / "data" / "cxr3", weights=real_data / "weights" / WEIGHTS))
+    points = json.dumps([PLAIN | point for point in POINTS])
+    weights = real_data / "weights" / WEIGHTS
+    space.write_text(STUDIES.format(points=points, data=real_data / "data" / "cxr3", weights=weights))
     assert main([str(space), "--out", str(folder), "--cache-dir", str(folder / "cache")]) == DONE
     return RunFolder(folder / "studies")
 

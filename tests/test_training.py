@@ -454,6 +454,7 @@ class TestRates:
         assert (np.diff(rates[2:]) < 0).all()
         assert rates[3:].max() < 0.002
 
+    @pytest.mark.slow
     def test_with_layer_decay_what_lies_deeper_moves_less(self, watch, images):
         """Plain gradient descent: the factor on the rate is the factor on the first step."""
         config = replace(PRETRAINED, freeze="none", epochs=1, batch_size=TRAIN, optimizer="sgd", learning_rate=1e-3)
