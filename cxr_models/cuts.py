@@ -123,7 +123,7 @@ def choose_cut(
         backbone: the row the table belongs to.
         table: the backbone's layers.
         pooling: of the network's head.
-        taps: depths that feed the head; what lies behind the first of them needs more than one tensor.
+        taps: depths that feed the head; from the first of them on, the rest needs more than one tensor.
         head_parameters: of that head, a measure of its work.
     """
     boundary = _boundary(phases, backbone, table)
@@ -133,8 +133,8 @@ def choose_cut(
         width = sum(layer.output[-1] for layer in tapped)
         names = tuple(layer.name for layer in tapped) if taps > 1 else ()
         return Cut(layers[-1].name, pooling, (width,), names)
-    last = min(boundary - 1, layers.index(tapped[0]))
-    candidates = [number for number in cut_layers(table) if 0 < number <= last]
+    end = boundary if taps == 1 else min(boundary, layers.index(tapped[0]))
+    candidates = [number for number in cut_layers(table) if 0 < number < end]
     if not candidates:
         return None
     behind = _work_behind(table)

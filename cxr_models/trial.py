@@ -353,7 +353,8 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class TrialData:
-    """What a trial may read. The test images are not in it: a trial cannot see them.
+    """What a trial may read. Neither indices nor labels of the test images are in it; their pixels and masks lie in the
+    same arrays as all others, which a trial reads at `train` and `val` alone.
 
     Attributes:
         classes: class names, sorted; a label is an index into them.

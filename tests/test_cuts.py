@@ -17,6 +17,7 @@ from cxr_models.cuts import (
     choose_cut,
     cut_layers,
     forward_work,
+    tapped_layers,
     work,
 )
 from cxr_models.freezing import Phase, frozen_layers, parse_strategy
@@ -229,3 +230,25 @@ def test_a_cut_behind_the_first_trained_layer_is_refused(mobilenet):
     pooled = chosen("all", mobilenet)
     with pytest.raises(ValueError, match="out_relu-average lies behind the first trained layer, block_13_expand"):
         work(pooled, parse_strategy("all>stages:1").phases, MOBILENET, mobilenet, head_parameters=HEAD)
+
+
+@pytest.mark.parametrize("taps", [2, 3, 5, 7])
+@pytest.mark.parametrize("freeze", ["stages:1", "stages:2", "convs:1", "all>stages:1"])
+def test_with_several_taps_a_cut_lies_in_front_of_the_first(taps, freeze, mobilenet):
+    """From there on more than one tensor is needed; a network that begins at a tap cannot be built either."""
+    phases = parse_strategy(freeze).phases
+    cut = choose_cut(phases, MOBILENET, mobilenet, pooling="average", taps=taps, head_parameters=HEAD)
+    if cut is not None:
+        names = [layer.name for layer in mobilenet.layers]
+        assert names.index(cut.layer) < names.index(tapped_layers(mobilenet, taps)[0].name)
+
+
+def test_a_linear_probe_of_several_taps_stores_their_joined_vectors(mobilenet):
+    phases = parse_strategy("all").phases
+    cut = choose_cut(phases, MOBILENET, mobilenet, pooling="average", taps=4, head_parameters=HEAD)
+    tapped = tapped_layers(mobilenet, 4)
+    assert cut.taps == tuple(layer.name for layer in tapped)
+    assert cut.shape == (sum(layer.output[-1] for layer in tapped),)
+    assert tapped[-1] == mobilenet.layers[-1]
+    with pytest.raises(ValueError, match=r"taps: 999 does not fit mobilenet_v2_0\.35, which can be tapped at"):
+        tapped_layers(mobilenet, 999)

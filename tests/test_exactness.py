@@ -45,6 +45,7 @@ TRIALS = {
     "two-views": {"freeze": "convs:2", "augmentation": "light", "augmented_views": 2},
     "affine": {"freeze": "stages:1", "batch_norm": "affine"},
     "taps": {"freeze": "all", "taps": 4},
+    "taps-deep": {"freeze": "stages:1", "taps": 2},
     "rich": {
         "freeze": "all>stages:1",
         "optimizer": "adam>rmsprop",
@@ -63,7 +64,7 @@ QUICK = ("all", "convs:2", "stages:1", "all>stages:1", "light-deep", "light", "l
 # What takes long to compile runs with the slow tests.
 MANY = ("all", "convs:2", "stages:1", "all>stages:1", "light-deep", "light", "affine")
 SLOW = {
-    "mobilenet_v2_0.35": ("convs:5", "convs:2>all", "two-views", "affine", "rich"),
+    "mobilenet_v2_0.35": ("convs:5", "convs:2>all", "two-views", "affine", "rich", "taps-deep"),
     "efficientnet_b0": MANY,
     "resnet50": MANY,
 }
