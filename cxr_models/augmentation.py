@@ -5,7 +5,7 @@ right; a mirrored image shows what hardly anybody has.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 
@@ -117,14 +117,7 @@ def augmented(
         raise ValueError(
             f"image_ids must be uint64 ({len(pixels)},), one an image, but got {image_ids.dtype} {image_ids.shape}"
         )
-    bounds = _scaled(AUGMENTATIONS[kind], strength)
-    views = np.empty(pixels.shape, np.uint8)
-    for index, image_id in enumerate(image_ids):
-        generator = _generator(seed, view, int(image_id))
-        views[index] = _view(pixels[index], bounds, generator)
-        if flip and _is_mirrored(seed, view, int(image_id)):
-            views[index] = views[index, :, ::-1]
-    return views
+    return _drawn(_view, pixels, image_ids, _scaled(AUGMENTATIONS[kind], strength), (seed, view), flip=flip)
 
 
 def augmented_masks(
@@ -151,12 +144,22 @@ def augmented_masks(
     Returns:
         An array of the shape of `masks`, 0 or 255.
     """
-    bounds = _scaled(AUGMENTATIONS[kind], strength)
-    views = np.empty(masks.shape, np.uint8)
-    for index, image_id in enumerate(image_ids):
-        generator = _generator(seed, view, int(image_id))
-        views[index] = _mask_view(masks[index], bounds, generator)
-        if flip and _is_mirrored(seed, view, int(image_id)):
+    return _drawn(_mask_view, masks, image_ids, _scaled(AUGMENTATIONS[kind], strength), (seed, view), flip=flip)
+
+
+def _drawn(
+    draw: Callable[[NDArray[np.uint8], Augmentation, np.random.Generator], NDArray[np.uint8]],
+    images: NDArray[np.uint8],
+    image_ids: NDArray[np.uint64],
+    bounds: Augmentation,
+    key: tuple[int, int],
+    *,
+    flip: bool,
+) -> NDArray[np.uint8]:
+    views = np.empty(images.shape, np.uint8)
+    for index, image_id in enumerate(image_ids.tolist()):
+        views[index] = draw(images[index], bounds, _generator(*key, image_id))
+        if flip and _is_mirrored(*key, image_id):
             views[index] = views[index, :, ::-1]
     return views
 

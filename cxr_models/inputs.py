@@ -105,16 +105,7 @@ class Inputs:
 
     def _augmented(self, wanted: Rows, view: int) -> NDArray[np.uint8]:
         pixels, ids = self._pixels[wanted], self._data.image_ids[wanted]
-        config = self._config
-        return augmented(
-            pixels,
-            ids,
-            kind=config.augmentation,
-            seed=config.seed,
-            view=view,
-            strength=config.augmentation_strength,
-            flip=config.horizontal_flip == "random",
-        )
+        return augmented(pixels, ids, **self._config.augmentation_arguments(view))
 
     def _obtain(self, rows: Rows, view: int) -> Features:
         """Features of `rows`; of their augmented view, or of the images as they are where it is 0."""

@@ -1,9 +1,8 @@
 """One trial of a segmentation: a U-Net trained on images and masks, validated every epoch, its best weights kept."""
 
-import math
 import time
-from collections.abc import Callable, Collection, Generator, Mapping
-from functools import lru_cache, partial
+from collections.abc import Callable, Collection, Generator
+from functools import lru_cache
 from pathlib import Path
 
 import keras
@@ -12,10 +11,11 @@ from numpy.typing import NDArray
 
 from cxr_models import steps
 from cxr_models.augmentation import augmented, augmented_masks, view_of_epoch
+from cxr_models.epochs import Batches, BestEpoch, check_finite, make_optimizer, steps_of_epoch
 from cxr_models.mask_metrics import evaluate_masks
 from cxr_models.schedules import Patience, Schedule
 from cxr_models.storage import written_whole
-from cxr_models.training import WARM_NETWORKS, WARM_STEPS, DivergedError, dropout_seeds, make_optimizer
+from cxr_models.training import WARM_NETWORKS, WARM_STEPS
 from cxr_models.trial import BEST_WEIGHTS, UNET, EpochMetrics, Objective, TrialConfig, TrialData
 from cxr_models.unet import UNet, build_unet, export_unet
 
@@ -48,7 +48,8 @@ def run_segmentation(
     folder.mkdir(parents=True, exist_ok=True)
     unet = _warm_unet(*_shape(config, data))
     unet.reset(config.seed, config.dropout)
-    best = _Best(folder, unet, objective)
+    best = BestEpoch(folder, objective)
+    best.watch(unet.logits.trainable_variables)
     loop = _EpochLoop(trial_id, config, data, unet)
     patience = Patience(config.patience)
     for epoch in range(1, config.epochs + 1):
@@ -98,24 +99,20 @@ class _EpochLoop:
         self._schedule = Schedule(
             config.schedule,
             config.learning_rate,
-            steps=-(-len(data.train) // config.batch_size),
+            steps=steps_of_epoch(config, data),
             epochs=config.epochs,
             warmup=config.warmup,
         )
 
     def run(self, epoch: int, begun: float) -> EpochMetrics:
         """One epoch of a trial that began at `begun`."""
-        config, pixels = self._config, self._config.image_side**2
+        pixels = self._config.image_side**2
         start = time.perf_counter()
         rates = self._schedule.next_epoch()
         train = evaluate_masks(self._train(epoch, rates), pixels)
         trained = time.perf_counter()
         val = evaluate_masks(self._steps.count(self._plain, self._data.val), pixels)
-        if not (math.isfinite(train["loss"]) and math.isfinite(val["loss"])):
-            raise DivergedError(
-                f"diverged in epoch {epoch}: training loss {train['loss']}, validation loss {val['loss']}; "
-                f"a lower learning rate than {config.learning_rate:g} usually helps"
-            )
+        check_finite(epoch, train, val, rates.max())
         self._schedule.observe(val["loss"])
         return EpochMetrics(
             trial_id=self._trial_id,
@@ -132,24 +129,12 @@ class _EpochLoop:
 
     def _train(self, epoch: int, rates: NDArray[np.float32]) -> NDArray[np.float32]:
         """Counts (training images, 4), in the order the images were seen."""
-        batch, seed = self._config.batch_size, self._config.seed
-        order = np.random.default_rng((seed, epoch)).permutation(self._data.train)
-        steps_taken = len(rates)
-        # What fills up the last batch, images of the same epoch, weighs nothing: batches have one shape.
-        filled = order[np.arange(steps_taken * batch) % len(order)].reshape(steps_taken, batch)
-        weights = np.ones(filled.shape, np.float32)
-        weights.flat[len(order) :] = 0.0
-        pairs = self._steps.dropout_seeds
-        seeds = np.stack([dropout_seeds((seed, epoch, step), pairs) for step in range(steps_taken)])
-        gather = self._views(epoch)
-        at_once = max(1, steps.CHUNK_BYTES // (batch * gather(order[:1]).nbytes))
-        counts = []
-        for first in range(0, steps_taken, at_once):
-            some = slice(first, first + at_once)
-            both = gather(filled[some].ravel())
-            both = both.reshape(-1, batch, *both.shape[1:])
-            counts.append(self._steps.train(both, weights[some], seeds[some], rates[some]))
-        return np.concatenate(counts).reshape(-1, counts[0].shape[-1])[: len(order)]
+        batches = Batches.of_epoch(self._config, self._data, epoch, self._steps.dropout_layers)
+        counts = [
+            self._steps.train(both, batches.weights[some], batches.seeds[some], rates[some])
+            for some, both in batches.gathered(self._views(epoch))
+        ]
+        return batches.unfilled(counts)
 
     def _plain(self, rows: Rows) -> NDArray[np.uint8]:
         """Images as they are, with their masks as the last channel."""
@@ -160,50 +145,14 @@ class _EpochLoop:
         config = self._config
         if config.augmentation == "none":
             return self._plain
-        view = view_of_epoch(epoch, config.augmented_views)
-        draw, draw_masks = (
-            partial(
-                function,
-                kind=config.augmentation,
-                seed=config.seed,
-                view=view,
-                strength=config.augmentation_strength,
-                flip=config.horizontal_flip == "random",
-            )
-            for function in (augmented, augmented_masks)
-        )
+        view = config.augmentation_arguments(view_of_epoch(epoch, config.augmented_views))
 
         def gather(rows: Rows) -> NDArray[np.uint8]:
             ids = self._data.image_ids[rows]
-            return np.concatenate([draw(self._pixels[rows], ids), draw_masks(self._masks[rows], ids)], axis=-1)
+            views = augmented(self._pixels[rows], ids, **view), augmented_masks(self._masks[rows], ids, **view)
+            return np.concatenate(views, axis=-1)
 
         return gather
-
-
-class _Best:
-    """Keeps the weights of the best epoch; `write` puts them on disk."""
-
-    def __init__(self, folder: Path, unet: UNet, objective: Objective) -> None:
-        self._folder = folder
-        self._unet = unet
-        self._objective = objective
-        self._value = objective.worst
-        self._found: Mapping[str, NDArray[np.generic]] | None = None
-
-    def offer(self, metrics: EpochMetrics) -> None:
-        """Note the weights as they are now if no epoch was better."""
-        value = metrics.val[self._objective.metric]
-        if self._objective.better(value, self._value):
-            self._value = value
-            self._found = {weight.path: weight.numpy() for weight in self._unet.logits.trainable_variables}
-
-    def write(self) -> None:
-        """Put on disk what is not there yet."""
-        if self._found is None:
-            return
-        with written_whole(self._folder / BEST_WEIGHTS) as scratch, scratch.open("wb") as file:
-            np.savez(file, **self._found)  # type: ignore[arg-type]
-        self._found = None
 
 
 def restore_best(config: TrialConfig, folder: Path, *, channels: int, model_path: Path) -> keras.Model:

@@ -156,8 +156,8 @@ class Steps:
         self._infer = _in_batches(lambda images: [self._scores(images, training=False)], 1)
 
     @property
-    def dropout_seeds(self) -> int:
-        """How many pairs of numbers the dropout layers take in a step."""
+    def dropout_layers(self) -> int:
+        """How many there are; each takes two numbers in a step."""
         return len(self._dropout_seeds)
 
     def begin(self, settings: Settings) -> None:
@@ -186,7 +186,7 @@ class Steps:
             labels: (steps, images).
             weights: (steps, images) weight of each image in the loss; the loss of a step is their weighted sum over
                 the number of images with a weight.
-            seeds: (steps, dropout_seeds, 2): dropout masks follow from them alone, never from what ran before.
+            seeds: (steps, dropout_layers, 2): dropout masks follow from them alone, never from what ran before.
             rates: (steps,) learning rate of each step.
 
         Returns:
@@ -200,7 +200,7 @@ class Steps:
                     tf.TensorSpec((None, *batch), inputs.dtype),
                     tf.TensorSpec((None, batch[0]), tf.int32),
                     tf.TensorSpec((None, batch[0]), tf.float32),
-                    tf.TensorSpec((None, self.dropout_seeds, 2), tf.uint32),
+                    tf.TensorSpec((None, self.dropout_layers, 2), tf.uint32),
                     tf.TensorSpec((None,), tf.float32),
                 ],
             )
@@ -284,8 +284,8 @@ class MaskSteps:
         self._count = _in_batches(lambda both: [self._counts(*_parted(both), training=False)], 1)
 
     @property
-    def dropout_seeds(self) -> int:
-        """How many pairs of numbers the dropout layers take in a step."""
+    def dropout_layers(self) -> int:
+        """How many there are; each takes two numbers in a step."""
         return len(self._dropout_seeds)
 
     def begin(self, weight_decay: float) -> None:
@@ -296,7 +296,7 @@ class MaskSteps:
 
     def train(
         self,
-        both: NDArray[np.uint8],
+        both: Array,
         weights: NDArray[np.float32],
         seeds: NDArray[np.uint32],
         rates: NDArray[np.float32],
@@ -306,7 +306,7 @@ class MaskSteps:
         Args:
             both: (steps, images, side, side, channels + 1) pixels, with the mask (0 or 255) as the last channel.
             weights: (steps, images) 1, or 0 for an image that only fills up its batch.
-            seeds: (steps, dropout_seeds, 2), as in `Steps.train`.
+            seeds: (steps, dropout_layers, 2), as in `Steps.train`.
             rates: (steps,) learning rate of each step.
 
         Returns:
@@ -317,9 +317,9 @@ class MaskSteps:
             self._programs[batch] = tf.function(
                 self._train_steps,
                 input_signature=[
-                    tf.TensorSpec((None, *batch), tf.uint8),
+                    tf.TensorSpec((None, *batch), both.dtype),
                     tf.TensorSpec((None, batch[0]), tf.float32),
-                    tf.TensorSpec((None, self.dropout_seeds, 2), tf.uint32),
+                    tf.TensorSpec((None, self.dropout_layers, 2), tf.uint32),
                     tf.TensorSpec((None,), tf.float32),
                 ],
             )

@@ -1,6 +1,5 @@
 """One trial: put in its first weights, train by phases, validate every epoch, keep the best weights."""
 
-import math
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from functools import lru_cache
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from cxr_models import steps
 from cxr_models.backbones import BACKBONES
 from cxr_models.cuts import Cut, choose_cut
+from cxr_models.epochs import Batches, BestEpoch, check_finite, make_optimizer, steps_of_epoch
 from cxr_models.features import NoRoomError
 from cxr_models.freezing import Phase, parse_strategy, stage_depths
 from cxr_models.inputs import Gather, Inputs
@@ -23,7 +23,6 @@ from cxr_models.storage import written_whole
 from cxr_models.trial import (
     BEST_WEIGHTS,
     PIXELS,
-    VALIDATION_SCORES,
     EpochMetrics,
     Objective,
     TrialConfig,
@@ -32,10 +31,6 @@ from cxr_models.trial import (
 
 WARM_NETWORKS = 4  # of different shapes, in one process
 WARM_STEPS = 12
-
-
-class DivergedError(RuntimeError):
-    """The loss is no longer finite; going on cannot mend it."""
 
 
 def run_trial(
@@ -72,19 +67,21 @@ def run_trial(
     network = warm_network(*shape)
     network.reset(config.seed, config.dropout)
     strategy = parse_strategy(config.freeze)
-    best = _Best(folder, data, objective)
+    best = BestEpoch(folder, objective)
     epoch = 0
     shares = strategy.epochs(config.epochs, config.probe_share)
     for index, (phase, epochs) in enumerate(zip(strategy.phases, shares, strict=True)):
         network.enter(phase, config.batch_norm)
-        best.watch(network, everything=shape[-1] is None)
+        for layer in (*network.backbone.layers, *network.head):
+            if layer.trainable or shape[-1] is None:  # no file holds the first weights
+                best.watch(layer.weights)
         loop = _EpochLoop(trial_id, config, data, network, strategy.phases[: index + 1], epochs)
         patience = Patience(config.patience)
         try:
             for _ in range(epochs):
                 epoch += 1
                 metrics, scores = loop.run(epoch, begun)
-                best.offer(metrics, scores)
+                best.offer(metrics, {"index": data.val, "labels": data.labels[data.val], "scores": scores})
                 ends = patience.is_over(metrics.val["loss"])
                 if epoch in decisions or epoch == config.epochs or ends:
                     best.write()
@@ -96,39 +93,6 @@ def run_trial(
             best.write()  # the last phase may end before the trial's last epoch
         finally:
             loop.close()
-
-
-def make_optimizer(kind: str) -> keras.Optimizer:
-    """An optimizer as `TrialConfig` names it; learning rate and weight decay are set when a phase begins."""
-    match kind:
-        case "adam":
-            return keras.optimizers.Adam()
-        case "adamw":
-            return keras.optimizers.AdamW()
-        case "rmsprop":
-            return keras.optimizers.RMSprop()
-        case "sgd":
-            return keras.optimizers.SGD(momentum=0.9)
-    raise ValueError(f"expected an optimizer of trial.CHOICES, but got {kind!r}")
-
-
-def drawn_images(config: TrialConfig, data: TrialData, epoch: int) -> NDArray[np.int64]:
-    """The training images in the order of an epoch, which follows from (seed, epoch) alone.
-
-    With balanced sampling as many of each class as of all images on average: each image of a large class at most once,
-    those of a small one in rounds.
-    """
-    generator = np.random.default_rng((config.seed, epoch))
-    if config.sampling == "natural":
-        return generator.permutation(data.train)
-    labels, total = data.labels[data.train], len(data.train)
-    classes = np.unique(labels)
-    drawn = []
-    for place, label in enumerate(classes):
-        own, wanted = data.train[labels == label], (total + place) // len(classes)
-        rounds = [generator.permutation(own) for _ in range(-(-wanted // len(own)))]
-        drawn.append(np.concatenate(rounds)[:wanted])
-    return generator.permutation(np.concatenate(drawn))
 
 
 def class_weights(config: TrialConfig, labels: NDArray[np.int32], classes: int) -> NDArray[np.float32]:
@@ -234,7 +198,7 @@ class _EpochLoop:
         self._schedule = Schedule(
             config.in_phase("schedule", self._phase),
             config.rate_in_phase(self._phase),
-            steps=-(-len(data.train) // config.batch_size),
+            steps=steps_of_epoch(config, data),
             epochs=epochs,
             warmup=config.warmup,
         )
@@ -250,11 +214,7 @@ class _EpochLoop:
         trained = time.perf_counter()
         scores = self._steps.predict(self._inputs.validation(), self._data.val)
         val = evaluate(self._data.labels[self._data.val], scores, self._data.classes)
-        if not (math.isfinite(train["loss"]) and math.isfinite(val["loss"])):
-            raise DivergedError(
-                f"diverged in epoch {epoch}: training loss {train['loss']}, validation loss {val['loss']}; "
-                f"a lower learning rate than {rates.max():g} usually helps"
-            )
+        check_finite(epoch, train, val, rates.max())
         self._schedule.observe(val["loss"])
         metrics = EpochMetrics(
             trial_id=self._trial_id,
@@ -284,31 +244,14 @@ class _EpochLoop:
         return other
 
     def _train(self, epoch: int, gather: Gather, rates: NDArray[np.float32]) -> Mapping[str, float]:
-        batch, seed = self._config.batch_size, self._config.seed
-        order = drawn_images(self._config, self._data, epoch)
-        steps_taken = len(rates)
-        # Batches have one shape, or each shape would be compiled. What fills up the last one, images of the same
-        # epoch, weighs nothing in the loss; in the statistics of batch norms that train it counts as they do.
-        filled = order[np.arange(steps_taken * batch) % len(order)].reshape(steps_taken, batch)
-        labels = self._data.labels[filled]
-        weights = self._weights[labels]
-        weights.flat[len(order) :] = 0.0
-        pairs = self._steps.dropout_seeds
-        seeds = np.stack([dropout_seeds((seed, epoch, step), pairs) for step in range(steps_taken)])
-        at_once = max(1, steps.CHUNK_BYTES // (batch * gather(order[:1]).nbytes))
-        scores = []
-        for first in range(0, steps_taken, at_once):
-            some = slice(first, first + at_once)
-            inputs = gather(filled[some].ravel())
-            inputs = inputs.reshape(-1, batch, *inputs.shape[1:])
-            scores.append(self._steps.train(inputs, labels[some], weights[some], seeds[some], rates[some]))
-        found = np.concatenate(scores).reshape(-1, len(self._data.classes))[: len(order)]
-        return evaluate(self._data.labels[order], found, self._data.classes)
-
-
-def dropout_seeds(key: tuple[int, int, int], pairs: int) -> NDArray[np.uint32]:
-    """(pairs, 2) numbers that follow from (seed, epoch, step) alone, never from what ran before."""
-    return np.random.SeedSequence(key).generate_state(2 * pairs).astype(np.uint32).reshape(-1, 2)
+        batches = Batches.of_epoch(self._config, self._data, epoch, self._steps.dropout_layers)
+        labels = self._data.labels[batches.rows]
+        weights = self._weights[labels] * batches.weights
+        scores = [
+            self._steps.train(inputs, labels[some], weights[some], batches.seeds[some], rates[some])
+            for some, inputs in batches.gathered(gather)
+        ]
+        return evaluate(self._data.labels[batches.images], batches.unfilled(scores), self._data.classes)
 
 
 def _rate_scales(network: Network, trained: Sequence[keras.Variable], decay: float) -> list[float]:
@@ -326,42 +269,6 @@ def _kept_cut(config: TrialConfig, data: TrialData, network: Network, phases: Se
     row = BACKBONES[config.backbone]
     cut = choose_cut(phases, row, network.table, pooling=config.pooling, taps=config.taps, head_parameters=head)
     return cut if cut in data.features.cuts.get((config.backbone, config.weights, config.image_side), ()) else None
-
-
-class _Best:
-    """Keeps the weights that have moved and the validation scores of the best epoch; `write` puts them on disk."""
-
-    def __init__(self, folder: Path, data: TrialData, objective: Objective) -> None:
-        self._folder = folder
-        self._data = data
-        self._objective = objective
-        self._value = objective.worst
-        self._moving: dict[str, keras.Variable] = {}
-        self._found: tuple[dict[str, NDArray[np.generic]], NDArray[np.float32]] | None = None
-
-    def watch(self, network: Network, *, everything: bool) -> None:
-        """Keep what moves in the phase that is entered too; `everything` where no file holds the first weights."""
-        for layer in (*network.backbone.layers, *network.head):
-            if everything or layer.trainable:
-                self._moving |= {weight.path: weight for weight in layer.weights}
-
-    def offer(self, metrics: EpochMetrics, scores: NDArray[np.float32]) -> None:
-        """Note the weights as they are now if no epoch was better."""
-        value = metrics.val[self._objective.metric]
-        if self._objective.better(value, self._value):
-            self._value = value
-            self._found = {path: weight.numpy() for path, weight in self._moving.items()}, scores
-
-    def write(self) -> None:
-        """Put on disk what is not there yet."""
-        if self._found is None:
-            return
-        weights, scores = self._found
-        with written_whole(self._folder / BEST_WEIGHTS) as scratch, scratch.open("wb") as file:
-            np.savez(file, **weights)  # type: ignore[arg-type]
-        with written_whole(self._folder / VALIDATION_SCORES) as scratch, scratch.open("wb") as file:
-            np.savez(file, index=self._data.val, labels=self._data.labels[self._data.val], scores=scores)
-        self._found = None
 
 
 def best_network(config: TrialConfig, data: TrialData, folder: Path) -> Network:

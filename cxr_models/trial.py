@@ -211,6 +211,16 @@ class TrialConfig:
             return "none", 1.0, "never", 0
         return self.augmentation, self.augmentation_strength, self.horizontal_flip, self.seed
 
+    def augmentation_arguments(self, view: int) -> dict[str, Any]:
+        """What `augmentation.augmented` is told besides the images; `view` is 1 for the first."""
+        return {
+            "kind": self.augmentation,
+            "seed": self.seed,
+            "view": view,
+            "strength": self.augmentation_strength,
+            "flip": self.horizontal_flip == "random",
+        }
+
     @property
     def digest(self) -> str:
         """Eight hex digits that name this configuration and no other; an axis that is added later changes none."""

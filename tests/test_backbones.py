@@ -23,6 +23,7 @@ from cxr_models.backbones import (
     load_backbone_weights,
 )
 from cxr_models.cuts import Cut, choose_cut, cut_layers
+from cxr_models.epochs import dropout_seeds, make_optimizer
 from cxr_models.extraction import extract_backbone
 from cxr_models.freezing import (
     Treatment,
@@ -36,7 +37,6 @@ from cxr_models.freezing import (
 from cxr_models.layer_table import LayerTable, read_table, weight_problems
 from cxr_models.network import Network, build_network, export_model
 from cxr_models.steps import Settings, Steps
-from cxr_models.training import dropout_seeds, make_optimizer
 from cxr_models.trial import TrialConfig
 from tests.networks import save_as_keras_ships
 
@@ -396,7 +396,7 @@ def check_what_moves(built: Network, freeze: str, batch_norm: str) -> None:
     before = {weight.path: weight.numpy().copy() for weight in built.model.weights}
     steps = Steps(built, None, make_optimizer("adam"))
     steps.begin(Settings())
-    seeds = np.stack([dropout_seeds((0, 1, step), steps.dropout_seeds) for step in range(3)])
+    seeds = np.stack([dropout_seeds((0, 1, step), steps.dropout_layers) for step in range(3)])
     labels, weights = (np.arange(8) % 3).astype(np.int32), np.ones(8, np.float32)
     steps.train(
         *(np.stack([given] * 3) for given in (grey_images(built), labels, weights)), seeds, np.full(3, 0.05, np.float32)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from cxr_models import steps
+from cxr_models.epochs import DivergedError
 from cxr_models.mask_metrics import count_masks, evaluate_masks
 from cxr_models.segmentation import predict_masks, restore_best, run_segmentation
-from cxr_models.training import DivergedError
 from cxr_models.trial import BEST_WEIGHTS, MASK_METRICS, SEGMENT, EpochMetrics, Objective, TrialConfig, TrialData
 from tests.trainings import drain
 

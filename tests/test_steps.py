@@ -6,10 +6,10 @@ import keras
 import numpy as np
 import pytest
 
+from cxr_models.epochs import dropout_seeds, make_optimizer
 from cxr_models.freezing import parse_strategy
 from cxr_models.network import Network, build_network
 from cxr_models.steps import Settings, Steps, inference_batch
-from cxr_models.training import dropout_seeds, make_optimizer
 from cxr_models.trial import TrialConfig
 
 TINY = TrialConfig("vanilla_cnn", image_side=70, freeze="none", optimizer="sgd", batch_size=8)
@@ -55,7 +55,7 @@ def train(
         np.broadcast_to(images, (count, *images.shape)),
         np.broadcast_to(labels, (count, size)),
         np.broadcast_to(np.asarray(weights, np.float32), (count, size)),
-        np.stack([dropout_seeds(key, steps.dropout_seeds) for key in keys]),
+        np.stack([dropout_seeds(key, steps.dropout_layers) for key in keys]),
         np.full(count, rate, np.float32),
     )
 

@@ -12,15 +12,13 @@ import pytest
 
 from cxr_models import steps, training
 from cxr_models.backbones import BACKBONES
+from cxr_models.epochs import DivergedError, drawn_images, dropout_seeds
 from cxr_models.freezing import parse_strategy
 from cxr_models.network import Network
 from cxr_models.steps import Steps
 from cxr_models.training import (
-    DivergedError,
     best_network,
     class_weights,
-    drawn_images,
-    dropout_seeds,
     log_probabilities,
     run_trial,
     save_model,

@@ -1,0 +1,147 @@
+"""What the trials of every task share: an optimizer, the batches of an epoch, and the weights of the best one."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from cxr_models import steps
+from cxr_models.storage import written_whole
+from cxr_models.trial import BEST_WEIGHTS, VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialData
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer finite; going on cannot mend it."""
+
+
+def check_finite(epoch: int, train: Mapping[str, float], val: Mapping[str, float], rate: float) -> None:
+    """Raise `DivergedError` where a loss is not finite; `rate` is the highest of the epoch."""
+    if not (math.isfinite(train["loss"]) and math.isfinite(val["loss"])):
+        raise DivergedError(
+            f"diverged in epoch {epoch}: training loss {train['loss']}, validation loss {val['loss']}; "
+            f"a lower learning rate than {rate:g} usually helps"
+        )
+
+
+def make_optimizer(kind: str) -> keras.Optimizer:
+    """An optimizer as `TrialConfig` names it; learning rate and weight decay are set when a phase begins."""
+    match kind:
+        case "adam":
+            return keras.optimizers.Adam()
+        case "adamw":
+            return keras.optimizers.AdamW()
+        case "rmsprop":
+            return keras.optimizers.RMSprop()
+        case "sgd":
+            return keras.optimizers.SGD(momentum=0.9)
+    raise ValueError(f"expected an optimizer of trial.CHOICES, but got {kind!r}")
+
+
+def drawn_images(config: TrialConfig, data: TrialData, epoch: int) -> NDArray[np.int64]:
+    """The training images in the order of an epoch, which follows from (seed, epoch) alone.
+
+    With balanced sampling as many of each class as of all images on average: each image of a large class at most once,
+    those of a small one in rounds.
+    """
+    generator = np.random.default_rng((config.seed, epoch))
+    if config.sampling == "natural":
+        return generator.permutation(data.train)
+    labels, total = data.labels[data.train], len(data.train)
+    classes = np.unique(labels)
+    drawn = []
+    for place, label in enumerate(classes):
+        own, wanted = data.train[labels == label], (total + place) // len(classes)
+        rounds = [generator.permutation(own) for _ in range(-(-wanted // len(own)))]
+        drawn.append(np.concatenate(rounds)[:wanted])
+    return generator.permutation(np.concatenate(drawn))
+
+
+def steps_of_epoch(config: TrialConfig, data: TrialData) -> int:
+    """How many steps see every training image once."""
+    return -(-len(data.train) // config.batch_size)
+
+
+def dropout_seeds(key: tuple[int, int, int], pairs: int) -> NDArray[np.uint32]:
+    """(pairs, 2) numbers that follow from (seed, epoch, step) alone, never from what ran before."""
+    return np.random.SeedSequence(key).generate_state(2 * pairs).astype(np.uint32).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The training images of an epoch in batches of one shape; each other shape would be compiled.
+
+    What fills up the last batch, images of the same epoch, weighs nothing in the loss; in the statistics of batch norms
+    that train it counts as they do.
+
+    Attributes:
+        images: (images,) places in the data set, in the order of the epoch.
+        rows: (steps, batch) the same, filled up.
+        weights: (steps, batch) 1, or 0 for what fills up.
+        seeds: (steps, dropout layers, 2), see `steps.Steps.train`.
+    """
+
+    images: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    seeds: NDArray[np.uint32]
+
+    @classmethod
+    def of_epoch(cls, config: TrialConfig, data: TrialData, epoch: int, dropout_layers: int) -> "Batches":
+        """The batches of an epoch, 1 for the first."""
+        images, batch, count = drawn_images(config, data, epoch), config.batch_size, steps_of_epoch(config, data)
+        rows = images[np.arange(count * batch) % len(images)].reshape(count, batch)
+        weights = np.ones(rows.shape, np.float32)
+        weights.flat[len(images) :] = 0.0
+        seeds = np.stack([dropout_seeds((config.seed, epoch, step), dropout_layers) for step in range(count)])
+        return cls(images, rows, weights, seeds)
+
+    def gathered(self, gather: Callable[[NDArray[np.int64]], steps.Array]) -> Iterator[tuple[slice, steps.Array]]:
+        """As many steps at once as memory is set aside for: which ones, and (steps, batch, ...) of what they see."""
+        count, batch = self.rows.shape
+        at_once = max(1, steps.CHUNK_BYTES // (batch * gather(self.images[:1]).nbytes))
+        for first in range(0, count, at_once):
+            some = slice(first, first + at_once)
+            inputs = gather(self.rows[some].ravel())
+            yield some, inputs.reshape(-1, batch, *inputs.shape[1:])
+
+    def unfilled(self, found: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """(images, ...) from what the steps gave, (steps, batch, ...), without what filled up."""
+        joined = np.concatenate(list(found))
+        return joined.reshape(-1, *joined.shape[2:])[: len(self.images)]
+
+
+class BestEpoch:
+    """Keeps the weights that have moved, and the validation scores, of the best epoch; `write` puts them on disk."""
+
+    def __init__(self, folder: Path, objective: Objective) -> None:
+        self._folder = folder
+        self._objective = objective
+        self._value = objective.worst
+        self._watched: dict[str, keras.Variable] = {}
+        self._found: dict[str, Arrays] = {}
+
+    def watch(self, weights: Iterable[keras.Variable]) -> None:
+        """Keep these too, by their paths."""
+        self._watched |= {weight.path: weight for weight in weights}
+
+    def offer(self, metrics: EpochMetrics, scores: Arrays | None = None) -> None:
+        """Note the weights as they are now, and the scores, if no epoch was better."""
+        value = metrics.val[self._objective.metric]
+        if self._objective.better(value, self._value):
+            self._value = value
+            self._found = {BEST_WEIGHTS: {path: weight.numpy() for path, weight in self._watched.items()}}
+            if scores is not None:
+                self._found[VALIDATION_SCORES] = scores
+
+    def write(self) -> None:
+        """Put on disk what is not there yet."""
+        for name, arrays in self._found.items():
+            with written_whole(self._folder / name) as scratch, scratch.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+        self._found = {}
