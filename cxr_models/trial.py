@@ -56,8 +56,10 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "horizontal_flip": ("never", "random"),
     "mask_loss": ("cross_entropy", "dice", "both"),
 }
-# Of these a trial may name one for each phase of its freeze strategy, joined by `>` as the phases are.
+# Of these a trial may name one for each phase of its freeze strategy, joined by `>` as the phases are; of `phase_rate`
+# one for each phase but the first.
 PHASED = ("optimizer", "schedule")
+PHASE_RATE = "phase_rate"
 
 
 class Outcome(StrEnum):
@@ -90,7 +92,8 @@ class TrialConfig:
         output: `softmax` over the classes, or one `sigmoid` unit for two classes.
         optimizer: Keras name of the optimizer; `sgd` has momentum 0.9. `adam>rmsprop` names one for each phase.
         learning_rate: of the first phase.
-        phase_rate: each later phase's learning rate over that of the phase before.
+        phase_rate: each later phase's learning rate over that of the phase before; `0.1>0.5` names one for each phase
+            after the first.
         probe_share: of the epochs that the first of several phases gets; the later ones share the rest evenly.
         schedule: how the learning rate goes on within a phase, see `schedules.py`. `constant>plateau` names one for
             each phase.
@@ -133,7 +136,7 @@ class TrialConfig:
     output: str = "softmax"
     optimizer: str = "adam"
     learning_rate: float = 1e-3
-    phase_rate: float = 0.1
+    phase_rate: float | str = 0.1
     probe_share: float = 0.3
     schedule: str = "constant"
     warmup: float = 0.0
@@ -169,7 +172,10 @@ class TrialConfig:
         for name in ("dropout", "warmup", "label_smoothing"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1), but got {getattr(self, name)}")
-        for name in ("learning_rate", "phase_rate", "augmentation_strength"):
+        if not all(0.0 < ratio < math.inf for ratio in self._phase_ratios()):
+            each = "or one for each phase after the first joined by '>'"
+            raise ValueError(f"phase_rate must be above 0 and finite, {each}, but got {self.phase_rate!r}")
+        for name in ("learning_rate", "augmentation_strength"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, but got {getattr(self, name)}")
         for name in ("weight_decay", "focal_gamma"):
@@ -202,7 +208,15 @@ class TrialConfig:
 
     def rate_in_phase(self, phase: int) -> float:
         """The learning rate a phase begins with, 0 for the first."""
-        return self.learning_rate * self.phase_rate**phase
+        ratios = self._phase_ratios()
+        return self.learning_rate * (ratios[0] ** phase if len(ratios) == 1 else math.prod(ratios[:phase]))
+
+    def _phase_ratios(self) -> list[float]:
+        """One for all later phases or one for each; NaN for what is no number."""
+        try:
+            return [float(part) for part in str(self.phase_rate).split(">")]
+        except ValueError:
+            return [math.nan]
 
     @property
     def views(self) -> tuple[str, float, str, int]:

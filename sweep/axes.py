@@ -14,6 +14,7 @@ from sweep.weights import source_problem
 
 KINDS: Mapping[str, Any] = {name: kind for name, kind in get_type_hints(TrialConfig).items() if name in AXES}
 NAMES: Mapping[str, tuple[str, ...]] = {"backbone": (*BACKBONES, UNET), **CHOICES}
+NUMERIC = (int, float, float | str)  # a number, or numbers for each phase
 RANGE_KEYS = ("low", "high", "log", "step")
 DOMAIN_KEYS = ("value", "choices", *RANGE_KEYS)
 MAX_STEPS = 1_000_000
@@ -131,7 +132,7 @@ def _axis_schema(name: str) -> dict[str, Any]:
     value = _value_schema(name)
     choices = {"type": "array", "minItems": 1, "items": value}
     domain = {"value": value, "choices": choices}
-    if KINDS[name] in (int, float):
+    if KINDS[name] in NUMERIC:
         domain |= {"low": value, "high": value, "step": value, "log": {"type": "boolean"}}
     case = {
         "type": "object",
@@ -151,23 +152,28 @@ def _value_schema(name: str) -> dict[str, Any]:
     if name in NAMES:
         return {"enum": list(NAMES[name])}
     units = {"type": "integer", "minimum": 1}
-    types = {str: {"type": "string"}, int: {"type": "integer"}, float: {"type": "number"}}
-    return types.get(KINDS[name], {"anyOf": [units, {"type": "array", "items": units}]})
+    schemas: dict[Any, dict[str, Any]] = {
+        str: {"type": "string"},
+        int: {"type": "integer"},
+        float: {"type": "number"},
+        float | str: {"type": ["number", "string"]},
+    }
+    return schemas.get(KINDS[name], {"anyOf": [units, {"type": "array", "items": units}]})
 
 
 def _typed(kind: Any, raw: Any) -> Value:
     whole = isinstance(raw, int) and not isinstance(raw, bool)
     if whole and abs(raw) >= 2**63:
         raise ValueError(f"expected a number that fits into 64 bits, got {shown(raw)}")
-    if kind is str and isinstance(raw, str):
+    if kind in (str, float | str) and isinstance(raw, str):
         return raw
     if kind is int and whole:
         return int(raw)
-    if kind is float and (whole or isinstance(raw, float)):
+    if kind in (float, float | str) and (whole or isinstance(raw, float)):
         return float(raw)
     if kind is str:
         raise ValueError(f"expected text, got {shown(raw)}; put it in quotes if it is a name")
-    if kind is int or kind is float:
+    if kind in NUMERIC:
         raise ValueError(f"expected a {'whole ' if kind is int else ''}number, got {shown(raw)}")
     if not isinstance(raw, list):
         raw = [raw]
@@ -256,7 +262,7 @@ def _read_choice(name: str, raw: Sequence[Any], where: Where, document: Document
 
 
 def _read_range(name: str, raw: Mapping[str, Any], where: Where, document: Document) -> Range | None:
-    if KINDS[name] not in (int, float):
+    if KINDS[name] not in NUMERIC:
         document.add(where, "a range needs numbers; list the values instead")
         return None
     low, high = (_checked(name, raw[end], (*where, end), document) for end in ("low", "high"))

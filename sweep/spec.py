@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from cxr_models.backbones import BACKBONES
 from cxr_models.freezing import parse_strategy, strategy_problem
-from cxr_models.trial import AXES, CLASSIFY, PHASED, TASK_METRICS, Objective
+from cxr_models.trial import AXES, CLASSIFY, PHASE_RATE, PHASED, TASK_METRICS, Objective
 from sweep.axes import condition_schema, point_schema, read_point, read_space, space_schema
 from sweep.dataspec import DataSpec, data_schema, read_data_section
 from sweep.document import Document, SpecError, Where, parse_value, read_document, shown, unknown, write_yaml
@@ -384,12 +384,27 @@ def _check_networks(document: Document, space: Space) -> None:
         if isinstance(epochs, int) and epochs < len(strategy.phases):
             phases = len(strategy.phases)
             document.add(("space", "epochs"), f"freeze {freeze!r} has {phases} phases, but {epochs} epochs")
-    for axis in PHASED:
-        for freeze, given in sorted(space.combinations("freeze", axis), key=str) if axis in space.axes else ():
+    for axis in (*PHASED, PHASE_RATE):
+        for freeze, given in _with_strategies(space, axis) if axis in space.axes else ():
             phases, named = len(parse_strategy(str(freeze)).phases), str(given).count(">") + 1
-            if named not in (1, phases):
-                expected = f"one value, or one for each of the {phases} phases of freeze {freeze!r}"
-                document.add(("space", axis), f"expected {expected}, got {given!r}")
+            wanted = phases if axis in PHASED else phases - 1
+            if named not in (1, wanted):
+                which = "phases" if axis in PHASED else "phases after the first"
+                each = f", or one for each of the {wanted} {which}" if wanted > 1 else ""
+                document.add(("space", axis), f"expected one value{each} of freeze {freeze!r}, got {given!r}")
+
+
+def _with_strategies(space: Space, axis: str) -> list[tuple[Value, Value]]:
+    """The freeze strategies, each with the values that the axis can have beside it; ranges have none to list."""
+    points = [{"backbone": backbone, "freeze": freeze} for backbone, freeze in space.combinations("backbone", "freeze")]
+    beside = {
+        (point["freeze"], value)
+        for point in points
+        for domain in space.possible_domains(axis, point)
+        if not isinstance(domain, Range)
+        for value in domain
+    }
+    return sorted(beside, key=str)
 
 
 _S = TypeVar("_S", bound=_Section)

@@ -598,3 +598,13 @@ space:
     def test_an_optimizer_for_each_phase_must_fit_the_phases(self, tmp_path):
         with pytest.raises(SpecError, match="one value, or one for each of the 3 phases of freeze 'all>stages:1>none'"):
             self.read(tmp_path, "optimizer=adam>sgd", "freeze=all>stages:1>none")
+
+    def test_rates_for_each_phase_must_fit_the_phases(self, tmp_path):
+        spec = self.read(tmp_path, 'phase_rate=["0.1>0.5", 0.1]', "freeze=all>stages:1>none", "epochs=3")
+        assert list(spec.space.axes["phase_rate"].domain) == ["0.1>0.5", 0.1]
+        with pytest.raises(SpecError, match=r"expected one value of freeze 'all>none', got '0.1>0.5'"):
+            self.read(tmp_path, 'phase_rate="0.1>0.5"', "freeze=all>none", "epochs=3")
+        with pytest.raises(SpecError, match=r"phase_rate: must be above 0 and finite, or one .*, but got '0.1>no'"):
+            self.read(tmp_path, 'phase_rate="0.1>no"')
+        with pytest.raises(SpecError, match="one value, or one for each of the 2 phases after the first of freeze"):
+            self.read(tmp_path, "phase_rate=0.1>1>2", "freeze=all>stages:1>none")

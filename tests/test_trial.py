@@ -60,6 +60,14 @@ def test_a_phase_has_its_own_optimizer_schedule_and_rate():
     assert [config.in_phase("optimizer", phase) for phase in (0, 1)] == ["adam", "rmsprop"]
     assert [config.in_phase("schedule", phase) for phase in (0, 1)] == ["plateau", "plateau"]
     assert [config.rate_in_phase(phase) for phase in (0, 1, 2)] == pytest.approx([0.1, 0.05, 0.025])
+    config = TrialConfig("x", learning_rate=0.1, phase_rate="0.1>2")
+    assert [config.rate_in_phase(phase) for phase in (0, 1, 2)] == pytest.approx([0.1, 0.01, 0.02])
+
+
+@pytest.mark.parametrize("given", [0.0, "0.1>0", "0.1>", "much", "1>inf"])
+def test_a_ratio_of_rates_is_above_0_in_each_phase(given):
+    with pytest.raises(ValueError, match=f"phase_rate must be above 0 and finite, or one .*, but got {given!r}"):
+        TrialConfig("x", phase_rate=given)
 
 
 def test_without_augmentation_every_seed_sees_the_same_images():
