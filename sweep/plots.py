@@ -5,7 +5,7 @@ tell apart.
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,8 @@ from matplotlib.ticker import MaxNLocator
 from cxr_models.metrics import FloatArray
 from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult
 from sweep.record import best_by_strategy, ranked, strategy_of
+from sweep.wording import heading, metric_name
 
-METRIC_LABELS: Mapping[str, str] = {
-    "loss": "Loss (nats)",
-    "accuracy": "Accuracy",
-    "macro_f1": "Macro F1",
-    "balanced_accuracy": "Balanced accuracy",
-    "auroc": "AUROC (one class against the rest)",
-    "dice": "Dice coefficient",
-    "iou": "Intersection over union",
-    "pixel_accuracy": "Pixel accuracy",
-}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")  # the next one for every round through the colours
 GREY, PALE = "#595959", "#D9D9D9"
@@ -68,7 +59,7 @@ def sweep_curves(epochs: Iterable[EpochMetrics], results: Sequence[TrialResult],
         panel.plot(steps, values, color=colour, linestyle=line, linewidth=width, alpha=opacity)
         end = "x" if result.outcome is Outcome.STOPPED_EARLY else "o"
         panel.plot(steps[-1:], values[-1:], color=colour, marker=end, markersize=5, alpha=opacity)
-    _style(panel, "Epoch", f"{METRIC_LABELS[objective.metric]}, validation")
+    _style(panel, "Epoch", f"{heading(metric_name(objective.metric))}, validation")
     handles = [
         Line2D([], [], color=colour, linestyle=line, linewidth=2.2, label=names[strategy])
         for strategy, (colour, line) in styles.items()
@@ -101,7 +92,7 @@ def strategy_comparison(results: Sequence[TrialResult], objective: Objective) ->
         _note(panel, f"{values[0]:.3f}   {trials}", (1.01, row), ("axes fraction", "data"), va="center")
     panel.set_yticks(range(len(styles)), [names[strategy] for strategy in styles])
     panel.set_ylim(max(len(styles), 1) - 0.5, -0.5)
-    _style(panel, f"{METRIC_LABELS[objective.metric]}, validation, best epoch of each trial", "")
+    _style(panel, f"{heading(metric_name(objective.metric))}, validation, best epoch of each trial", "")
     panel.xaxis.set_major_locator(MaxNLocator(8))
     panel.grid(axis="y", visible=False)
     best = _end_handle("|", "best of the strategy")

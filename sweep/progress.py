@@ -18,6 +18,7 @@ from rich.text import Text
 from cxr_models.dataset import Progress
 from cxr_models.features import UnderWay, under_way
 from cxr_models.trial import PIXELS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
+from sweep.wording import duration
 
 SHOWN_TRIALS = 12
 LINE_INTERVAL_S = 5.0
@@ -308,13 +309,3 @@ def describe_result(result: TrialResult, objective: Objective) -> str:
         f"{config.backbone} {config.freeze}, lr {config.learning_rate:.1e}, "
         f"val {objective.metric} {result.val[objective.metric]:.3f} at epoch {result.best_epoch}"
     )
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `3 min 5 s`, `2 h 10 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -10,6 +10,7 @@ import io
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -26,15 +27,10 @@ from sweep.reference import compare, plain_name
 from sweep.report_data import (
     class_rows,
     contradictions,
-    count,
-    duration,
     evaluated_parts,
     evaluated_rows,
-    figure,
     marks,
-    metric_name,
     overview,
-    percentage_points,
     provenance,
     reading_notes,
     recall_intervals,
@@ -46,6 +42,7 @@ from sweep.report_data import (
 from sweep.samples import Pictures
 from sweep.segment_report import overlay_rows
 from sweep.tasks import AXES_OF
+from sweep.wording import count, duration, figure, heading, metric_name, percentage_points
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -72,7 +69,7 @@ def render(run: Run) -> str:
     environment.filters.update(
         setting=_setting,
         marks=marks,
-        duration=duration,
+        duration=partial(duration, tenths=True),
         figure=figure,
         metric=metric_name,
         jpeg=_jpeg,
@@ -80,7 +77,7 @@ def render(run: Run) -> str:
         points=percentage_points,
         class_rows=report_rows,
         plain=plain_name,
-        heading=lambda text: text[:1].upper() + text[1:],
+        heading=heading,
     )
     return environment.get_template("report.html").render(
         run=run,

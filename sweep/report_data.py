@@ -13,17 +13,8 @@ from cxr_models.metrics import classification_report
 from cxr_models.trial import SPLITS, VAL, Outcome, TrialResult
 from sweep.readback import FinalPredictions, Run
 from sweep.record import best_by_strategy, strategy_of
+from sweep.wording import count, duration, figure, is_number, metric_name
 
-METRIC_NAMES: Mapping[str, str] = {
-    "loss": "cross-entropy loss",
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "balanced_accuracy": "balanced accuracy",
-    "auroc": "AUROC",
-    "dice": "Dice",
-    "iou": "IoU",
-    "pixel_accuracy": "pixel accuracy",
-}
 RECALL = "recall/"
 
 
@@ -171,7 +162,7 @@ def overview(run: Run) -> list[str]:
     if spared := run.summary.get("epochs", {}).get("from_features"):
         phrases.append(f"{spared:,} of these from stored features of frozen layers")
     if "seconds" in run.summary:
-        phrases.append(duration(run.summary["seconds"]["total"]))
+        phrases.append(duration(run.summary["seconds"]["total"], tenths=True))
     return phrases
 
 
@@ -228,38 +219,3 @@ def split_counts(split: pd.DataFrame) -> list[tuple[str, list[tuple[int, int]]]]
 
 def _counted(rows: pd.DataFrame) -> tuple[int, int]:
     return len(rows), int(rows["patient"].nunique())
-
-
-def figure(value: Any) -> str:
-    """A metric to three decimals; a dash for what could not be computed."""
-    return f"{value:.3f}" if is_number(value) else "–"
-
-
-def percentage_points(value: float | None) -> str:
-    """A signed difference to one decimal; a dash for none."""
-    return f"{value:+.1f}".replace("-", "−") if value is not None else "–"
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def metric_name(name: str) -> str:
-    """As a person says it."""
-    return METRIC_NAMES.get(name, name)
-
-
-def duration(seconds: float) -> str:
-    """`3.2 s`, `3 min 5 s`, `2 h 10 min`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def count(number: int, noun: str) -> str:
-    """`1 image`, `2,117 images`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

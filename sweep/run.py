@@ -24,12 +24,13 @@ from cxr_models.trial import SPLITS, TEST, Objective, TrialResult
 from sweep.machine import ClusterUnreachable, Machine, this_machine
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
-from sweep.progress import StepProgress, duration
+from sweep.progress import StepProgress
 from sweep.record import RunFolder, ranked
 from sweep.reference import COMPARED, ReferenceSpec, compare
 from sweep.spec import SpecError, checked_name, read_spec
 from sweep.tasks import AXES_OF
 from sweep.weights import WeightsError
+from sweep.wording import duration
 
 DONE, UNFINISHED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 SHOWN_RANKS = 10

@@ -12,6 +12,7 @@ SOURCES = sorted([*ROOT.glob("cxr_models/*.py"), *ROOT.glob("sweep/*.py")])
 
 KERAS_HOMES = {"backbones", "layer_table", "freezing", "network", "training", "steps", "pretraining", "evaluation"} | {
     "unet",
+    "epochs",
     "segmentation",
 }
 HOMES = {

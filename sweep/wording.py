@@ -1,0 +1,57 @@
+"""How figures and names are worded for people: in the report, its plots and the terminal."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# Metric -> as a person says it. A classification's loss is the cross-entropy, a segmentation's its `mask_loss`.
+METRIC_NAMES: Mapping[str, str] = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "balanced_accuracy": "balanced accuracy",
+    "auroc": "AUROC",
+    "dice": "Dice",
+    "iou": "IoU",
+    "pixel_accuracy": "pixel accuracy",
+}
+
+
+def metric_name(name: str) -> str:
+    """As a person says it; a name that is none of ours stays."""
+    return METRIC_NAMES.get(name, name)
+
+
+def heading(text: str) -> str:
+    """With a capital first letter; the others stay, in `AUROC` too."""
+    return text[:1].upper() + text[1:]
+
+
+def figure(value: Any) -> str:
+    """A metric to three decimals; a dash for what could not be computed."""
+    return f"{value:.3f}" if is_number(value) else "–"
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def percentage_points(value: float | None) -> str:
+    """A signed difference to one decimal; a dash for none."""
+    return f"{value:+.1f}".replace("-", "−") if value is not None else "–"
+
+
+def duration(seconds: float, *, tenths: bool = False) -> str:
+    """`45 s`, `3 min 5 s`, `2 h 10 min`; with `tenths`, `3.2 s` below ten seconds."""
+    if tenths and seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 image`, `2,117 images`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,40 @@
+import math
+
+import pytest
+
+from cxr_models.trial import TASK_METRICS
+from sweep.wording import METRIC_NAMES, count, duration, figure, heading, metric_name, percentage_points
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words", "with_tenths"),
+    [
+        (0.0, "0 s", "0.0 s"),
+        (3.24, "3 s", "3.2 s"),
+        (9.96, "10 s", "10 s"),
+        (59.6, "1 min 0 s", "1 min 0 s"),
+        (185, "3 min 5 s", "3 min 5 s"),
+        (7800, "2 h 10 min", "2 h 10 min"),
+    ],
+)
+def test_a_duration_has_the_digits_that_matter(seconds, words, with_tenths):
+    assert duration(seconds) == words
+    assert duration(seconds, tenths=True) == with_tenths
+
+
+def test_every_metric_has_a_name():
+    assert METRIC_NAMES.keys() == {name for metrics in TASK_METRICS.values() for name in metrics}
+    assert metric_name("recall/COVID") == "recall/COVID"
+
+
+def test_a_heading_keeps_abbreviations():
+    assert [heading(metric_name(name)) for name in ("auroc", "macro_f1", "iou")] == ["AUROC", "Macro F1", "IoU"]
+
+
+def test_what_could_not_be_computed_is_a_dash():
+    assert [figure(value) for value in (0.8766, math.nan, None)] == ["0.877", "–", "–"]
+    assert [percentage_points(value) for value in (-1.26, 0.5, None)] == ["−1.3", "+0.5", "–"]
+
+
+def test_one_is_not_plural():
+    assert [count(number, "image") for number in (0, 1, 2117)] == ["0 images", "1 image", "2,117 images"]
