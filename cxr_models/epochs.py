@@ -20,11 +20,11 @@ class DivergedError(RuntimeError):
     """The loss is no longer finite; going on cannot mend it."""
 
 
-def check_finite(epoch: int, train: Mapping[str, float], val: Mapping[str, float], rate: float) -> None:
+def check_finite(epoch: int, train_loss: float, val_loss: float, rate: float) -> None:
     """Raise `DivergedError` where a loss is not finite; `rate` is the highest of the epoch."""
-    if not (math.isfinite(train["loss"]) and math.isfinite(val["loss"])):
+    if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
         raise DivergedError(
-            f"diverged in epoch {epoch}: training loss {train['loss']}, validation loss {val['loss']}; "
+            f"diverged in epoch {epoch}: training loss {train_loss}, validation loss {val_loss}; "
             f"a lower learning rate than {rate:g} usually helps"
         )
 
@@ -116,13 +116,16 @@ class Batches:
         return joined.reshape(-1, *joined.shape[2:])[: len(self.images)]
 
 
-class BestEpoch:
-    """Keeps the weights that have moved, and the validation scores, of the best epoch; `write` puts them on disk."""
+class MovedWeights:
+    """Keeps weights as they were when they were last noted; `write` puts them on disk.
 
-    def __init__(self, folder: Path, objective: Objective) -> None:
+    Args:
+        folder: for them; it is made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._objective = objective
-        self._value = objective.worst
         self._watched: dict[str, keras.Variable] = {}
         self._found: dict[str, Arrays] = {}
 
@@ -130,14 +133,11 @@ class BestEpoch:
         """Keep these too, by their paths."""
         self._watched |= {weight.path: weight for weight in weights}
 
-    def offer(self, metrics: EpochMetrics, scores: Arrays | None = None) -> None:
-        """Note the weights as they are now, and the scores, if no epoch was better."""
-        value = metrics.val[self._objective.metric]
-        if self._objective.better(value, self._value):
-            self._value = value
-            self._found = {BEST_WEIGHTS: {path: weight.numpy() for path, weight in self._watched.items()}}
-            if scores is not None:
-                self._found[VALIDATION_SCORES] = scores
+    def note(self, scores: Arrays | None = None) -> None:
+        """Note the weights as they are now, and the validation scores they gave."""
+        self._found = {BEST_WEIGHTS: {path: weight.numpy() for path, weight in self._watched.items()}}
+        if scores is not None:
+            self._found[VALIDATION_SCORES] = scores
 
     def write(self) -> None:
         """Put on disk what is not there yet."""
@@ -145,3 +145,19 @@ class BestEpoch:
             with written_whole(self._folder / name) as scratch, scratch.open("wb") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
         self._found = {}
+
+
+class BestEpoch:
+    """Notes the weights of the best epoch."""
+
+    def __init__(self, weights: MovedWeights, objective: Objective) -> None:
+        self._weights = weights
+        self._objective = objective
+        self._value = objective.worst
+
+    def offer(self, metrics: EpochMetrics, scores: Arrays | None = None) -> None:
+        """Note the weights, and the validation scores, as they are now if no epoch was better."""
+        value = metrics.val[self._objective.metric]
+        if self._objective.better(value, self._value):
+            self._value = value
+            self._weights.note(scores)

@@ -59,9 +59,9 @@ class Inputs:
         self.features_seconds = 0.0
         self._view: tuple[int, Features] | None = None
         self._plain: Features | None = None
-        if cut is not None:
-            self._rows = np.sort(data.val) if config.augmentation != "none" else np.union1d(data.train, data.val)
-            self._plain = self._obtain(self._rows, 0)
+        plain = np.sort(data.val) if config.augmentation != "none" else np.union1d(data.train, data.val)
+        if cut is not None and len(plain):
+            self._plain, self._rows = self._obtain(plain, 0), plain
 
     def validation(self) -> Gather:
         """The images as they are."""

@@ -1,7 +1,7 @@
 """One trial of a segmentation: a U-Net trained on images and masks, validated every epoch, its best weights kept."""
 
 import time
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from cxr_models import steps
 from cxr_models.augmentation import augmented, augmented_masks, view_of_epoch
-from cxr_models.epochs import Batches, BestEpoch, check_finite, make_optimizer, steps_of_epoch
+from cxr_models.epochs import Batches, BestEpoch, MovedWeights, check_finite, make_optimizer, steps_of_epoch
 from cxr_models.mask_metrics import evaluate_masks
 from cxr_models.schedules import Patience, Schedule
-from cxr_models.storage import written_whole
 from cxr_models.training import WARM_NETWORKS, WARM_STEPS
 from cxr_models.trial import BEST_WEIGHTS, UNET, EpochMetrics, Objective, TrialConfig, TrialData
 from cxr_models.unet import UNet, build_unet, export_unet
@@ -45,24 +44,56 @@ def run_segmentation(
         DivergedError: a loss is not finite.
     """
     begun = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    unet = _warm_unet(*_shape(config, data))
-    unet.reset(config.seed, config.dropout)
-    best = BestEpoch(folder, objective)
-    best.watch(unet.logits.trainable_variables)
-    loop = _EpochLoop(trial_id, config, data, unet)
+    moved = MovedWeights(folder)
+    best = BestEpoch(moved, objective)
+    loop = _first_epoch(trial_id, config, data, moved)
     patience = Patience(config.patience)
     for epoch in range(1, config.epochs + 1):
         metrics = loop.run(epoch, begun)
         best.offer(metrics)
         ends = patience.is_over(metrics.val["loss"])
         if epoch in decisions or epoch == config.epochs or ends:
-            best.write()
+            moved.write()
         if not (yield metrics):
-            best.write()
+            moved.write()
             return
         if ends:
             return
+
+
+def train_again(
+    trial_id: str, config: TrialConfig, data: TrialData, folder: Path, val_losses: Sequence[float]
+) -> Generator[EpochMetrics, bool, None]:
+    """Train a U-Net once more; arguments and answers as in `training.train_again`.
+
+    Args:
+        trial_id: of this training.
+        config: of the earlier training; the seed may differ.
+        data: `train` is what it is trained on.
+        folder: gets the weights as they are after the last epoch.
+        val_losses: of the earlier training, up to its best epoch.
+
+    Raises:
+        DivergedError: a loss is not finite.
+    """
+    begun = time.perf_counter()
+    moved = MovedWeights(folder)
+    loop = _first_epoch(trial_id, config, data, moved)
+    for epoch, val_loss in enumerate(val_losses, start=1):
+        metrics = loop.run(epoch, begun, val_loss)
+        if epoch == len(val_losses):
+            moved.note()
+            moved.write()
+        if not (yield metrics):
+            return
+
+
+def _first_epoch(trial_id: str, config: TrialConfig, data: TrialData, moved: MovedWeights) -> "_EpochLoop":
+    """A U-Net with its first weights, about to be trained; what moves is watched by `moved`."""
+    unet = _warm_unet(*_shape(config, data))
+    unet.reset(config.seed, config.dropout)
+    moved.watch(unet.logits.trainable_variables)
+    return _EpochLoop(trial_id, config, data, unet)
 
 
 def _shape(config: TrialConfig, data: TrialData) -> tuple[TrialConfig, int]:
@@ -104,16 +135,19 @@ class _EpochLoop:
             warmup=config.warmup,
         )
 
-    def run(self, epoch: int, begun: float) -> EpochMetrics:
-        """One epoch of a trial that began at `begun`."""
+    def run(self, epoch: int, begun: float, val_loss: float | None = None) -> EpochMetrics:
+        """One epoch of a trial that began at `begun`; one with a validation loss given validates nothing itself."""
         pixels = self._config.image_side**2
         start = time.perf_counter()
         rates = self._schedule.next_epoch()
         train = evaluate_masks(self._train(epoch, rates), pixels)
         trained = time.perf_counter()
-        val = evaluate_masks(self._steps.count(self._plain, self._data.val), pixels)
-        check_finite(epoch, train, val, rates.max())
-        self._schedule.observe(val["loss"])
+        val: dict[str, float] = {}
+        if val_loss is None:
+            val = evaluate_masks(self._steps.count(self._plain, self._data.val), pixels)
+            val_loss = val["loss"]
+        check_finite(epoch, train["loss"], val_loss, rates.max())
+        self._schedule.observe(val_loss)
         return EpochMetrics(
             trial_id=self._trial_id,
             epoch=epoch,
@@ -155,16 +189,13 @@ class _EpochLoop:
         return gather
 
 
-def restore_best(config: TrialConfig, folder: Path, *, channels: int, model_path: Path) -> keras.Model:
-    """Rebuild a trial's U-Net with its best weights and save it whole, preprocessing inside, to `model_path`."""
+def best_unet(config: TrialConfig, folder: Path, *, channels: int) -> keras.Model:
+    """A trial's U-Net with the weights it left in `folder`, preprocessing inside."""
     unet = build_unet(config, channels)
     with np.load(folder / BEST_WEIGHTS) as kept:
         for variable in unet.logits.trainable_variables:
             variable.assign(kept[variable.path])
-    model = export_unet(unet, config, channels)
-    with written_whole(model_path) as scratch:
-        model.save(scratch)
-    return model
+    return export_unet(unet, config, channels)
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from cxr_models import steps
 from cxr_models.backbones import BACKBONES
 from cxr_models.cuts import Cut, choose_cut
-from cxr_models.epochs import Batches, BestEpoch, check_finite, make_optimizer, steps_of_epoch
+from cxr_models.epochs import Batches, BestEpoch, MovedWeights, check_finite, make_optimizer, steps_of_epoch
 from cxr_models.features import NoRoomError
 from cxr_models.freezing import Phase, parse_strategy, stage_depths
 from cxr_models.inputs import Gather, Inputs
@@ -62,35 +63,81 @@ def run_trial(
         DivergedError: a loss is not finite.
     """
     begun = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = _shape(config, data)
-    network = warm_network(*shape)
-    network.reset(config.seed, config.dropout)
-    strategy = parse_strategy(config.freeze)
-    best = BestEpoch(folder, objective)
-    epoch = 0
-    shares = strategy.epochs(config.epochs, config.probe_share)
-    for index, (phase, epochs) in enumerate(zip(strategy.phases, shares, strict=True)):
-        network.enter(phase, config.batch_norm)
-        for layer in (*network.backbone.layers, *network.head):
-            if layer.trainable or shape[-1] is None:  # no file holds the first weights
-                best.watch(layer.weights)
-        loop = _EpochLoop(trial_id, config, data, network, strategy.phases[: index + 1], epochs)
-        patience = Patience(config.patience)
-        try:
+    moved, epoch = MovedWeights(folder), 0
+    best = BestEpoch(moved, objective)
+    with closing(_phases(trial_id, config, data, moved)) as phases:
+        for loop, epochs in phases:
+            patience = Patience(config.patience)
             for _ in range(epochs):
                 epoch += 1
                 metrics, scores = loop.run(epoch, begun)
                 best.offer(metrics, {"index": data.val, "labels": data.labels[data.val], "scores": scores})
                 ends = patience.is_over(metrics.val["loss"])
                 if epoch in decisions or epoch == config.epochs or ends:
-                    best.write()
+                    moved.write()
                 if not (yield metrics):
-                    best.write()
+                    moved.write()
                     return
                 if ends:
                     break  # ends the phase; the trial goes on if another follows
-            best.write()  # the last phase may end before the trial's last epoch
+            moved.write()  # the last phase may end before the trial's last epoch
+
+
+def train_again(
+    trial_id: str, config: TrialConfig, data: TrialData, folder: Path, val_losses: Sequence[float]
+) -> Generator[EpochMetrics, bool, None]:
+    """Train a configuration once more, on other images or with another seed, for as long as was best before.
+
+    Nothing is validated: schedules and the ends of phases follow from what the earlier training found, so that the
+    learning rates are the same. Yields epochs without validation metrics; `send(False)` ends it.
+
+    Args:
+        trial_id: of this training.
+        config: of the earlier training; the seed may differ.
+        data: `train` is what it is trained on.
+        folder: gets the weights as they are after the last epoch.
+        val_losses: of the earlier training, up to its best epoch.
+
+    Raises:
+        DivergedError: a loss is not finite.
+    """
+    begun = time.perf_counter()
+    moved, epoch = MovedWeights(folder), 0
+    with closing(_phases(trial_id, config, data, moved)) as phases:
+        for loop, epochs in phases:
+            patience = Patience(config.patience)
+            for _ in range(min(epochs, len(val_losses) - epoch)):
+                epoch += 1
+                metrics, _ = loop.run(epoch, begun, val_losses[epoch - 1])
+                if epoch == len(val_losses):
+                    moved.note()
+                    moved.write()
+                if not (yield metrics) or epoch == len(val_losses):
+                    return
+                if patience.is_over(val_losses[epoch - 1]):
+                    break
+
+
+def _phases(
+    trial_id: str, config: TrialConfig, data: TrialData, moved: MovedWeights
+) -> Generator[tuple["_EpochLoop", int], None, None]:
+    """Each phase of a trial from its first weights on, entered, with the most epochs it gets.
+
+    What moves is watched by `moved`.
+    """
+    shape = _shape(config, data)
+    network = warm_network(*shape)
+    network.reset(config.seed, config.dropout)
+    strategy = parse_strategy(config.freeze)
+    shares = strategy.epochs(config.epochs, config.probe_share)
+    for index, (phase, epochs) in enumerate(zip(strategy.phases, shares, strict=True)):
+        network.enter(phase, config.batch_norm)
+        for layer in (*network.backbone.layers, *network.head):
+            if layer.trainable or shape[-1] is None:  # no file holds the first weights
+                moved.watch(layer.weights)
+        loop = _EpochLoop(trial_id, config, data, network, strategy.phases[: index + 1], epochs)
+        try:
+            yield loop, epochs
         finally:
             loop.close()
 
@@ -203,8 +250,11 @@ class _EpochLoop:
             warmup=config.warmup,
         )
 
-    def run(self, epoch: int, begun: float) -> tuple[EpochMetrics, NDArray[np.float32]]:
-        """One epoch of a trial that began at `begun`; its metrics and validation scores (images, classes)."""
+    def run(self, epoch: int, begun: float, val_loss: float | None = None) -> tuple[EpochMetrics, NDArray[np.float32]]:
+        """One epoch of a trial that began at `begun`; its metrics and validation scores (images, classes).
+
+        Where a validation loss is given, it is taken for the epoch's own; there are no metrics and no scores then.
+        """
         gather = self._inputs.training(epoch)
         self._moved = True
         waited, self._inputs.features_seconds = self._inputs.features_seconds, 0.0
@@ -212,10 +262,14 @@ class _EpochLoop:
         rates = self._schedule.next_epoch()
         train = self._train(epoch, gather, rates)
         trained = time.perf_counter()
-        scores = self._steps.predict(self._inputs.validation(), self._data.val)
-        val = evaluate(self._data.labels[self._data.val], scores, self._data.classes)
-        check_finite(epoch, train, val, rates.max())
-        self._schedule.observe(val["loss"])
+        val: dict[str, float] = {}
+        scores = np.empty((0, len(self._data.classes)), np.float32)
+        if val_loss is None:
+            scores = self._steps.predict(self._inputs.validation(), self._data.val)
+            val = evaluate(self._data.labels[self._data.val], scores, self._data.classes)
+            val_loss = val["loss"]
+        check_finite(epoch, train["loss"], val_loss, rates.max())
+        self._schedule.observe(val_loss)
         metrics = EpochMetrics(
             trial_id=self._trial_id,
             epoch=epoch,

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
@@ -404,6 +404,10 @@ class TrialData:
     features: FeatureBudget | None = None
     masks: Mapping[int, Path] = field(default_factory=dict)
     masked: Mapping[tuple[str, int], Path] = field(default_factory=dict)
+
+    def together(self) -> Self:
+        """The same images with those of validation among the training images."""
+        return replace(self, train=np.union1d(self.train, self.val), val=np.empty(0, np.int64))
 
     def pictures(self, config: TrialConfig) -> Path:
         """The pixel array that a configuration is trained on."""

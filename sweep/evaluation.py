@@ -1,4 +1,7 @@
-"""The final evaluation: the best trial of every strategy on all images, the sealed test set opened once for them all.
+"""The final evaluation: each strategy's best trial on the images it was chosen by, its final models on the test set.
+
+The sealed test set is opened once, for all of them. Validation images are no measure of a final model, which has
+learned from them; the trial that it repeats has not.
 
 Everything that needs Keras runs in a child process; the driver's own never imports it.
 """
@@ -21,7 +24,8 @@ from numpy.typing import NDArray
 
 from cxr_models.metrics import classification_report, confusion_matrix, evaluate, patient_intervals
 from cxr_models.storage import written_whole
-from cxr_models.trial import METRICS, SPLITS, TEST, TRAIN, VAL, TrialConfig, TrialData, TrialResult
+from cxr_models.trial import METRICS, TEST, TRAIN, VAL, TrialConfig, TrialData, TrialResult
+from sweep.finals import FinalTraining, FinalTrainings
 from sweep.machine import this_machine
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress
@@ -43,10 +47,10 @@ class Call(Protocol):
 
 @dataclass(frozen=True)
 class Finalist:
-    """What the child needs to rebuild the network of a strategy's best trial.
+    """What the child needs to rebuild the network of a trial or a final training.
 
     Attributes:
-        folder: where the trial left its best weights.
+        folder: where it left its weights.
         threads: of the child.
     """
 
@@ -60,74 +64,87 @@ class FinalEvaluation:
     """What the final evaluation has found so far; one that is cut short keeps it.
 
     Attributes:
-        figures: trial -> part -> its figures, see `part_figures`.
+        figures: trial -> part -> its figures, see `part_figures`: on train and validation images those of the trial's
+            own model, on test images those of its first final model.
+        by_seed: trial -> the test metrics of each of its final models.
         problems: trial -> why it has no figures.
-        test: of the best trial, `summary.json`'s `test`; None where the test set stayed sealed or there is none.
+        test: of the best strategy's first final model, `summary.json`'s `test`; None where the test set stayed sealed
+            or there is none.
     """
 
     def __init__(self, plan: Plan, folder: RunFolder) -> None:
         self._plan = plan
         self._folder = folder
-        self._indices = np.concatenate([plan.indices(part) for part in (VAL, TEST, TRAIN)])
-        self._parts = np.array([plan.splits[index] for index in self._indices])
         self._predictions: list[pd.DataFrame] = []
         self.figures: dict[str, dict[str, PartFigures]] = {}
+        self.by_seed: dict[str, list[dict[str, float]]] = {}
         self.problems: dict[str, str] = {}
         self.test: dict[str, Any] | None = None
+        self.chosen_by = np.concatenate([plan.indices(VAL), plan.indices(TRAIN)])
+        self.tested_by = plan.indices(TEST)
 
-    @property
-    def indices(self) -> NDArray[np.int64]:
-        """The images that are evaluated, in the order of the scores."""
-        return self._indices
+    def add_trial(self, result: TrialResult, scores: NDArray[np.float32]) -> None:
+        """Take a trial's log-probabilities (images, classes) of `chosen_by`, and write its predictions down."""
+        parts = np.array([self._plan.splits[index] for index in self.chosen_by])
+        figures = self.figures.setdefault(result.trial_id, {})
+        for part in (TRAIN, VAL):
+            figures[part] = self._figures(self.chosen_by[parts == part], scores[parts == part])
+        self._record(result.trial_id, result.config.seed, "train", self.chosen_by, scores)
 
-    def add(self, result: TrialResult, scores: NDArray[np.float32]) -> None:
-        """Take the log-probabilities (images, classes) of a trial, and write its predictions down."""
-        self.figures[result.trial_id] = {
-            part: self._figures(part, scores) for part in SPLITS if (self._parts == part).any()
-        }
-        self._predictions.append(self._table(result, scores))
-        with written_whole(self._folder.predictions) as scratch:
-            pd.concat(self._predictions).to_parquet(scratch, index=False)
+    def add_final(self, training: FinalTraining, scores: NDArray[np.float32]) -> None:
+        """Take a final model's log-probabilities (images, classes) of `tested_by`, and write its predictions down."""
+        trial_id, seed = training.trial.trial_id, training.config.seed
+        figures = self._figures(self.tested_by, scores)
+        if training.number == 0:
+            self.figures.setdefault(trial_id, {})[TEST] = figures
+        metrics = {name: figures[name] for name in METRICS}
+        self.by_seed.setdefault(trial_id, []).append({"seed": seed, **metrics})
+        self._record(trial_id, seed, "train+val", self.tested_by, scores)
 
     def add_test(self, scores: NDArray[np.float32]) -> None:
-        """Take the best trial's test figures with their 95 % intervals by patient, if there are test images."""
-        labels, own, patients = self._of(TEST, scores)
-        if not len(labels):
-            return
+        """Take the best final model's test figures with their 95 % intervals by patient."""
+        labels, patients = self._of(self.tested_by)
         classes = self._plan.manifest.classes
-        intervals = patient_intervals(labels, own, classes, patients, seed=self._plan.spec.search.seed)
+        intervals = patient_intervals(labels, scores, classes, patients, seed=self._plan.spec.search.seed)
         self.test = {
             **{name: asdict(interval) for name, interval in intervals.items()},
-            "confusion_matrix": confusion_matrix(labels, own).astype(int).tolist(),
+            "confusion_matrix": confusion_matrix(labels, scores).astype(int).tolist(),
             "classes": list(classes),
             "images": len(labels),
             "patients": len(set(patients)),
         }
 
-    def _figures(self, part: str, scores: NDArray[np.float32]) -> PartFigures:
-        return part_figures(*self._of(part, scores), self._plan.manifest.classes)
+    def _figures(self, indices: NDArray[np.int64], scores: NDArray[np.float32]) -> PartFigures:
+        labels, patients = self._of(indices)
+        return part_figures(labels, scores, patients, self._plan.manifest.classes)
 
-    def _of(self, part: str, scores: NDArray[np.float32]) -> tuple[NDArray[np.int32], NDArray[np.float32], list[str]]:
-        """Labels, scores and patients of a part's images."""
-        mine = self._parts == part
-        manifest, indices = self._plan.manifest, self._indices[mine]
-        return manifest.labels[indices], scores[mine], [manifest.records[index].patient for index in indices]
-
-    def _table(self, result: TrialResult, scores: NDArray[np.float32]) -> pd.DataFrame:
+    def _of(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int32], list[str]]:
+        """Labels and patients of images."""
         manifest = self._plan.manifest
-        records = [manifest.records[index] for index in self._indices]
+        return manifest.labels[indices], [manifest.records[index].patient for index in indices]
+
+    def _record(
+        self, trial_id: str, seed: int, fitted_on: str, indices: NDArray[np.int64], scores: NDArray[np.float32]
+    ) -> None:
+        manifest = self._plan.manifest
+        records = [manifest.records[index] for index in indices]
         probabilities = np.exp(scores)
-        return pd.DataFrame(
+        table = pd.DataFrame(
             {
-                "trial_id": result.trial_id,
+                "trial_id": trial_id,
+                "fitted_on": fitted_on,
+                "seed": seed,
                 "image": [record.path for record in records],
                 "patient": [record.patient for record in records],
-                "split": self._parts,
+                "split": [self._plan.splits[index] for index in indices],
                 "true": [record.label for record in records],
                 "predicted": [manifest.classes[k] for k in scores.argmax(axis=1)],
                 **{f"score:{name}": probabilities[:, k] for k, name in enumerate(manifest.classes)},
             }
         )
+        self._predictions.append(table)
+        with written_whole(self._folder.predictions) as scratch:
+            pd.concat(self._predictions).to_parquet(scratch, index=False)
 
 
 def part_figures(
@@ -145,49 +162,85 @@ def part_figures(
 def evaluate_finalists(
     plan: Plan,
     results: tuple[TrialResult, ...],
+    trainings: FinalTrainings,
     folder: RunFolder,
     data: TrialData,
     tracker: Tracker,
     progress: EvaluationProgress,
     found: FinalEvaluation,
 ) -> None:
-    """Evaluate the best trial of each strategy; save the best of all and register it.
+    """Evaluate each strategy's best trial and its final models; save the best of all and register it.
 
     What is known is in `found` and on disk as soon as it is: a strategy that fails, or an interruption, leaves the
     others as they are.
 
     Raises:
-        RuntimeError, TimeoutError: the best trial could not be evaluated; the others have been.
+        RuntimeError, TimeoutError: the best strategy could not be evaluated; the others have been.
     """
     finalists = best_by_strategy(results, plan.spec.objective)
-    threads = min(plan.allotment.threads * plan.allotment.concurrency, this_machine().cores)
-    timeout_s = CALL_TIMEOUT_S + IMAGE_TIMEOUT_S * len(found.indices)
     failure: Exception | None = None
     with keras_child(folder.log("evaluation")) as call, progress:
-        if len(plan.indices(TEST)):
-            record_opening(folder, finalists)
+        if len(found.tested_by):
+            record_opening(folder, finalists, models=len(trainings.done))
         for number, result in enumerate(finalists, start=1):
-            progress.begins(number, len(finalists), result, len(found.indices))
             best = result is finalists[0]
-            finalist = Finalist(result.config, folder.trial(result.trial_id), data, threads)
+            progress.begins(number, len(finalists), result, len(found.chosen_by) + len(found.tested_by))
             try:
-                scores = call(best_scores, finalist, found.indices, folder.model if best else None, timeout_s=timeout_s)
+                _evaluate(plan, result, trainings, folder, data, call, found, best=best)
             except (RuntimeError, TimeoutError) as error:
                 found.problems[result.trial_id] = str(error)
                 progress.failed(result, str(error))
                 failure = failure or (error if best else None)
                 continue
-            with uninterrupted():
-                if best:
-                    found.add_test(scores)
-                    _write_best_config(plan, result, data, folder)
-                found.add(result, scores)
-                tracker.evaluated(result.trial_id, _overall(found.figures[result.trial_id]))
+            tracker.evaluated(result.trial_id, _overall(found.figures[result.trial_id]))
             if best:
                 progress.registers()
                 register(plan, result, folder, data, tracker, call)
     if failure:
         raise failure
+
+
+def _evaluate(
+    plan: Plan,
+    result: TrialResult,
+    trainings: FinalTrainings,
+    folder: RunFolder,
+    data: TrialData,
+    call: Call,
+    found: FinalEvaluation,
+    *,
+    best: bool,
+) -> None:
+    """Evaluate one strategy.
+
+    Raises:
+        RuntimeError, TimeoutError: a model of it could not be evaluated, or was not trained.
+    """
+    threads = min(plan.allotment.threads * plan.allotment.concurrency, this_machine().cores)
+
+    def scores_of(
+        config: TrialConfig, name: str, indices: NDArray[np.int64], model: Path | None = None
+    ) -> NDArray[np.float32]:
+        finalist = Finalist(config, folder.trial(name), data, threads)
+        timeout_s = CALL_TIMEOUT_S + IMAGE_TIMEOUT_S * len(indices)
+        scores: NDArray[np.float32] = call(best_scores, finalist, indices, model, timeout_s=timeout_s)
+        return scores
+
+    for training in trainings.of(result):
+        model = folder.model if best and training.number == 0 else None
+        scores = scores_of(training.config, training.training_id, found.tested_by, model)
+        with uninterrupted():
+            if model:
+                _write_best_config(plan, result, data, folder)
+            if len(found.tested_by):
+                if model:
+                    found.add_test(scores)
+                found.add_final(training, scores)
+    scores = scores_of(result.config, result.trial_id, found.chosen_by)
+    with uninterrupted():
+        found.add_trial(result, scores)
+    if problem := trainings.problem(result):
+        raise RuntimeError(problem)
 
 
 def _overall(parts: Mapping[str, PartFigures]) -> dict[str, dict[str, float]]:
@@ -197,7 +250,8 @@ def _overall(parts: Mapping[str, PartFigures]) -> dict[str, dict[str, float]]:
 def _write_best_config(plan: Plan, result: TrialResult, data: TrialData, folder: RunFolder) -> None:
     """All that is needed to use the model: an image's side and channels, and which class a probability belongs to."""
     shape = {"classes": list(plan.manifest.classes), "channels": data.channels}
-    write_json(folder.best_config, {"trial_id": result.trial_id, **shape, **result.config.to_json()})
+    fitted = {"fitted_on": "train+val", "fitted_epochs": result.best_epoch}
+    write_json(folder.best_config, {"trial_id": result.trial_id, **fitted, **shape, **result.config.to_json()})
 
 
 def register(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData, tracker: Tracker, call: Call) -> None:
@@ -213,10 +267,16 @@ def register(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData
         tracker.note(f"the best model was not registered: {error}")
 
 
-def record_opening(folder: RunFolder, finalists: Sequence[TrialResult]) -> None:
-    """Note that the test set is about to be read, before it is, and by which trials; the best one comes first."""
+def record_opening(folder: RunFolder, finalists: Sequence[TrialResult], *, models: int) -> None:
+    """Note that the test set is about to be read, before it is: by which strategies' trials, the best one first.
+
+    Args:
+        folder: of the sweep.
+        finalists: the best trial of each strategy.
+        models: how many final models will read it.
+    """
     trials = [result.trial_id for result in finalists]
-    append_line(folder.test_openings, {"opened": datetime.now(UTC).isoformat(), "trials": trials})
+    append_line(folder.test_openings, {"opened": datetime.now(UTC).isoformat(), "trials": trials, "models": models})
 
 
 @contextmanager
@@ -298,7 +358,7 @@ def _answer_calls(connection: Connection, log: Path) -> None:
 
 
 def best_scores(finalist: Finalist, indices: NDArray[np.int64], model: Path | None) -> NDArray[np.float32]:
-    """In the child: a trial's log-probabilities (len(indices), classes); its model is saved to `model`, if any."""
+    """In the child: a model's log-probabilities (len(indices), classes); it is saved to `model`, if given."""
     from cxr_models import steps, training
 
     steps.configure(finalist.threads)
@@ -306,6 +366,8 @@ def best_scores(finalist: Finalist, indices: NDArray[np.int64], model: Path | No
     network = training.best_network(config, data, finalist.folder)
     if model is not None:
         training.save_model(network, config, len(data.classes), model)
+    if not len(indices):  # there is no test part
+        return np.empty((0, len(data.classes)), np.float32)
     return training.log_probabilities(network, np.load(data.pictures(config), mmap_mode="r"), indices)
 
 

@@ -18,6 +18,7 @@ from rich.text import Text
 from cxr_models.dataset import Progress
 from cxr_models.features import UnderWay, under_way
 from cxr_models.trial import PIXELS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
+from sweep.finals import FinalTraining
 from sweep.wording import duration
 
 SHOWN_TRIALS = 12
@@ -127,6 +128,8 @@ class SweepProgress:
         self._epochs = 0
         self._first: tuple[float, float] | None = None
         self._live: Live | None = None
+        self._final = ""
+        self._final_began = 0.0
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -211,6 +214,19 @@ class SweepProgress:
         self._say(f"trial {number + 1} {result.outcome.replace('_', ' ')} after {result.epochs} epochs: {found}")
         self._say(self._status().plain)
 
+    def trained_again(self, training: FinalTraining, done: int, total: int) -> None:
+        """A final training begins."""
+        self._final_began = self._final_began or time.monotonic()
+        config = training.config
+        line = (
+            f"final training {done + 1} of {total}: {config.backbone} {config.freeze}, seed {config.seed}, "
+            f"{training.trial.best_epoch} epochs on training and validation images"
+        )
+        if done:
+            line += f", about {duration((time.monotonic() - self._final_began) / done * (total - done))} left"
+        self._final = line
+        self._say(line)
+
     def _say(self, line: str) -> None:
         if self._live is None:
             self._console.print(line, highlight=False, markup=False)
@@ -251,7 +267,7 @@ class SweepProgress:
         lines = [Text(f"best so far: {describe_result(self._best, self._objective)}")] if self._best else []
         if self._extraction:
             lines.extend(map(Text, self._extraction.lines()))
-        return Group(table, *lines, self._status())
+        return Group(table, *lines, Text(self._final) if self._final else self._status())
 
 
 class EvaluationProgress:

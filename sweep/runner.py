@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from enum import Enum
+from typing import Final, Protocol
 
 from cxr_models.trial import EpochMetrics, Outcome, Suggestion, TrialConfig, TrialResult, best_epoch
 from sweep.halving import Halving
@@ -15,12 +16,34 @@ class SweepFailed(RuntimeError):  # noqa: N818 - what happened, not an error of 
     """The sweep ended before its last trial; finished trials are recorded."""
 
 
+class Wait(Enum):
+    """`next_job` has none now, and may have one when something that runs has ended."""
+
+    WAIT = "wait"
+
+
+WAIT: Final = Wait.WAIT
+
+
 class Listener(Protocol):
     """Hears what happens in a sweep. Called from one thread; must return at once and not raise."""
 
     def started(self, suggestion: Suggestion) -> None: ...
     def epoch(self, metrics: EpochMetrics) -> None: ...
     def ended(self, number: int, result: TrialResult) -> None: ...
+
+
+class Conducting(Protocol):
+    """What a runner asks: what to train next, whether it goes on, and what became of it."""
+
+    @property
+    def work(self) -> Work: ...
+    @property
+    def interrupted_at(self) -> float | None: ...
+    def interrupt(self) -> None: ...
+    def next_job(self) -> TrialJob | Wait | None: ...
+    def epoch(self, metrics: EpochMetrics) -> bool: ...
+    def ended(self, trial_id: str, end: TrialEnd) -> None: ...
 
 
 @dataclass
@@ -66,6 +89,11 @@ class Conductor:
     @property
     def interrupted(self) -> bool:
         return self.interrupted_at is not None
+
+    @property
+    def running(self) -> bool:
+        """Whether a trial that was given out has not ended."""
+        return bool(self._running)
 
     def next_job(self) -> TrialJob | None:
         """The next trial, or None when all have been given out."""
@@ -143,9 +171,9 @@ class Conductor:
         )
 
 
-def run_inline(conductor: Conductor) -> None:
+def run_inline(conductor: Conducting) -> None:
     """Run every trial in this process, one after the other: breakpoints work, and nothing else is needed."""
-    while (job := conductor.next_job()) is not None:
+    while isinstance(job := conductor.next_job(), TrialJob):
         trial = TrialEvents(job)
         event, go_on = trial.begin(), True
         while isinstance(event, EpochMetrics):

@@ -1,4 +1,4 @@
-"""The final evaluation of a segmentation: the best U-Net saved whole, its figures and its most telling pictures."""
+"""The final evaluation of a segmentation: the final U-Net saved whole, figures and the most telling pictures."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxr_models.mask_metrics import INSIDE, count_masks, image_metrics, telling_examples
+from cxr_models.mask_metrics import COUNTS, INSIDE, count_masks, image_metrics, telling_examples
 from cxr_models.metrics import mean_intervals
 from cxr_models.storage import written_whole
 from cxr_models.trial import SEGMENT, TEST, VAL, TrialConfig, TrialData, TrialResult
@@ -22,6 +22,7 @@ from sweep.evaluation import (
     register,
     uninterrupted,
 )
+from sweep.finals import FinalTraining, FinalTrainings
 from sweep.plan import Plan
 from sweep.record import RunFolder, ranked, write_json
 from sweep.tracking import Tracker
@@ -35,15 +36,18 @@ SHOWN = ("dice", "iou", "pixel_accuracy")
 
 @dataclass(frozen=True)
 class BestUNet:
-    """What the child needs to rebuild the best trial's U-Net and read images and masks with it.
+    """What the child needs to rebuild the best trial's U-Net and its final one, and read images and masks with them.
 
     Attributes:
+        trial_folder: where the trial left its weights; its U-Net reads the validation images.
+        final_folder: where the final training left its own; the final U-Net reads the test images.
         indices: the validation and test images, in this order.
         tested: (images,) which of them are the test set's.
     """
 
     config: TrialConfig
     trial_folder: Path
+    final_folder: Path
     channels: int
     pixels: Path
     masks: Path
@@ -55,7 +59,7 @@ class BestUNet:
 
 @dataclass(frozen=True)
 class FoundMasks:
-    """What the best U-Net made of the images.
+    """What the U-Nets made of the images.
 
     Attributes:
         counts: (images, 4), see `mask_metrics.COUNTS`; without a loss.
@@ -69,21 +73,26 @@ class FoundMasks:
 def evaluate_segmentation(
     plan: Plan,
     results: tuple[TrialResult, ...],
+    trainings: FinalTrainings,
     folder: RunFolder,
     data: TrialData,
     tracker: Tracker,
     found: FinalEvaluation,
 ) -> None:
-    """Evaluate the best trial, save its model and register it; `found` has the test figures as soon as they are known.
+    """Evaluate the best trial and its final model, save that one and register it.
+
+    `found` has the test figures as soon as they are known.
 
     Raises:
-        RuntimeError, TimeoutError: the best trial could not be evaluated.
+        RuntimeError, TimeoutError: the best trial could not be evaluated, or not be trained again.
     """
     result = ranked(results, plan.spec.objective)[0]
-    best = best_model(plan, result, folder, data)
+    if problem := trainings.problem(result):
+        raise RuntimeError(problem)
+    best = best_model(plan, trainings.of(result)[0], folder, data)
     with keras_child(folder.log("evaluation")) as call:
         if best.tested.any():
-            record_opening(folder, [result])
+            record_opening(folder, [result], models=1)
         masks = call(save_and_predict, best, timeout_s=CALL_TIMEOUT_S + IMAGE_TIMEOUT_S * len(best.indices))
         with uninterrupted():
             found.test = evaluate_test(plan, best, masks)
@@ -91,13 +100,14 @@ def evaluate_segmentation(
         register(plan, result, folder, data, tracker, call)
 
 
-def best_model(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData) -> BestUNet:
-    """The best trial's U-Net with the validation and test images, in this order."""
-    config = result.config
+def best_model(plan: Plan, training: FinalTraining, folder: RunFolder, data: TrialData) -> BestUNet:
+    """The best trial's U-Net and the final one, with the validation and test images, in this order."""
+    config = training.config
     val, test = plan.indices(VAL), plan.indices(TEST)
     return BestUNet(
         config=config,
-        trial_folder=folder.trial(result.trial_id),
+        trial_folder=folder.trial(training.trial.trial_id),
+        final_folder=folder.trial(training.training_id),
         channels=data.channels,
         pixels=data.pictures(config),
         masks=data.masks[config.image_side],
@@ -109,23 +119,36 @@ def best_model(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialDa
 
 
 def save_and_predict(best: BestUNet) -> FoundMasks:
-    """In the child: save the best trial's whole U-Net, and run it on the images."""
+    """In the child: save the final U-Net whole, run it on the test images, and the trial's on the validation images."""
     from cxr_models import segmentation, steps
 
     steps.configure(best.threads)
-    model = segmentation.restore_best(best.config, best.trial_folder, channels=best.channels, model_path=best.model)
+    trial, final = (
+        segmentation.best_unet(best.config, folder, channels=best.channels)
+        for folder in (best.trial_folder, best.final_folder)
+    )
+    with written_whole(best.model) as scratch:
+        final.save(scratch)
     pixels, masks = (np.load(path, mmap_mode="r") for path in (best.pixels, best.masks))
 
-    def predicted(indices: NDArray[np.int64]) -> NDArray[np.bool_]:
-        return segmentation.predict_masks(model, pixels[indices]) >= INSIDE
+    def predicted(position: int | NDArray[np.int64], *, tested: bool) -> NDArray[np.bool_]:
+        chosen = np.atleast_1d(best.indices[position])
+        return segmentation.predict_masks(final if tested else trial, pixels[chosen]) >= INSIDE
 
+    counts = np.empty((len(best.indices), len(COUNTS)))
     at_once = 16 * steps.inference_batch()
-    parts = [best.indices[first : first + at_once] for first in range(0, len(best.indices), at_once)]
-    counts = np.concatenate([count_masks(masks[part], predicted(part)) for part in parts])
-    shown = np.flatnonzero(best.tested) if best.tested.any() else np.arange(len(best.indices))
+    for tested in (False, True):
+        places = np.flatnonzero(best.tested == tested)
+        for first in range(0, len(places), at_once):
+            some = places[first : first + at_once]
+            counts[some] = count_masks(masks[best.indices[some]], predicted(some, tested=tested))
+    shown = np.flatnonzero(best.tested == best.tested.any())
     dice = image_metrics(counts, best.config.image_side**2)["dice"][shown]
     examples = {
-        kind: {int(shown[place]): predicted(best.indices[shown[place : place + 1]])[0, ..., 0] for place in places}
+        kind: {
+            int(shown[place]): predicted(int(shown[place]), tested=bool(best.tested.any()))[0, ..., 0]
+            for place in places
+        }
         for kind, places in telling_examples(dice, EXAMPLES).items()
     }
     return FoundMasks(counts, examples)
@@ -174,7 +197,9 @@ def record_predictions(plan: Plan, best: BestUNet, result: TrialResult, found: F
             with written_whole(folder.overlays / overlays[position]) as scratch:
                 picture.save(scratch)
     # All that is needed to use the model: an image's side and channels.
-    config = {"trial_id": result.trial_id, "task": SEGMENT, "channels": best.channels, **result.config.to_json()}
+    fitted = {"fitted_on": "train+val", "fitted_epochs": result.best_epoch}
+    shape = {"task": SEGMENT, "channels": best.channels}
+    config = {"trial_id": result.trial_id, **fitted, **shape, **result.config.to_json()}
     write_json(folder.best_config, config)
 
 

@@ -19,6 +19,7 @@ from cxr_models.pixels import mask_array, pixel_array
 from cxr_models.storage import written_whole
 from cxr_models.trial import SEGMENT, TEST, TrialData, TrialResult
 from sweep.evaluation import FinalEvaluation, evaluate_finalists, uninterrupted
+from sweep.finals import FinalTrainings
 from sweep.halving import Halving
 from sweep.lung_masks import input_tags
 from sweep.masking import masked_arrays
@@ -107,26 +108,35 @@ def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, a
     )
     timeline = Timeline()
     conductor = _conductor(plan, folder, data, (record, tracker, progress, timeline))
+    tests = bool(len(plan.indices(TEST)))
+    trainings = FinalTrainings(
+        conductor,
+        plan.spec.objective,
+        seeds=plan.spec.final.seeds if tests else 1,
+        strategies=None if tests else 1,
+        results=lambda: record.results,
+        epochs=lambda: read_epochs(folder.epoch_record),
+        told=progress.trained_again,
+    )
     evaluation = FinalEvaluation(plan, folder)
     failure, interrupted = "", False
     try:
         if not inline:
             console.print(f"connecting to Ray at {address}" if address else "starting Ray and its workers")
         with watch.time("search"):
-            _run_trials(conductor, plan, folder, inline=inline, address=address, progress=progress)
+            _run_trials(trainings, plan, folder, inline=inline, address=address, progress=progress)
         if ranked(record.results, plan.spec.objective):
             with watch.time("evaluate"):
-                tests = bool(len(plan.indices(TEST)))
                 console.print(
-                    "opening the test set, once, for the best trial of each strategy"
+                    "opening the test set, once, for the final models of each strategy"
                     if tests
                     else "no test part: the best trial of each strategy is evaluated on train and validation images"
                 )
                 if plan.spec.task == SEGMENT:
-                    evaluate_segmentation(plan, record.results, folder, data, tracker, evaluation)
+                    evaluate_segmentation(plan, record.results, trainings, folder, data, tracker, evaluation)
                 else:
                     shown = EvaluationProgress(console)
-                    evaluate_finalists(plan, record.results, folder, data, tracker, shown, evaluation)
+                    evaluate_finalists(plan, record.results, trainings, folder, data, tracker, shown, evaluation)
     except KeyboardInterrupt:
         interrupted = True
     except SweepFailed as error:
@@ -235,7 +245,7 @@ def _conductor(plan: Plan, folder: RunFolder, data: TrialData, listeners: tuple[
 
 
 def _run_trials(
-    conductor: Conductor, plan: Plan, folder: RunFolder, *, inline: bool, address: str, progress: SweepProgress
+    conductor: FinalTrainings, plan: Plan, folder: RunFolder, *, inline: bool, address: str, progress: SweepProgress
 ) -> None:
     allotment = plan.allotment
     if inline:
@@ -248,8 +258,9 @@ def _run_trials(
     from sweep import trials
 
     with trials.ray_cluster(address, cores=plan.machine.cores, gpus=plan.machine.gpus), progress.shown():
+        most = plan.trials * (1 + plan.spec.final.seeds)  # as many strategies as trials, at the most
         placement = trials.Placement(allotment.cpus_per_trial, allotment.gpus_per_trial, allotment.concurrency)
-        trials.run_on_ray(conductor, placement, total=plan.trials, folder=folder.state)
+        trials.run_on_ray(conductor, placement, total=most, folder=folder.state)
 
 
 def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tracker, status: RunStatus) -> None:

@@ -81,6 +81,16 @@ class ResourceSpec(_Section):
         return gpus
 
 
+class FinalSpec(_Section):
+    """The final trainings, see `finals.py`.
+
+    Attributes:
+        seeds: how often the best configuration of each strategy is trained again, each time with a seed of its own.
+    """
+
+    seeds: int = Field(default=1, ge=1, le=100)
+
+
 class TrackingSpec(_Section):
     """The MLflow server and experiment; None for the run folder and the sweep's name."""
 
@@ -116,6 +126,7 @@ class SweepSpec:
     tracking: TrackingSpec
     task: str = CLASSIFY
     reference: ReferenceSpec | None = None
+    final: FinalSpec = field(default_factory=FinalSpec)
     dropped_points: int = field(default=0, compare=False)
     dropped_strategies: tuple[str, ...] = field(default=(), compare=False)
 
@@ -136,12 +147,13 @@ class SweepSpec:
                 "space": {axis.name: axis.to_yaml() for axis in self.space.axes.values()},
                 "resources": self.resources.model_dump(exclude_none=True),
                 "tracking": self.tracking.model_dump(exclude_none=True),
+                "final": self.final.model_dump(),
                 **({"reference": self.reference.to_yaml()} if self.reference else {}),
             }
         )
 
 
-KEYS = ("name", "task", "data", "objective", "search", "space", "resources", "tracking", "reference")
+KEYS = ("name", "task", "data", "objective", "search", "space", "final", "resources", "tracking", "reference")
 
 
 def read_spec(path: Path, overrides: Sequence[str] = ()) -> SweepSpec:
@@ -220,6 +232,7 @@ def json_schema() -> dict[str, Any]:
             "space": space_schema(),
             "resources": ResourceSpec.model_json_schema(),
             "tracking": TrackingSpec.model_json_schema(),
+            "final": FinalSpec.model_json_schema(),
             "reference": reference,
         },
         "$defs": {"condition": condition_schema()},
@@ -272,6 +285,7 @@ def _resolve(document: Document) -> SweepSpec | None:
     objective = _section(ObjectiveSection, document, "objective")
     resources = _section(ResourceSpec, document, "resources")
     tracking = _section(TrackingSpec, document, "tracking")
+    final = _section(FinalSpec, document, "final")
     reference = _reference(document)
     space = read_space(document, {**DEFAULTS_OF[task], "seed": seed})
     fixed = _fixed(document, space)
@@ -281,7 +295,7 @@ def _resolve(document: Document) -> SweepSpec | None:
     if objective:
         check_objective(document, objective.metric, task, space)
     _check_networks(document, space)
-    if not (name and search and data and objective and resources and tracking):
+    if not (name and search and data and objective and resources and tracking and final):
         return None
     return SweepSpec(
         name,
@@ -293,6 +307,7 @@ def _resolve(document: Document) -> SweepSpec | None:
         tracking,
         task,
         reference,
+        final,
         dropped_points=_count_points(document) - len(fixed),
     )
 

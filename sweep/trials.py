@@ -41,7 +41,7 @@ from ray.tune.search import Searcher
 
 from cxr_models.trial import EpochMetrics, TrialConfig
 from sweep.machine import ClusterUnreachable, Machine
-from sweep.runner import Conductor, SweepFailed
+from sweep.runner import Conducting, SweepFailed, Wait
 from sweep.worker import TrialEnd, TrialJob, TrialProcess, Work
 
 Answer = TypeVar("Answer")
@@ -167,7 +167,7 @@ def _start_local(cores: int, gpus: int) -> None:
     )
 
 
-def run_on_ray(conductor: Conductor, placement: Placement, *, total: int, folder: Path) -> None:
+def run_on_ray(conductor: Conducting, placement: Placement, *, total: int, folder: Path) -> None:
     """Run every trial on the connected Ray.
 
     Args:
@@ -249,7 +249,7 @@ class _RayTrial(tune.Trainable):  # type: ignore[misc]
 
     def _start(self, config: dict[str, Any]) -> None:
         trial = TrialConfig.from_json(json.loads(config["config"]))
-        self._process.start(TrialJob(config["trial_id"], trial, self._work))
+        self._process.start(TrialJob(config["trial_id"], trial, self._work, tuple(json.loads(config["again"]))))
 
     def step(self) -> dict[str, Any]:
         events = self._process.next()
@@ -266,10 +266,10 @@ class _Reference:
     disk, say) ends the sweep, but by our own decision: `failure` says why.
     """
 
-    _conductors: ClassVar[WeakValueDictionary[int, Conductor]] = WeakValueDictionary()
+    _conductors: ClassVar[WeakValueDictionary[int, Conducting]] = WeakValueDictionary()
     _failures: ClassVar[dict[int, str]] = {}
 
-    def __init__(self, conductor: Conductor) -> None:
+    def __init__(self, conductor: Conducting) -> None:
         self._key = id(conductor)
         self._conductors[self._key] = conductor
         self._failures[self._key] = ""
@@ -282,7 +282,7 @@ class _Reference:
     def interrupted_at(self) -> float | None:
         return self._conductors[self._key].interrupted_at
 
-    def next_job(self) -> TrialJob | None:
+    def next_job(self) -> TrialJob | Wait | None:
         return self._guarded(lambda conductor: conductor.next_job(), None)
 
     def epoch(self, metrics: EpochMetrics) -> bool:
@@ -291,7 +291,7 @@ class _Reference:
     def ended(self, trial_id: str, end: TrialEnd) -> None:
         self._guarded(lambda conductor: conductor.ended(trial_id, end), None)
 
-    def _guarded(self, call: Callable[[Conductor], Answer], otherwise: Answer) -> Answer:
+    def _guarded(self, call: Callable[[Conducting], Answer], otherwise: Answer) -> Answer:
         conductor = self._conductors[self._key]
         try:
             return call(conductor)
@@ -312,8 +312,10 @@ class _ConductorSearcher(Searcher):  # type: ignore[misc]
         job = self._reference.next_job()
         if job is None:
             return Searcher.FINISHED
+        if isinstance(job, Wait):
+            return None  # Ray asks again
         # As text, because Ray walks through every value of a configuration again and again.
-        return {"trial_id": job.trial_id, "config": json.dumps(job.config.to_json())}
+        return {"trial_id": job.trial_id, "config": json.dumps(job.config.to_json()), "again": json.dumps(job.again)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass  # the scheduler hears of it, with the trial's configuration

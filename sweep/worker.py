@@ -57,11 +57,17 @@ class Work:
 
 @dataclass(frozen=True)
 class TrialJob:
-    """One trial as a worker gets it."""
+    """One training as a worker gets it.
+
+    Attributes:
+        again: the validation losses of an earlier training of the configuration, up to its best epoch: it is trained
+            again that long, on training and validation images. Empty for a trial.
+    """
 
     trial_id: str
     config: TrialConfig
     work: Work
+    again: tuple[float, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -69,7 +75,7 @@ class TrialJob:
 
     def waits_after(self, epoch: int) -> bool:
         """Whether the trial waits for a decision there. After its own last epoch there is nothing left to decide."""
-        return epoch in self.work.decisions and epoch < self.config.epochs
+        return not self.again and epoch in self.work.decisions and epoch < self.config.epochs
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,8 @@ def train(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
 
     steps.configure(job.work.threads)
     work = job.work
+    if job.again:
+        return training.train_again(job.trial_id, job.config, work.data.together(), job.folder, job.again)
     return training.run_trial(job.trial_id, job.config, work.data, job.folder, work.objective, decisions=work.decisions)
 
 
@@ -95,6 +103,8 @@ def segment(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
 
     steps.configure(job.work.threads)
     work = job.work
+    if job.again:
+        return segmentation.train_again(job.trial_id, job.config, work.data.together(), job.folder, job.again)
     return segmentation.run_segmentation(
         job.trial_id, job.config, work.data, job.folder, work.objective, decisions=work.decisions
     )

@@ -22,6 +22,7 @@ from cxr_models.training import (
     log_probabilities,
     run_trial,
     save_model,
+    train_again,
     warm_network,
 )
 from cxr_models.trial import BEST_WEIGHTS, METRICS, VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialData
@@ -485,3 +486,54 @@ class TestClassWeights:
         assert found["balanced"] > found["none"] + 0.15
         per_class = np.array([TRAIN / 2 / 17, TRAIN / 2 / 3])
         np.testing.assert_allclose(taken[-1].weights, (taken[-1].weights > 0) * per_class[taken[-1].labels], rtol=1e-6)
+
+
+class TestAgain:
+    CONFIG = replace(
+        TINY,
+        backbone="mobilenet_v2_0.35",
+        image_side=32,
+        freeze="all>stages:1",
+        epochs=8,
+        probe_share=0.5,
+        patience=2,
+        learning_rate=1e-5,
+        phase_rate=20.0,
+        schedule="plateau>cosine",
+        optimizer="adam>rmsprop",
+        dropout=0.3,
+        augmentation="light",
+    )
+
+    def test_on_the_same_images_it_ends_with_the_weights_of_the_best_epoch(self, tmp_path):
+        data = tiny_data(tmp_path, side=32)
+        found = drain(run_trial("first", self.CONFIG, data, tmp_path / "first", LOSS))
+        losses = [metrics.val["loss"] for metrics in found]
+        best = 1 + int(np.argmin(losses))
+        assert {metrics.phase for metrics in found[:best]} == {0, 1}  # or the second phase would go unseen
+        alone = replace(data, val=np.empty(0, np.int64))
+        again = drain(train_again("again", self.CONFIG, alone, tmp_path / "again", losses[:best]))
+        assert [metrics.learning_rate for metrics in again] == [metrics.learning_rate for metrics in found[:best]]
+        assert [metrics.train for metrics in again] == [metrics.train for metrics in found[:best]]
+        assert all(not metrics.val for metrics in again)
+        with np.load(tmp_path / "first" / BEST_WEIGHTS) as first, np.load(tmp_path / "again" / BEST_WEIGHTS) as second:
+            assert {*first} == {*second}
+            for path in first:
+                np.testing.assert_array_equal(second[path], first[path], err_msg=path)
+
+    def test_the_validation_images_are_trained_on_together_with_the_others(self, taken, tmp_path):
+        data = tiny_data(tmp_path, side=32)
+        again = drain(train_again("again", self.CONFIG, data.together(), tmp_path / "again", [1.0, 0.9]))
+        assert len(again) == 2
+        images = TRAIN + VAL
+        weighed = sum(int((step.weights > 0).sum()) for step in taken)
+        assert weighed == 2 * images
+        assert {*data.together().train} == {*data.train, *data.val}
+
+    def test_it_ends_when_told_to_and_leaves_no_weights(self, tmp_path):
+        data = tiny_data(tmp_path, side=32).together()
+        epochs = train_again("again", self.CONFIG, data, tmp_path / "again", [1.0, 0.9, 0.8])
+        next(epochs)
+        with pytest.raises(StopIteration):
+            epochs.send(False)
+        assert not (tmp_path / "again" / BEST_WEIGHTS).exists()
