@@ -29,7 +29,7 @@ from sweep.finals import FinalTraining, FinalTrainings
 from sweep.machine import this_machine
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress
-from sweep.record import RunFolder, append_line, best_by_strategy, write_json
+from sweep.record import RunFolder, append_line, best_by_strategy, read_lines, write_json
 from sweep.tracking import Tracker
 from sweep.worker import redirect_output
 
@@ -181,7 +181,7 @@ def evaluate_finalists(
     failure: Exception | None = None
     with keras_child(folder.log("evaluation")) as call, progress:
         if len(found.tested_by):
-            record_opening(folder, finalists, models=len(trainings.done))
+            record_opening(folder, finalists, tracker, models=len(trainings.done))
         for number, result in enumerate(finalists, start=1):
             best = result is finalists[0]
             progress.begins(number, len(finalists), result, len(found.chosen_by) + len(found.tested_by))
@@ -267,16 +267,20 @@ def register(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData
         tracker.note(f"the best model was not registered: {error}")
 
 
-def record_opening(folder: RunFolder, finalists: Sequence[TrialResult], *, models: int) -> None:
+def record_opening(folder: RunFolder, finalists: Sequence[TrialResult], tracker: Tracker, *, models: int) -> None:
     """Note that the test set is about to be read, before it is: by which strategies' trials, the best one first.
 
     Args:
         folder: of the sweep.
         finalists: the best trial of each strategy.
+        tracker: tells the sweep's run.
         models: how many final models will read it.
     """
     trials = [result.trial_id for result in finalists]
-    append_line(folder.test_openings, {"opened": datetime.now(UTC).isoformat(), "trials": trials, "models": models})
+    opening = {"opened": datetime.now(UTC).isoformat(timespec="seconds"), "trials": trials, "models": models}
+    append_line(folder.test_openings, opening)
+    text = f"{opening['opened']}: {models} final models of {len(trials)} strategies"
+    tracker.test_opened(sum(1 for _ in read_lines(folder.test_openings)), text)
 
 
 @contextmanager

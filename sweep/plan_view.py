@@ -7,6 +7,7 @@ from rich.text import Text
 from cxr_models.cohort import subset_words
 from cxr_models.dataset import patients_on_two_sides
 from cxr_models.storage import size_text
+from cxr_models.trial import TEST
 from sweep.caching import PhaseCache
 from sweep.plan import Plan
 from sweep.space import Constant
@@ -25,6 +26,7 @@ def render_plan(plan: Plan) -> RenderableType:
         ("objective", f"validation {spec.objective.metric}, {spec.objective.mode}imum"),
         ("search", f"{spec.search.algorithm}, {plan.trials} trials, at most {plan.max_epochs} epochs each"),
         ("rungs", f"after epochs {halving}" if plan.rungs else "none: every trial runs to its end"),
+        ("final", _final(plan)),
         (
             "resources",
             f"{_counted(allotment.concurrency, 'trial')} at once, each with "
@@ -35,6 +37,13 @@ def render_plan(plan: Plan) -> RenderableType:
     notes = [Text(f"note: {note}", style="yellow") for note in plan.notes]
     networks = (_unet_table(plan),) if plan.unets else (_strategy_table(plan), *_cache(plan))
     return Group(facts, _split_table(plan), _axis_table(plan), _constants(plan), *networks, *notes)
+
+
+def _final(plan: Plan) -> str:
+    if not len(plan.indices(TEST)):
+        return "the best configuration trained again on train and val; there is no test set"
+    seeds = _counted(plan.spec.final.seeds, "seed")
+    return f"each strategy's best configuration trained again on train and val ({seeds}), then tested"
 
 
 def _unet_table(plan: Plan) -> Table:

@@ -81,9 +81,19 @@ class Run:
         return self.final if self.final and self.final.part == TEST else None
 
     @property
+    def openings(self) -> int:
+        """How often the test set has been opened."""
+        return sum(1 for _ in read_lines(self.folder.test_openings))
+
+    @property
     def has_test_part(self) -> bool:
         """Whether there are images to test on; True while the split is not known."""
         return self.split is None or bool((self.split["split"] == TEST).any())
+
+    @property
+    def most_seeds(self) -> int:
+        """How many final models a strategy has."""
+        return max((len(row.get("test_by_seed", ())) for row in self.summary.get("strategies", ())), default=0)
 
     @cached_property
     def reference(self) -> ReferenceSpec | None:
@@ -181,6 +191,7 @@ def _read_final(path: Path, best: str, tested: bool) -> FinalPredictions | None:
     table = next((rows for rows in parts if not rows.empty), parts[0])
     if table.empty:
         return None
+    table = table[table["seed"] == table["seed"].iloc[0]]  # the final model that is kept; others have other seeds
     columns = [column for column in table.columns if column.startswith(SCORE)]
     classes = tuple(column.removeprefix(SCORE) for column in columns)
     if strangers := sorted(set(table["true"]) - set(classes)):

@@ -92,7 +92,7 @@ def evaluate_segmentation(
     best = best_model(plan, trainings.of(result)[0], folder, data)
     with keras_child(folder.log("evaluation")) as call:
         if best.tested.any():
-            record_opening(folder, [result], models=1)
+            record_opening(folder, [result], tracker, models=1)
         masks = call(save_and_predict, best, timeout_s=CALL_TIMEOUT_S + IMAGE_TIMEOUT_S * len(best.indices))
         with uninterrupted():
             found.test = evaluate_test(plan, best, masks)

@@ -26,7 +26,7 @@ from sweep.masking import masked_arrays
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress, StepProgress, SweepProgress
 from sweep.readback import read_epochs
-from sweep.record import Record, RunFolder, ranked, write_json
+from sweep.record import Record, RunFolder, ranked, read_lines, write_json
 from sweep.report import write_report
 from sweep.runner import Conductor, Listener, SweepFailed, run_inline
 from sweep.samples import take_samples, write_samples
@@ -264,6 +264,7 @@ def _run_trials(
 
 
 def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tracker, status: RunStatus) -> None:
+    summary["test_openings"] = list(read_lines(folder.test_openings))
     if tracker.parent_run_id:
         summary["mlflow_run_id"] = tracker.parent_run_id
     write_json(folder.summary, summary)

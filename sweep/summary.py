@@ -132,6 +132,7 @@ def _strategies(
                 "train_seconds": round(sum(result.train_seconds for result in own), 2),
                 **_best_epochs(plan.spec.objective, curves.get(best.trial_id, ())),
                 **evaluation.figures.get(best.trial_id, {}),
+                "test_by_seed": evaluation.by_seed.get(best.trial_id, []),
             }
         )
         if problem := evaluation.problems.get(best.trial_id):

@@ -172,6 +172,15 @@ class Tracker:
         self._tasks.put(self._write_all)  # no trial runs any more
         self._tasks.put(lambda runs: runs.evaluated(trial_id, parts, at))
 
+    def test_opened(self, number: int, opening: str) -> None:
+        """Tell the sweep's run that the test set is opened.
+
+        Args:
+            number: 1 for the first time.
+            opening: when, and by what.
+        """
+        self._tasks.put(lambda runs: runs.tag({f"test_opening_{number}": opening}))
+
     def finished(self, summary: Mapping[str, Any], artifacts: Sequence[Path], status: RunStatus = "FINISHED") -> None:
         """End the sweep's run, and as killed those of trials still open.
 
@@ -295,6 +304,10 @@ class _Runs:
     def evaluated(self, trial_id: str, parts: Mapping[str, Mapping[str, float]], at_ms: int) -> None:
         """Log the final figures of a trial to its run, which has ended."""
         self._log(self._run_ids[trial_id], metrics=self._metrics(self._names.of_evaluation(parts), at_ms))
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Tag the sweep's run."""
+        self._log(self.parent, tags=tags)
 
     def _news(self, trial: TrackedTrial) -> list[Any]:
         names = self._names

@@ -148,3 +148,13 @@ def work(folder: Path, program: str, decisions: Iterable[int] = ()) -> Work:
 def job(folder: Path, program: str, seed: int = 0, epochs: int = 3, decisions: Iterable[int] = ()) -> TrialJob:
     config = TrialConfig("vanilla_cnn", epochs=epochs, seed=seed)
     return TrialJob(f"t{seed}", config, work(folder, program, decisions))
+
+
+def failing_again(job: TrialJob) -> Epochs:
+    """A second final training fails."""
+
+    def happens(epoch: int) -> None:
+        if job.trial_id.endswith("-final-2"):
+            raise ValueError("no luck the second time")
+
+    return told_epochs(job, happens)

@@ -20,6 +20,7 @@ from cxr_models.dataset import ImageRecord, Manifest
 from cxr_models.trial import METRICS, Objective, Outcome, TrialConfig, TrialData, TrialResult
 from sweep import evaluation
 from sweep.evaluation import FinalEvaluation, Finalist, evaluate_finalists, keras_child
+from sweep.finals import FinalTraining
 from sweep.progress import EvaluationProgress
 from sweep.record import RunFolder
 
@@ -63,18 +64,26 @@ class FakeTracker:
     def __init__(self) -> None:
         self.told: dict[str, Any] = {}
         self.notes: list[str] = []
+        self.openings: list[tuple[int, str]] = []
 
     def evaluated(self, trial_id: str, parts: Any) -> None:
         self.told[trial_id] = parts
+
+    def test_opened(self, number: int, opening: str) -> None:
+        self.openings.append((number, opening))
 
     def note(self, cause: str) -> None:
         self.notes.append(cause)
 
 
 class Evaluated:
-    """One final evaluation whose child is `answer(trial_id, indices)`."""
+    """One final evaluation whose child is `answer(folder's name, indices)`."""
 
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splits: tuple[str, ...] = SPLITS) -> None:
+    def __init__(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splits: tuple[str, ...] = SPLITS, seeds: int = 1
+    ) -> None:
+        self.seeds = seeds
+        self.problems: dict[str, str] = {}
         self.plan = plan_of(splits)
         self.folder = RunFolder.create(tmp_path, "run", exactly=False)
         np.save(tmp_path / "pixels.npy", np.zeros((len(splits), 96, 96, 1), np.uint8))
@@ -102,9 +111,23 @@ class Evaluated:
             yield call
 
         self._monkeypatch.setattr(evaluation, "keras_child", child)
-        console = Console(file=self.output, width=200)
+        progress = EvaluationProgress(Console(file=self.output, width=200))
         evaluate_finalists(
-            self.plan, RESULTS, self.folder, self.data, self.tracker, EvaluationProgress(console), self.found
+            self.plan, RESULTS, self.trainings, self.folder, self.data, self.tracker, progress, self.found
+        )
+
+    @property
+    def trainings(self) -> Any:
+        """Those that did not fail."""
+        strategies = RESULTS[1:2] if "test" not in self.plan.splits else (RESULTS[1], RESULTS[3], RESULTS[0])
+        all_done = [FinalTraining(result, number) for number in range(self.seeds) for result in strategies]
+        done = [training for training in all_done if training.training_id not in self.problems]
+        return SimpleNamespace(
+            done=done,
+            of=lambda result: [training for training in done if training.trial is result],
+            problem=lambda result: next(
+                (text for name, text in self.problems.items() if name.startswith(result.trial_id)), ""
+            ),
         )
 
     @property
@@ -124,23 +147,31 @@ def sweep(tmp_path, monkeypatch) -> Evaluated:
     return Evaluated(tmp_path, monkeypatch)
 
 
-def test_the_best_trial_of_each_strategy_is_evaluated_on_every_part(sweep):
-    sweep.run(lambda trial, indices: sweep.right(indices, 1.0 if trial == "trial-1" else 0.0))
-    assert sweep.calls == ["trial-1 saved", "register", "trial-3", "trial-0"]
+def test_the_final_model_is_tested_and_the_trial_judged_by_the_images_it_was_chosen_by(sweep):
+    sweep.run(lambda name, indices: sweep.right(indices, 1.0 if name == "trial-1-final-1" else 0.0))
+    assert sweep.calls == [
+        *("trial-1-final-1 saved", "trial-1", "register"),
+        *("trial-3-final-1", "trial-3", "trial-0-final-1", "trial-0"),
+    ]
     assert list(sweep.found.figures) == BEST_FIRST
     for trial, figures in sweep.found.figures.items():
         assert {part: figures[part]["images"] for part in figures} == {"train": 8, "val": 4, "test": 4}
-        assert {figures[part]["accuracy"] for part in figures} == {1.0 if trial == "trial-1" else 0.0}
+        assert {part: figures[part]["accuracy"] for part in figures} == {
+            "train": 0.0,
+            "val": 0.0,
+            "test": 1.0 if trial == "trial-1" else 0.0,
+        }
         assert figures["test"]["report"]["macro avg"]["support"] == 4
         assert figures["train"]["patients"] == 4
-        assert sweep.tracker.told[trial]["val"]["loss"] == pytest.approx(-np.log(0.9 if trial == "trial-1" else 0.1))
+        assert sweep.tracker.told[trial]["val"]["loss"] == pytest.approx(-np.log(0.1))
+        assert sweep.tracker.told[trial]["test"]["loss"] == pytest.approx(-np.log(0.9 if trial == "trial-1" else 0.1))
     assert sweep.found.test["accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert sweep.found.test["confusion_matrix"] == [[2, 0], [0, 2]]
     assert "evaluating 2 of 3 strategies on 16 images: mobilenet_v2_0.35 stages:1" in sweep.output.getvalue()
 
 
 def test_predictions_of_all_finalists_are_kept_the_best_first(sweep):
-    sweep.run(lambda trial, indices: sweep.right(indices, 0.5))
+    sweep.run(lambda name, indices: sweep.right(indices, 0.5))
     table = pd.read_parquet(sweep.folder.predictions)
     assert list(dict.fromkeys(table["trial_id"])) == BEST_FIRST
     assert table.groupby(["trial_id", "split"]).size().unstack().to_dict("list") == {
@@ -148,38 +179,58 @@ def test_predictions_of_all_finalists_are_kept_the_best_first(sweep):
         "val": [4] * 3,
         "test": [4] * 3,
     }
+    assert table.groupby("split")["fitted_on"].unique().map(list).to_dict() == {
+        "train": ["train"],
+        "val": ["train"],
+        "test": ["train+val"],
+    }
     assert (table["score:a"] + table["score:b"]).to_numpy() == pytest.approx(1.0)
     names = table["image"].str.removesuffix(".png").astype(int)
     assert [SPLITS[k] for k in names] == table["split"].tolist()
     assert [CLASSES[k % 2] for k in names] == table["true"].tolist()
 
 
+def test_every_seed_is_tested_and_the_first_one_kept(tmp_path, monkeypatch):
+    sweep = Evaluated(tmp_path, monkeypatch, seeds=3)
+    sweep.run(lambda name, indices: sweep.right(indices, 0.5 if name == "trial-1-final-2" else 1.0))
+    assert sweep.calls[:4] == ["trial-1-final-1 saved", "trial-1-final-2", "trial-1-final-3", "trial-1"]
+    assert [(row["seed"], row["accuracy"]) for row in sweep.found.by_seed["trial-1"]] == [(0, 1.0), (1, 0.5), (2, 1.0)]
+    assert sweep.found.figures["trial-1"]["test"]["accuracy"] == 1.0
+    table = pd.read_parquet(sweep.folder.predictions)
+    assert table[table["split"] == "test"].groupby(["trial_id", "seed"]).size().tolist() == [4] * 9
+    (opening,) = sweep.openings
+    assert opening["models"] == 9
+
+
 def test_the_test_set_is_opened_once_before_anything_reads_it(sweep):
     opened = []
 
-    def answer(trial: str, indices: np.ndarray) -> np.ndarray:
+    def answer(name: str, indices: np.ndarray) -> np.ndarray:
         opened.append(len(sweep.openings))
         return sweep.right(indices, 1.0)
 
     sweep.run(answer)
-    assert opened == [1, 1, 1]
+    assert opened == [1] * 6
     (opening,) = sweep.openings
     assert opening["trials"] == BEST_FIRST
+    assert opening["models"] == 3
+    assert sweep.tracker.openings == [(1, f"{opening['opened']}: 3 final models of 3 strategies")]
 
 
 def test_a_sweep_without_a_test_part_opens_nothing(tmp_path, monkeypatch):
     sweep = Evaluated(tmp_path, monkeypatch, ("train",) * 8 + ("val",) * 4)
-    sweep.run(lambda trial, indices: sweep.right(indices, 1.0))
+    sweep.run(lambda name, indices: sweep.right(indices, 1.0))
     assert sweep.openings == []
     assert sweep.found.test is None
     assert {part for figures in sweep.found.figures.values() for part in figures} == {"train", "val"}
-    assert sweep.calls[:2] == ["trial-1 saved", "register"]
+    assert sweep.calls == ["trial-1-final-1 saved", "trial-1", "register", "trial-3", "trial-0"]
     assert json.loads(sweep.folder.best_config.read_text())["classes"] == ["a", "b"]
+    assert json.loads(sweep.folder.best_config.read_text())["fitted_on"] == "train+val"
 
 
 def test_a_strategy_that_cannot_be_evaluated_leaves_the_others(sweep):
-    def answer(trial: str, indices: np.ndarray) -> np.ndarray:
-        if trial == "trial-3":
+    def answer(name: str, indices: np.ndarray) -> np.ndarray:
+        if name == "trial-3-final-1":
             raise RuntimeError("ResourceExhaustedError: out of memory")
         return sweep.right(indices, 1.0)
 
@@ -189,9 +240,26 @@ def test_a_strategy_that_cannot_be_evaluated_leaves_the_others(sweep):
     assert "mobilenet_v2_0.35 stages:1 was not evaluated: ResourceExhausted" in sweep.output.getvalue()
 
 
+def test_a_strategy_that_was_not_trained_again_keeps_the_figures_of_its_trial(sweep):
+    sweep.problems = {"trial-3-final-1": "final training: ValueError: no luck"}
+    sweep.run(lambda name, indices: sweep.right(indices, 1.0))
+    assert sweep.found.problems == {"trial-3": "final training: ValueError: no luck"}
+    assert set(sweep.found.figures["trial-3"]) == {"train", "val"}
+    assert set(sweep.found.figures["trial-0"]) == {"train", "val", "test"}
+
+
+def test_without_a_final_model_of_the_best_strategy_the_sweep_fails(sweep):
+    sweep.problems = {"trial-1-final-1": "final training: ValueError: no luck"}
+    with pytest.raises(RuntimeError, match="final training: ValueError: no luck"):
+        sweep.run(lambda name, indices: sweep.right(indices, 1.0))
+    assert set(sweep.found.figures["trial-3"]) == {"train", "val", "test"}
+    assert sweep.found.test is None
+    assert "register" not in sweep.calls
+
+
 def test_without_the_best_trial_the_sweep_fails_and_the_others_are_still_evaluated(sweep):
-    def answer(trial: str, indices: np.ndarray) -> np.ndarray:
-        if trial == "trial-1":
+    def answer(name: str, indices: np.ndarray) -> np.ndarray:
+        if name == "trial-1-final-1":
             raise TimeoutError("best_scores took longer than 616 s")
         return sweep.right(indices, 1.0)
 
@@ -203,8 +271,8 @@ def test_without_the_best_trial_the_sweep_fails_and_the_others_are_still_evaluat
 
 
 def test_an_interruption_keeps_what_was_found(sweep):
-    def answer(trial: str, indices: np.ndarray) -> np.ndarray:
-        if trial == "trial-3":
+    def answer(name: str, indices: np.ndarray) -> np.ndarray:
+        if name == "trial-3-final-1":
             raise KeyboardInterrupt
         return sweep.right(indices, 1.0)
 

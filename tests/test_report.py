@@ -173,11 +173,12 @@ def write_predictions(folder: RunFolder, classes: tuple[str, ...], never: int | 
         scores[:, never] = 0.0
     scores = scores / scores.sum(axis=1, keepdims=True)
     patients = [f"p{i // 2}" for i in range(24)]
-    table = pd.DataFrame({"trial_id": "trial-2", "image": [f"{i}.png" for i in range(24)], "patient": patients})
+    named = {"trial_id": "trial-2", "fitted_on": "train+val", "seed": 0}
+    table = pd.DataFrame({**named, "image": [f"{i}.png" for i in range(24)], "patient": patients})
     table = table.assign(split="test", true=[classes[k] for k in labels])
     table["predicted"] = [classes[k] for k in scores.argmax(axis=1)]
     table = table.assign(**{f"score:{name}": scores[:, k] for k, name in enumerate(classes)})
-    val = table.head(6).assign(split="val", true=classes[0])
+    val = table.head(6).assign(split="val", fitted_on="train", true=classes[0])
     pd.concat([val, table]).to_parquet(folder.predictions)
     found = patient_intervals(labels, np.log(scores + 1e-9), classes, patients, resamples=20)
     intervals = {name: {"value": each.value, "low": each.low, "high": each.high} for name, each in found.items()}
@@ -402,7 +403,8 @@ def test_the_figures_of_the_test_set_are_those_of_the_best_trial_wherever_its_ro
     expected = Page(write_report(folder)).tables
     best = pd.read_parquet(folder.predictions)
     other = best.assign(trial_id="trial-1", **{"score:covid": 0.0})
-    pd.concat([other, best]).to_parquet(folder.predictions)
+    second_seed = best.assign(seed=1, **{"score:covid": 0.0})
+    pd.concat([other, best, second_seed]).to_parquet(folder.predictions)
     page = Page(write_report(folder))
     assert page.tables["confusion"] == expected["confusion"]
     assert page.tables["per-class"] == expected["per-class"]

@@ -10,7 +10,7 @@ import pytest
 from cxr_models import steps
 from cxr_models.epochs import DivergedError
 from cxr_models.mask_metrics import count_masks, evaluate_masks
-from cxr_models.segmentation import predict_masks, restore_best, run_segmentation
+from cxr_models.segmentation import best_unet, predict_masks, run_segmentation, train_again
 from cxr_models.trial import BEST_WEIGHTS, MASK_METRICS, SEGMENT, EpochMetrics, Objective, TrialConfig, TrialData
 from tests.trainings import drain
 
@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_weights_whatever_ran_before(data, tmp_path
 def test_the_saved_model_gives_the_best_epoch_s_figures_without_this_package(data, tmp_path):
     config = replace(TINY, dropout=0.2, epochs=4)
     epochs = run(config, data, tmp_path)
-    restore_best(config, tmp_path, channels=1, model_path=tmp_path / "model.keras")
+    best_unet(config, tmp_path, channels=1).save(tmp_path / "model.keras")
     model = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
     assert all(type(layer).__module__.startswith("keras.") for layer in model.layers)
     found = predict_masks(model, np.load(data.pixels[SIDE])[data.val])
@@ -121,3 +121,15 @@ def test_trials_of_one_shape_share_their_program(data, tmp_path, monkeypatch):
     for seed, rate in ((0, 0.0), (1, 0.4)):
         run(replace(config, seed=seed, dropout=rate, learning_rate=1e-3 * (seed + 1)), data, tmp_path / str(seed))
     assert len(traced) == 1
+
+
+def test_trained_again_on_the_same_images_it_ends_with_the_weights_of_the_best_epoch(data, tmp_path):
+    config = replace(TINY, epochs=4, dropout=0.2, schedule="plateau", augmentation="light", learning_rate=3e-3)
+    epochs = run(config, data, tmp_path / "first")
+    best = max(epochs, key=lambda epoch: epoch.val["dice"]).epoch
+    losses = [epoch.val["loss"] for epoch in epochs]
+    again = drain(train_again("again", config, data, tmp_path / "again", losses[:best]))
+    assert [epoch.train for epoch in again] == [epoch.train for epoch in epochs[:best]]
+    one, two = (stored(tmp_path / name) for name in ("first", "again"))
+    assert {*one} == {*two}
+    assert all((one[path] == two[path]).all() for path in one)

@@ -116,10 +116,10 @@ def test_an_unreadable_image_is_named_and_left_out(on_ray):
 
 
 def predictions(folder: Path, trial_id: str = "", *parts: str) -> pd.DataFrame:
-    """Of a trial, the best one by default, on some parts."""
+    """Of a trial, the best one by default, or of its final model, on some parts; the test part by default."""
     frame = pd.read_parquet(folder / "predictions.parquet")
     best = json.loads((folder / "summary.json").read_text())["best"]["trial_id"]
-    return frame[(frame["trial_id"] == (trial_id or best)) & frame["split"].isin(parts or ("train", "val", "test"))]
+    return frame[(frame["trial_id"] == (trial_id or best)) & frame["split"].isin(parts or ("test",))]
 
 
 def raw_pixels(folder: Path, data: Path, paths: list[str]) -> np.ndarray:
@@ -163,7 +163,7 @@ def test_the_test_figures_come_from_the_predictions(on_ray):
     assert summary["test"]["accuracy"]["value"] == pytest.approx((test["true"] == test["predicted"]).mean())
 
 
-def test_the_validation_figure_of_the_best_trial_is_that_of_its_saved_model(on_ray):
+def test_the_validation_figure_of_the_best_trial_is_that_of_its_predictions(on_ray):
     folder, _ = on_ray
     summary = json.loads((folder / "summary.json").read_text())
     val = predictions(folder, "", "val")
