@@ -12,7 +12,7 @@ import pytest
 
 from cxr_models.metrics import confusion_matrix, patient_intervals
 from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
-from sweep.record import Record, RunFolder, write_json
+from sweep.record import Record, RunFolder, append_line, write_json
 from sweep.report import main, write_report
 from sweep.samples import Samples, write_samples
 
@@ -222,6 +222,7 @@ def ended_run(out: Path, classes: tuple[str, ...] = CLASSES, never: int | None =
     write_split(folder, classes)
     test = write_predictions(folder, classes, never)
     write_json(folder.summary, summary(classes, **{"test": test, **changes}))
+    append_line(folder.test_openings, {"opened": "2026-01-01", "trials": ["trial-2"], "models": 1})
     return folder
 
 
@@ -232,7 +233,10 @@ def test_the_answer_names_the_leading_trial_and_its_test_figures_with_intervals(
     for metric in ("accuracy", "macro_f1", "balanced_accuracy", "auroc", "loss"):
         value, low, high = (f"{stated[metric][key]:.3f}" for key in ("value", "low", "high"))
         assert f"{value} {low} to {high}" in page.text
-    assert "opened once, after the search, when validation had chosen this model: 24 images of 12 patients" in page.text
+    assert "opened once, after the search, when validation had chosen this configuration" in page.text
+    assert "on training and validation images together: 24 images of 12 patients" in page.text
+    append_line(folder.test_openings, {"opened": "2026-01-02", "trials": ["trial-2"], "models": 1})
+    assert "The test set was opened 2 times" in Page(write_report(folder)).text
 
 
 def test_epochs_that_were_spared_the_frozen_layers_are_told(folder: RunFolder) -> None:
