@@ -249,7 +249,8 @@ class _RayTrial(tune.Trainable):  # type: ignore[misc]
 
     def _start(self, config: dict[str, Any]) -> None:
         trial = TrialConfig.from_json(json.loads(config["config"]))
-        self._process.start(TrialJob(config["trial_id"], trial, self._work))
+        decisions = frozenset(json.loads(config["decisions"]))
+        self._process.start(TrialJob(config["trial_id"], trial, self._work, decisions))
 
     def step(self) -> dict[str, Any]:
         events = self._process.next()
@@ -313,7 +314,8 @@ class _ConductorSearcher(Searcher):  # type: ignore[misc]
         if job is None:
             return Searcher.FINISHED
         # As text, because Ray walks through every value of a configuration again and again.
-        return {"trial_id": job.trial_id, "config": json.dumps(job.config.to_json())}
+        decisions = json.dumps(sorted(job.decisions))
+        return {"trial_id": job.trial_id, "config": json.dumps(job.config.to_json()), "decisions": decisions}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass  # the scheduler hears of it, with the trial's configuration

@@ -40,7 +40,6 @@ class Work:
         threads: of TensorFlow's operations.
         program: `module:function`, the generator that trains.
         preload: modules it needs that are slow to import; a worker's fork server imports them once.
-        decisions: epochs after which a trial waits to hear whether it goes on. After all others it trains on.
         memory_bound_bytes: a child above this is replaced before its next trial: Keras leaks tens of MB a trial in
             one process.
     """
@@ -51,17 +50,21 @@ class Work:
     threads: int
     program: str = "sweep.worker:train"
     preload: tuple[str, ...] = ("cxr_models.training",)
-    decisions: frozenset[int] = frozenset()
     memory_bound_bytes: int = 2 * 1024**3
 
 
 @dataclass(frozen=True)
 class TrialJob:
-    """One trial as a worker gets it."""
+    """One trial as a worker gets it.
+
+    Attributes:
+        decisions: epochs after which it waits to hear whether it goes on. After all others it trains on.
+    """
 
     trial_id: str
     config: TrialConfig
     work: Work
+    decisions: frozenset[int] = frozenset()
 
     @property
     def folder(self) -> Path:
@@ -69,7 +72,7 @@ class TrialJob:
 
     def waits_after(self, epoch: int) -> bool:
         """Whether the trial waits for a decision there. After its own last epoch there is nothing left to decide."""
-        return epoch in self.work.decisions and epoch < self.config.epochs
+        return epoch in self.decisions and epoch < self.config.epochs
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def train(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
 
     steps.configure(job.work.threads)
     work = job.work
-    return training.run_trial(job.trial_id, job.config, work.data, job.folder, work.objective, decisions=work.decisions)
+    return training.run_trial(job.trial_id, job.config, work.data, job.folder, work.objective, decisions=job.decisions)
 
 
 def segment(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
@@ -96,7 +99,7 @@ def segment(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
     steps.configure(job.work.threads)
     work = job.work
     return segmentation.run_segmentation(
-        job.trial_id, job.config, work.data, job.folder, work.objective, decisions=work.decisions
+        job.trial_id, job.config, work.data, job.folder, work.objective, decisions=job.decisions
     )
 
 
