@@ -99,6 +99,8 @@ class Halving:
     A trial goes on if at least one of these holds:
 
     - it is among the best 1/reduction_factor, or among the best `least_survivors`, that have come to the rung so far.
+      An equal that went on counts as better: trials that all answer one class tie exactly, and where a whole strategy
+      does so, it is halved as any other.
       The first to come pass without being judged, so a minimum that they alone made up would select nothing; as it is,
       the best `least_survivors` of all that ever come to a rung have gone on from there.
     - fewer than `least_survivors` of those that went on from the rung are still alive: neither ended at a later rung
@@ -149,9 +151,9 @@ class Halving:
     def keep(self, trial_id: str, config: TrialConfig, epoch: int, value: float) -> bool:
         """Whether the trial goes on after `epoch`.
 
-        The best of its stratum so far and its equals always do. At its own last epoch it counts for the others, and
-        there is nothing left to end. A trial that comes to a rung again, after a crash or a restart, gets the answer
-        it got, and counts once, with the value it had.
+        A new best of its stratum always does. At its own last epoch a trial counts for the others, and there is nothing
+        left to end. One that comes to a rung again, after a crash or a restart, gets the answer it got, and counts
+        once, with the value it had.
         """
         images = self._rungs.of_trial(config).get(epoch)
         if images is None:
@@ -193,8 +195,9 @@ class Halving:
             for trial_id, arrival in arrived.items()
             if trial_id not in self._failed and math.isfinite(arrival.value)
         }
-        ahead = sum(self._sign * rival.value > self._sign * value for rival in rivals.values())
-        if ahead < max(self._least_survivors, (len(rivals) + 1) // self._reduction_factor):
+        better = sum(self._sign * rival.value > self._sign * value for rival in rivals.values())
+        equal = sum(rival.value == value and rival.goes_on for rival in rivals.values())
+        if better + equal < max(self._least_survivors, (len(rivals) + 1) // self._reduction_factor):
             return True
         alive = sum(rival.goes_on and trial_id not in self._ended for trial_id, rival in rivals.items())
         return alive < self._least_survivors

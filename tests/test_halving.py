@@ -106,8 +106,16 @@ class TestKeep:
         values = [sign * value for value in range(40)]
         assert judged(Halving(rungs(1), 3, mode), values) == [True] + [False] * 39
 
-    def test_equals_go_on(self):
-        assert all(judged(Halving(rungs(1), 4, "max"), [0.5] * 20))
+    @pytest.mark.parametrize("factor", [2, 3, 4])
+    def test_of_equals_as_many_go_on_as_of_others(self, factor):
+        """Trials that all answer one class are no better than one another, and not all worth their epochs."""
+        assert sum(judged(Halving(rungs(1), factor, "max"), [0.14] * 24)) == 24 // factor
+
+    def test_an_equal_that_had_to_end_takes_nobody_s_place(self):
+        values = [0.5, 0.9, 0.5, 0.1, 0.1]
+        halving = Halving(rungs(1), 2, "max")
+        assert judged(halving, values) == [True, True, False, False, False]
+        assert halving.keep("the third of six", TRIAL, 1, 0.5)
 
     def test_among_the_best_third_of_nine(self):
         values = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]

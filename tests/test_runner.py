@@ -182,7 +182,7 @@ class TestConductor:
         assert [epoch for epoch in range(1, 5) if job.waits_after(epoch)] == [1]
 
     def test_a_trial_that_failed_ends_no_more_others(self, tmp_path):
-        conductor, heard = fake_sweep(tmp_path, "quick", trials=3, epochs=4, rungs=(1,))
+        conductor, _ = fake_sweep(tmp_path, "quick", trials=3, epochs=4, rungs=(1,))
         jobs = [conductor.next_job() for _ in range(3)]
         assert conductor.epoch(measured(jobs[0], 1, 0.9))
         assert not conductor.epoch(measured(jobs[1], 1, 0.8))
