@@ -19,7 +19,7 @@ LABELS = {
     "optuna": "Optuna loop",
     "strong": "strong (images in memory, warm processes)",
 }
-ORDER = ("sweep_speed", "cut_gains", "compiled_steps", "pixel_reader", "many_trials")
+ORDER = ("sweep_speed", "cut_gains", "compiled_steps", "pixel_reader", "many_trials", "halving")
 PREFACE = """\
 # Measured
 
@@ -51,6 +51,7 @@ python benchmarks/cut_gains.py --data DIR --weights FILE --out benchmarks/result
 python benchmarks/compiled_steps.py --data DIR --weights FILE --out benchmarks/results
 python benchmarks/pixel_reader.py --data DIR
 python benchmarks/many_trials.py
+python benchmarks/halving.py   # a simulation; needs no data
 python benchmarks/sweep_speed.py --render benchmarks/results > benchmarks/RESULTS.md
 ```
 """
@@ -76,6 +77,7 @@ def render_one(result: Result) -> str:
         "compiled_steps": _compiled_steps,
         "pixel_reader": _pixel_reader,
         "many_trials": _many_trials,
+        "halving": _halving,
     }
     return "\n\n".join([*kinds[result["kind"]](result), _environment(result["environment"])])
 
@@ -258,6 +260,54 @@ def _many_trials(result: Result) -> list[str]:
         "Optuna's TPE, the record and MLflow. Seconds count until MLflow has everything; start-up comes on top."
     )
     return ["## Many trials", how, table(header, rows), f"Total seconds grow with the trials to the power {grown}."]
+
+
+def _halving(result: Result) -> list[str]:
+    ways = [
+        [
+            scenario["name"] if row is scenario["rows"][0] else "",
+            row["way"],
+            *(f"{100 * row[name]:.0f}" for name in ("spared", "found")),
+            f"{row['regret']:.4f} ± {row['regret_error']:.4f}",
+            *(f"{100 * row[name]:.0f}" for name in ("epochs", "seconds")),
+        ]
+        for scenario in result["scenarios"]
+        for row in scenario["rows"]
+    ]
+    header = ["sweeps", "way", "best trial spared, %", "best strategy found, %", "mean regret", "epochs, %"]
+    rungs, trials = " and ".join(map(str, result["rungs"])), result["scenarios"][0]["trials"]
+    error = 100 * 0.5 / result["sweeps"] ** 0.5
+    return [
+        "## Halving, simulated",
+        f"{result['sweeps']} sweeps a line, of {trials} trials of each of the five strategies below where nothing else "
+        f"is said, {result['at_once']} at a time, {result['epochs']} epochs; rungs after {rungs} epochs, 1 in "
+        f"{result['reduction_factor']} goes on. All ways run the same trials with the same noise.",
+        "Best trial: the one that truly ends highest; spared if it ran to its end. Best strategy: that trial's; found "
+        "if the trial with the best measured epoch, which the product would choose, is of it. Regret: macro F1 by "
+        "which the chosen trial's true score lies below the best trial's end (± standard error; of the first two "
+        f"percentages it is at most {error:.1f}). Epochs and training time: of what every trial to its end takes.",
+        table([*header, "training time, %"], ways),
+        *_curves(result),
+    ]
+
+
+def _curves(result: Result) -> list[str]:
+    rows = []
+    for row in result["strategies"]:
+        spans = [
+            f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+            for values, digits in zip(zip(*row["fits"], strict=True), (2, 3, 1), strict=True)
+        ]
+        facts = [f"{100 * row['never']:.0f}", f"{row['noise']:.3f}", f"{row['seconds']:.2f}"]
+        rows.append([f"`{row['freeze']}`", str(len(row["fits"])), *spans, *facts])
+    header = ["strategy", "trials that learned", "start", "end", "tau, epochs", "never learn, %", "noise"]
+    return [
+        "The measured trials (`learning_curves.yaml`; mean, least and most of what was fitted, see "
+        "`learning_curves.py`). The ends of a strategy's trials are moved together from sweep to sweep, with a "
+        f"standard deviation of {result['between']}: an assumption. Trials are suggested at random; what TPE would "
+        "make of the stopped ones is not simulated.",
+        table([*header, "seconds of an epoch"], rows),
+    ]
 
 
 def _environment(facts: Result) -> str:

@@ -58,6 +58,11 @@ class Phase:
     def text(self) -> str:
         return self.rule if self.rule in ("all", "none") else f"{self.rule}:{self.amount:g}"
 
+    @property
+    def head_only(self) -> bool:
+        """Whether the backbone is frozen whole, whichever it is."""
+        return self.text in ("all", "fraction:1", "last:0")
+
 
 @dataclass(frozen=True)
 class FreezeStrategy:

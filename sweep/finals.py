@@ -109,7 +109,7 @@ class FinalTrainings:
         training, losses = self._waiting.popleft()
         self._running[training.training_id] = training
         self._told(training, len(self.done) + len(self.problems), self._total)
-        return TrialJob(training.training_id, training.config, self.work, losses)
+        return TrialJob(training.training_id, training.config, self.work, again=losses)
 
     def epoch(self, metrics: EpochMetrics) -> bool:
         """Take note of an epoch; whether the training goes on."""

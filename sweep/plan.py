@@ -33,7 +33,8 @@ from sweep.caching import (
     plan_cache,
 )
 from sweep.dataspec import SourceSpec
-from sweep.halving import rungs
+from sweep.halving import Stratum
+from sweep.halving_plan import HalvingPlan, plan_halving
 from sweep.lung_masks import LungMasks, find_lung_masks
 from sweep.machine import Allotment, Machine, allot
 from sweep.memory import trial_memory
@@ -74,7 +75,6 @@ class Plan:
     Attributes:
         splits: part of every record of the manifest.
         trials: how many there will be.
-        rungs: epochs after which halving judges; empty without halving.
         sides: image sides the trials use, in pixels.
         weights: files of pretrained weights, by (backbone, weights, image_side) of a configuration.
         unets: those of a segmentation, which has no layer tables and keeps no features.
@@ -87,7 +87,7 @@ class Plan:
     strategies: tuple[Strategy, ...]
     trials: int
     max_epochs: int
-    rungs: tuple[int, ...]
+    halving: HalvingPlan
     sides: tuple[int, ...]
     weights: dict[tuple[str, str, int], WeightsFile]
     machine: Machine
@@ -216,7 +216,7 @@ def make_plan(
     longest = [replace(config, epochs=max_epochs) for config in networks]
     cache = plan_cache(rules, longest, cache_dir, limit if networks else 0)
     strategies = _strategies(longest, rules, cache, problems)
-    trials = _trials(spec)
+    trials, of_strata = _trials(spec)
     try:
         batch_size = max(int(size) for size in _values(spec, "batch_size"))
         fitting = [config for config in networks if not rules.problem(config)]  # the others are told of above
@@ -228,8 +228,9 @@ def make_plan(
         problems.append(f"resources: {error}")
     if problems:
         raise SpecError(source, list(dict.fromkeys(problems)))
-    halving = spec.search.halving
-    marks = rungs(halving.grace_epochs, halving.reduction_factor, max_epochs) if halving else ()
+    least_probe = min(_values(spec, "probe_share"))
+    judged = [replace(config, epochs=max_epochs, probe_share=least_probe) for config in everything]
+    halving = plan_halving(spec.search.halving, judged, counts[TRAIN], trials, of_strata)
     return Plan(
         spec=spec,
         manifest=manifest,
@@ -237,7 +238,7 @@ def make_plan(
         strategies=strategies,
         trials=trials,
         max_epochs=max_epochs,
-        rungs=marks,
+        halving=halving,
         sides=tuple(sorted({config.image_side for config in everything})),
         weights=weights,
         machine=machine,
@@ -252,7 +253,8 @@ def make_plan(
             *mask_notes,
             *(masks.note for masks in lung_masks),
             *_data_notes(spec, manifest, splits),
-            *_notes(spec, everything, max_epochs, marks),
+            *_notes(spec, everything),
+            *halving.notes,
         ),
         unets=unets,
         lung_masks=lung_masks,
@@ -309,12 +311,14 @@ def _channels(manifest: Manifest) -> int:
     return 1 if manifest.grey else 3
 
 
-def _trials(spec: SweepSpec) -> int:
+def _trials(spec: SweepSpec) -> tuple[int, Counter[Stratum] | None]:
+    """How many there will be, and how many of each stratum where the search knows it beforehand."""
     if spec.search.algorithm != "grid":
-        return spec.search.trials
-    from sweep.search import Search
+        return spec.search.trials, None
+    from sweep.search import points_of
 
-    return Search(spec).total
+    points = [point for part in points_of(spec) for point in part]
+    return len(points), Counter((str(point["backbone"]), str(point["freeze"])) for point in points)
 
 
 def _values(spec: SweepSpec, axis: str) -> Iterator[float]:
@@ -401,7 +405,7 @@ def _data_notes(spec: SweepSpec, manifest: Manifest, splits: Sequence[str]) -> I
         yield f"the names of {own} images tell no patient: each of these counts as its own"
 
 
-def _notes(spec: SweepSpec, networks: Sequence[TrialConfig], max_epochs: int, marks: tuple[int, ...]) -> Iterator[str]:
+def _notes(spec: SweepSpec, networks: Sequence[TrialConfig]) -> Iterator[str]:
     if any(config.weights == "none" and not _trains_from_scratch(config) for config in networks):
         yield (
             "some trials start from random weights but keep part of them: with weights: none, what is frozen stays "
@@ -413,5 +417,3 @@ def _notes(spec: SweepSpec, networks: Sequence[TrialConfig], max_epochs: int, ma
         yield f"too few epochs for the phases of {', '.join(spec.dropped_strategies)}, which are left out"
     if spec.dropped_points:
         yield f"{spec.dropped_points} fixed points of the file lie outside the space that --set left, and are not run"
-    if spec.search.halving and not marks:
-        yield f"halving has no rung: grace_epochs {spec.search.halving.grace_epochs}, most epochs {max_epochs}"

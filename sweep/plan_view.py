@@ -17,7 +17,6 @@ from sweep.tasks import AXES_OF
 def render_plan(plan: Plan) -> RenderableType:
     """The plan as a person reads it."""
     spec, allotment = plan.spec, plan.allotment
-    halving = ", ".join(map(str, plan.rungs)) if plan.rungs else "none"
     device = f"{allotment.gpus_per_trial:g} GPU" if allotment.gpus_per_trial else "no GPU"
     facts = Table.grid(padding=(0, 2))
     for name, value in (
@@ -25,7 +24,7 @@ def render_plan(plan: Plan) -> RenderableType:
         ("patients", f"{plan.manifest.patients}, {_two_sides(plan)}"),
         ("objective", f"validation {spec.objective.metric}, {spec.objective.mode}imum"),
         ("search", f"{spec.search.algorithm}, {plan.trials} trials, at most {plan.max_epochs} epochs each"),
-        ("rungs", f"after epochs {halving}" if plan.rungs else "none: every trial runs to its end"),
+        ("halving", plan.halving.sentence or "none: every trial runs to its end"),
         ("final", _final(plan)),
         (
             "resources",

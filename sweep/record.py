@@ -94,6 +94,11 @@ class RunFolder:
         return self.state / "trials.jsonl"
 
     @property
+    def halving(self) -> Path:
+        """One line a trial at a rung, with what was decided; and one for each trial that failed."""
+        return self.state / "halving.jsonl"
+
+    @property
     def test_openings(self) -> Path:
         """One line for each time the test set was read."""
         return self.state / "test_openings.jsonl"
@@ -284,6 +289,14 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def drop_cut_line(path: Path) -> None:
+    """Take a last line that a crash cut short off a record, before more is added to it."""
+    lines = path.read_bytes() if path.is_file() else b""
+    if lines and not lines.endswith(b"\n"):
+        with written_whole(path) as scratch:
+            scratch.write_bytes(lines[: lines.rfind(b"\n") + 1])
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:

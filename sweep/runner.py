@@ -103,7 +103,8 @@ class Conductor:
         self._running[suggestion.trial_id] = _Running(suggestion)
         for listener in self._listeners:
             listener.started(suggestion)
-        return TrialJob(suggestion.trial_id, suggestion.config, self.work)
+        decisions = self._halving.decisions(suggestion.config) if self._halving else frozenset[int]()
+        return TrialJob(suggestion.trial_id, suggestion.config, self.work, decisions)
 
     def epoch(self, metrics: EpochMetrics) -> bool:
         """Take note of an epoch; whether the trial goes on."""
@@ -116,8 +117,9 @@ class Conductor:
         for listener in self._listeners:
             listener.epoch(metrics)
         self._search.report(running.suggestion.number, metrics.epoch, value)
-        keep = self._halving is None or self._halving.keep(metrics.trial_id, metrics.epoch, value)
-        if metrics.epoch == running.suggestion.config.epochs:
+        config = running.suggestion.config
+        keep = self._halving is None or self._halving.keep(metrics.trial_id, config, metrics.epoch, value)
+        if metrics.epoch == config.epochs:
             return True  # its own last; it counts at a rung for the others, but there is nothing left to end
         if self.interrupted:
             return False
@@ -145,6 +147,8 @@ class Conductor:
     def _finish(self, running: _Running, outcome: Outcome, end: TrialEnd) -> None:
         suggestion = running.suggestion
         del self._running[suggestion.trial_id]
+        if outcome is Outcome.FAILED and self._halving:
+            self._halving.failed(suggestion.trial_id)
         result = self._result(running, outcome, end)
         value = result.val.get(self.work.objective.metric)
         self._search.finish(suggestion.number, outcome, value)

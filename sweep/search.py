@@ -64,7 +64,7 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._spec = spec
         self._order = order
-        self._fixed, self._rest = _points(spec)
+        self._fixed, self._rest = points_of(spec)
         self.total = len(self._fixed) + len(self._rest) if spec.search.algorithm == "grid" else spec.search.trials
         self._model = _Model(spec)
         self._journal = _Journal(journal, spec) if journal else None
@@ -311,7 +311,7 @@ def _sampler(search: SearchSpec, generation: int) -> BaseSampler:
         )
 
 
-def _points(spec: SweepSpec) -> tuple[list[Mapping[str, Value]], list[Mapping[str, Value]]]:
+def points_of(spec: SweepSpec) -> tuple[list[Mapping[str, Value]], list[Mapping[str, Value]]]:
     """What runs first, as the fixed points say, and what of a grid follows; no point of a grid twice."""
     trials = spec.search.trials
     if spec.search.algorithm != "grid":

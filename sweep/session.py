@@ -235,12 +235,17 @@ def _conductor(plan: Plan, folder: RunFolder, data: TrialData, listeners: tuple[
         spec.objective,
         folder.state / "trials",
         plan.allotment.threads,
-        decisions=frozenset(plan.rungs),
         **SEGMENTING if spec.task == SEGMENT else {},
     )
     halving = None
-    if plan.rungs and spec.search.halving:
-        halving = Halving(plan.rungs, spec.search.halving.reduction_factor, spec.objective.mode)
+    if plan.halving.rungs and spec.search.halving:
+        halving = Halving(
+            plan.halving.rungs,
+            spec.search.halving.reduction_factor,
+            spec.objective.mode,
+            least_survivors=spec.search.halving.least_survivors,
+            journal=folder.halving,
+        )
     return Conductor(work, Search(spec, folder.study, order=plan.order), halving, plan.parameters, listeners)
 
 

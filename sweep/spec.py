@@ -43,10 +43,17 @@ TEXT_AXES = ("space.weights", "space.lung_mask")
 
 
 class HalvingSpec(_Section):
-    """Asynchronous successive halving, see `halving.py`."""
+    """Asynchronous successive halving within each backbone and freeze strategy, see `halving.py`.
+
+    Attributes:
+        grace_epochs: that every trial has before it is judged, of its fine-tuning where the head alone trains first.
+        reduction_factor: one in this many goes on.
+        least_survivors: trials of each backbone and freeze strategy that go on at least.
+    """
 
     grace_epochs: int = Field(ge=1)
     reduction_factor: int = Field(default=3, ge=2)
+    least_survivors: int = Field(default=1, ge=1)
 
 
 class SearchSpec(_Section):

@@ -53,6 +53,7 @@ def summarise(
             "total": len(results),
             **{str(outcome): outcomes[outcome] for outcome in Outcome},
         },
+        "halving": plan.halving.sentence,
         "strategies": _strategies(plan, results, curves, evaluation),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "epochs": {

@@ -249,7 +249,8 @@ class _RayTrial(tune.Trainable):  # type: ignore[misc]
 
     def _start(self, config: dict[str, Any]) -> None:
         trial = TrialConfig.from_json(json.loads(config["config"]))
-        self._process.start(TrialJob(config["trial_id"], trial, self._work, tuple(json.loads(config["again"]))))
+        decisions, again = frozenset(json.loads(config["decisions"])), tuple(json.loads(config["again"]))
+        self._process.start(TrialJob(config["trial_id"], trial, self._work, decisions, again))
 
     def step(self) -> dict[str, Any]:
         events = self._process.next()
@@ -315,7 +316,8 @@ class _ConductorSearcher(Searcher):  # type: ignore[misc]
         if isinstance(job, Wait):
             return None  # Ray asks again
         # As text, because Ray walks through every value of a configuration again and again.
-        return {"trial_id": job.trial_id, "config": json.dumps(job.config.to_json()), "again": json.dumps(job.again)}
+        texts = {"config": job.config.to_json(), "decisions": sorted(job.decisions), "again": job.again}
+        return {"trial_id": job.trial_id, **{name: json.dumps(value) for name, value in texts.items()}}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass  # the scheduler hears of it, with the trial's configuration

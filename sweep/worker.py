@@ -40,7 +40,6 @@ class Work:
         threads: of TensorFlow's operations.
         program: `module:function`, the generator that trains.
         preload: modules it needs that are slow to import; a worker's fork server imports them once.
-        decisions: epochs after which a trial waits to hear whether it goes on. After all others it trains on.
         memory_bound_bytes: a child above this is replaced before its next trial: Keras leaks tens of MB a trial in
             one process.
     """
@@ -51,7 +50,6 @@ class Work:
     threads: int
     program: str = "sweep.worker:train"
     preload: tuple[str, ...] = ("cxr_models.training",)
-    decisions: frozenset[int] = frozenset()
     memory_bound_bytes: int = 2 * 1024**3
 
 
@@ -60,6 +58,7 @@ class TrialJob:
     """One training as a worker gets it.
 
     Attributes:
+        decisions: epochs after which it waits to hear whether it goes on. After all others it trains on.
         again: the validation losses of an earlier training of the configuration, up to its best epoch: it is trained
             again that long, on training and validation images. Empty for a trial.
     """
@@ -67,6 +66,7 @@ class TrialJob:
     trial_id: str
     config: TrialConfig
     work: Work
+    decisions: frozenset[int] = frozenset()
     again: tuple[float, ...] = ()
 
     @property
@@ -75,7 +75,7 @@ class TrialJob:
 
     def waits_after(self, epoch: int) -> bool:
         """Whether the trial waits for a decision there. After its own last epoch there is nothing left to decide."""
-        return not self.again and epoch in self.work.decisions and epoch < self.config.epochs
+        return epoch in self.decisions and epoch < self.config.epochs
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def train(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
     work = job.work
     if job.again:
         return training.train_again(job.trial_id, job.config, work.data.together(), job.folder, job.again)
-    return training.run_trial(job.trial_id, job.config, work.data, job.folder, work.objective, decisions=work.decisions)
+    return training.run_trial(job.trial_id, job.config, work.data, job.folder, work.objective, decisions=job.decisions)
 
 
 def segment(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
@@ -106,7 +106,7 @@ def segment(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
     if job.again:
         return segmentation.train_again(job.trial_id, job.config, work.data.together(), job.folder, job.again)
     return segmentation.run_segmentation(
-        job.trial_id, job.config, work.data, job.folder, work.objective, decisions=work.decisions
+        job.trial_id, job.config, work.data, job.folder, work.objective, decisions=job.decisions
     )
 
 

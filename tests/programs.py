@@ -137,17 +137,17 @@ def undefined(job: TrialJob) -> Epochs:
     yield measured(job, 1, math.nan)
 
 
-def work(folder: Path, program: str, decisions: Iterable[int] = ()) -> Work:
+def work(folder: Path, program: str) -> Work:
     """What the trials of a fake sweep have in common; there are no images."""
     nothing = np.zeros(0, np.int64)
     data = TrialData(("a", "b"), nothing.astype(np.int32), nothing, nothing, 1, {})
     objective = Objective("macro_f1", "max")
-    return Work(data, objective, folder, 1, f"tests.programs:{program}", preload=(), decisions=frozenset(decisions))
+    return Work(data, objective, folder, 1, f"tests.programs:{program}", preload=())
 
 
 def job(folder: Path, program: str, seed: int = 0, epochs: int = 3, decisions: Iterable[int] = ()) -> TrialJob:
     config = TrialConfig("vanilla_cnn", epochs=epochs, seed=seed)
-    return TrialJob(f"t{seed}", config, work(folder, program, decisions))
+    return TrialJob(f"t{seed}", config, work(folder, program), frozenset(decisions))
 
 
 def failing_again(job: TrialJob) -> Epochs:

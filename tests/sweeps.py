@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cxr_models.trial import EpochMetrics, Suggestion, TrialConfig, TrialResult
-from sweep.halving import Halving
+from sweep.halving import Halving, Rungs
 from sweep.runner import Conductor
 from sweep.search import Search
 from sweep.spec import read_spec
@@ -74,9 +74,9 @@ def fake_sweep(
     path = folder / "fake.yaml"
     path.write_text(SPACE.format(algorithm=algorithm, trials=trials, seeds=list(range(trials)), epochs=epochs))
     heard = heard or Heard()
-    halving = Halving(rungs, 2, "max") if rungs else None
+    halving = Halving(Rungs(rungs, epoch_images=1), 2, "max") if rungs else None
     search = Search(read_spec(path))
-    return Conductor(work(folder / "trials", program, rungs), search, halving, parameters, [heard]), heard
+    return Conductor(work(folder / "trials", program), search, halving, parameters, [heard]), heard
 
 
 def parameters(config: TrialConfig) -> tuple[int, int]:

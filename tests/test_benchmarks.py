@@ -2,17 +2,21 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
+from sweep.halving import Halving, Rungs
 from sweep.spec import read_spec
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # programs, not a package
 
 from comparing import compared, full_seconds, mean_accuracies, mean_pause, ratios, trial_seconds
+from halving import CURVES, SCENARIOS, Scenario, draw_trials, play, simulate
+from learning_curves import Strategy, curve, read_measured
 from mixes import BATCH_SIZES, MIXES, Mix, list_trials, listed_values, to_space, trials_for_baselines
 from rendering import NOT_MEASURED, read_results, render
 from speed_of_light import read_rates, speed_of_light
@@ -252,3 +256,83 @@ class TestPage:
         assert places == sorted(places)
         assert "| `all` | 0.020 | 0.500 | 25.0 |" in page
         assert "| 8 | 201 |" in page
+
+
+def planted(freeze: str, end: float, tau: float, noise: float = 0.0) -> Strategy:
+    return Strategy(freeze, fits=((0.2, end, tau),), never=0.0, constant=0.0, noise=noise, seconds=1.0)
+
+
+class TestHalvingSimulation:
+    HEADS_AND_WHOLE = (planted("all", 0.7, 1.0), planted("none", 0.95, 10.0))
+
+    def test_planted_parameters_are_found_in_their_curves(self):
+        noise = np.random.default_rng(0).normal(0.0, 0.01, (4, 27))
+        scores = [curve(27, 0.3, 0.8, 4.0) + noise[0], curve(27, 0.3, 0.8, 4.0) + noise[1], np.full(27, 0.2)]
+        rows = [{"freeze": "none", "epochs": 27, "probe_share": 0.3, "seconds": 2.0, "scores": own} for own in scores]
+        found = Strategy.fitted("none", rows)
+        assert np.array(found.fits) == pytest.approx(np.array([[0.3, 0.8, 4.0]] * 2), rel=0.1)
+        assert (found.never, found.constant, found.seconds) == (pytest.approx(1 / 3), 0.2, 2.0)
+        assert found.noise == pytest.approx(0.01, rel=0.2)
+
+    def test_of_phases_only_the_fine_tuning_is_fitted(self):
+        scores = [*curve(8, 0.3, 0.7, 2.0), *curve(19, 0.1, 0.9, 3.0)]
+        row = {"freeze": "all>none", "epochs": 27, "probe_share": 0.3, "seconds": 2.0, "scores": scores}
+        assert Strategy.fitted("all>none", [row]).fits[0] == pytest.approx((0.1, 0.9, 3.0), rel=1e-3)
+
+    def test_a_slow_starter_that_ends_best_is_lost_among_all_and_kept_among_its_own(self):
+        scenario = Scenario("planted", trials=6)
+        measured = {strategy.freeze: strategy for strategy in self.HEADS_AND_WHOLE}
+        found = {row["way"]: row["found"] for row in simulate(scenario, measured, sweeps=20, seed=0)}
+        assert found["every trial to its end"] == found["fair halving"] == 1.0
+        assert found["ASHA over all strategies"] < 0.8
+
+    def test_every_way_is_simulated_and_the_seed_decides(self):
+        measured = read_measured(CURVES)
+        rows = simulate(SCENARIOS[0], measured, sweeps=3, seed=1)
+        assert rows == simulate(SCENARIOS[0], measured, sweeps=3, seed=1)
+        assert rows != simulate(SCENARIOS[0], measured, sweeps=3, seed=2)
+        whole, fewer, among_all, fair, fairer = rows
+        assert (whole["epochs"], whole["seconds"], whole["spared"]) == (1.0, pytest.approx(1.0), 1.0)
+        assert among_all["epochs"] < fair["epochs"] < fairer["epochs"] < 1.0
+        assert fewer["epochs"] <= fair["epochs"]
+
+    def test_trials_run_side_by_side_and_quick_ones_come_to_a_rung_first(self):
+        trials = draw_trials(self.HEADS_AND_WHOLE, 4, np.random.default_rng(0))
+        arrived = []
+
+        class Noting(Halving):
+            def keep(self, trial_id, config, epoch, value):
+                arrived.append((trial_id, epoch))
+                return super().keep(trial_id, config, epoch, value)
+
+        quick = replace(trials[3], seconds=trials[3].seconds / 100)
+        ran = play([*trials[:3], quick, *trials[4:]], Noting(Rungs((4, 12), 1), 3, "max"))
+        assert arrived[0] == (quick.trial_id, 4)
+        assert set(ran) == {trial.trial_id for trial in trials}
+        assert set(ran.values()) <= {4, 12, 27}
+
+    def test_the_scenarios_are_what_their_names_say(self):
+        measured = {strategy.freeze: strategy for strategy in self.HEADS_AND_WHOLE}
+        ends = {row.freeze: row.end for row in Scenario("", ends="reversed").strategies(measured)}
+        assert ends == pytest.approx({"all": 0.95, "none": 0.7})
+        alike = Scenario("", ends="alike").strategies(measured)
+        assert len({row.fits for row in alike}) == 1
+        taus = {row.freeze: row.fits[0][2] for row in Scenario("", slower=4.0).strategies(measured)}
+        assert taus == {"all": 1.0, "none": 40.0}
+
+    def test_the_page_has_a_line_for_every_way(self):
+        scenarios = [{"name": "planted", "trials": 2, "rows": simulate(SCENARIOS[3], read_measured(CURVES), 2, 0)}]
+        result = {
+            "kind": "halving",
+            "environment": TestPage().result(MIX, 2)["environment"],
+            **{"sweeps": 2, "epochs": 27, "rungs": [4, 12], "reduction_factor": 3, "at_once": 4, "between": 0.02},
+            "strategies": [asdict(strategy) for strategy in self.HEADS_AND_WHOLE],
+            "scenarios": scenarios,
+        }
+        page = render([result])
+        assert "| planted | every trial to its end | 100 | " in page
+        assert "|  | fair halving, least_survivors 2 | " in page
+        assert (
+            "| `none` | 1 | 0.20 (0.20 to 0.20) | 0.950 (0.950 to 0.950) | 10.0 (10.0 to 10.0) | 0 | 0.000 | 1.00 |"
+            in page
+        )

@@ -1,6 +1,7 @@
 """A plan reads the data as the file says: sources, classes, subset and split, with a note on whatever matters."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 from cxr_models.dataset import DataError, patients_on_two_sides
 from cxr_models.trial import SPLITS, TEST, TRAIN, VAL
 from sweep import plan as planning
+from sweep.halving import Rungs
 from sweep.machine import Machine
 from sweep.plan import Plan, make_plan, stored_splits
 from sweep.plan_view import render_plan
@@ -31,13 +33,15 @@ space:
 
 @pytest.fixture
 def plan(tmp_path: Path, cache_dir: Path):
-    """Plan a sweep whose `data` section is given."""
+    """Plan a sweep whose `data` section is given; more of its search, and other axes."""
 
-    def make(data: str) -> Plan:
+    def make(data: str, search: Sequence[str] = (), axes: Mapping[str, str] | None = None) -> Plan:
         file = tmp_path / "planned.yaml"
+        sections = {"search": dict(entry.split(": ", 1) for entry in ("trials: 6", *search)), "space": axes or {}}
+        overrides = [f"{section}.{key}={value}" for section, own in sections.items() for key, value in own.items()]
         file.write_text(SPACE.format(data=data))
         machine = Machine(cores=2, gpus=0, memory_bytes=8 * 2**30)
-        return make_plan(read_spec(file), machine, source=str(file), cache_dir=cache_dir)
+        return make_plan(read_spec(file, overrides), machine, source=str(file), cache_dir=cache_dir)
 
     return make
 
@@ -98,6 +102,42 @@ def test_notes_of_the_data_are_notes_of_the_plan(plan, tmp_path):
 def test_a_class_that_is_not_there_stops_the_plan(plan, tmp_path):
     with pytest.raises(DataError, match="did you mean 'COVID'"):
         plan(f"{{source: {layouts.nested(tmp_path / 'x')}, classes: {{Covid: a}}}}")
+
+
+def test_where_and_among_whom_trials_are_judged_is_told(plan, tmp_path):
+    source = layouts.nested(tmp_path / "x", images=40)
+    made = plan(
+        f"{{source: {source}, split: {{train: 0.5, val: 0.5}}}}",
+        ("algorithm: grid", "halving: {grace_epochs: 2}"),
+        {"freeze": '[all, "all>none"]', "epochs": "8", "learning_rate": "{low: 1, high: 3, step: 1}"},
+    )
+    assert made.halving.rungs == Rungs((2 * 40, 6 * 40), epoch_images=40)
+    assert "after epochs 2 and 6 (80 and 240 images seen), the best third so far of each backbone" in shown(made)
+    assert "where the head alone trains first, epochs count from the end of that" in shown(made)
+    assert made.trials == 6
+    assert not [note for note in made.notes if "halving" in note]
+
+
+def test_a_grid_with_one_trial_of_a_strategy_cannot_be_halved_there(plan, tmp_path):
+    made = plan(
+        f"{{source: {layouts.nested(tmp_path / 'x', images=20)}}}",
+        ("algorithm: grid", "trials: 9", "halving: {grace_epochs: 2}"),
+        {
+            "freeze": "[all, none]",
+            "epochs": "8",
+            "dropout": "{value: 0, when: [{if: {freeze: none}, choices: [0.1, 0.2]}]}",
+        },
+    )
+    assert made.trials == 3
+    (note,) = (note for note in made.notes if "halving" in note)
+    assert note.startswith("halving cannot end any trial of all: ")
+    assert note in shown(made)
+
+
+def test_without_halving_every_trial_runs_to_its_end(plan, tmp_path):
+    made = plan(f"{{source: {layouts.nested(tmp_path / 'x', images=20)}}}")
+    assert made.halving.rungs is None
+    assert "none: every trial runs to its end" in shown(made)
 
 
 def test_a_stored_split_is_that_of_its_shares(plan, tmp_path, cache_dir, monkeypatch):

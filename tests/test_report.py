@@ -243,6 +243,13 @@ def test_epochs_that_were_spared_the_frozen_layers_are_told(folder: RunFolder) -
     assert "9 of 16 epochs run · 6 of these from stored features of frozen layers" in Page(write_report(folder)).text
 
 
+def test_how_halving_judged_is_told_where_it_did(tmp_path: Path) -> None:
+    sentence = "after epochs 4 and 12 (4,000 and 12,000 images seen), the best third goes on"
+    page = Page(write_report(ended_run(tmp_path / "halved", halving=sentence)))
+    assert f"Halving: {sentence}." in page.text
+    assert "halving" not in Page(write_report(ended_run(tmp_path / "whole", halving=""))).ids
+
+
 def test_every_trial_is_on_the_page_in_the_order_of_the_objective(folder: RunFolder) -> None:
     tables = Page(write_report(folder)).tables
     assert [row[-1] for row in tables["ranking"][1:]] == ["trial-2", "trial-1", "trial-3"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -92,7 +93,7 @@ def test_a_last_epoch_at_a_rung_counts_for_the_others(tmp_path):
     run_inline(conductor)
     best = max(result.val["macro_f1"] for result in heard.results.values())
     assert halving is not None
-    assert not halving.keep("longer", 2, best - 1.0)
+    assert not halving.keep("longer", replace(heard.results[0].config, epochs=3), 2, best - 1.0)
 
 
 class InterruptAt(Heard):
@@ -174,6 +175,19 @@ class TestConductor:
         conductor.ended(jobs[1].trial_id, TrialEnd("killed"))
         assert json.dumps(heard.order) == told
         assert heard.results[1].outcome is Outcome.STOPPED_EARLY
+
+    def test_a_trial_waits_where_halving_may_end_it(self, tmp_path):
+        conductor, _ = fake_sweep(tmp_path, "quick", trials=1, epochs=4, rungs=(1, 4))
+        job = conductor.next_job()
+        assert [epoch for epoch in range(1, 5) if job.waits_after(epoch)] == [1]
+
+    def test_a_trial_that_failed_ends_no_more_others(self, tmp_path):
+        conductor, _ = fake_sweep(tmp_path, "quick", trials=3, epochs=4, rungs=(1,))
+        jobs = [conductor.next_job() for _ in range(3)]
+        assert conductor.epoch(measured(jobs[0], 1, 0.9))
+        assert not conductor.epoch(measured(jobs[1], 1, 0.8))
+        conductor.ended(jobs[0].trial_id, TrialEnd("DivergedError: in epoch 2"))
+        assert conductor.epoch(measured(jobs[2], 1, 0.7))
 
     def test_a_failure_keeps_the_epochs_before_it(self, tmp_path):
         conductor, heard = fake_sweep(tmp_path, "quick", trials=1)

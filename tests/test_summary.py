@@ -7,6 +7,7 @@ from typing import Any
 
 from cxr_models.dataset import ImageRecord, Manifest
 from cxr_models.trial import METRICS, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from sweep.halving_plan import HalvingPlan
 from sweep.reference import ReferenceSpec
 from sweep.summary import summarise
 
@@ -24,6 +25,7 @@ def plan() -> Any:
             name="small", task="classify", search=search, objective=objective, data=data, reference=REFERENCE
         ),
         lung_masks=(),
+        halving=HalvingPlan(sentence="after epoch 4"),
         manifest=Manifest(Path("/nowhere"), "folders", RECORDS, (), 0),
         trials=2,
         machine=SimpleNamespace(cores=2, gpus=0),
@@ -72,6 +74,10 @@ def test_the_final_figures_stand_with_their_strategy():
     assert "evaluation_problem" not in first
     assert second["evaluation_problem"] == "out of memory"
     assert "val" not in second
+
+
+def test_the_report_is_told_how_halving_judged():
+    assert summary()["halving"] == "after epoch 4"
 
 
 def test_without_a_test_part_there_is_no_test():
