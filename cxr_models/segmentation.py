@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cxr_models import steps
 from cxr_models.augmentation import augmented, augmented_masks, view_of_epoch
 from cxr_models.epochs import Batches, BestEpoch, check_finite, make_optimizer, steps_of_epoch
+from cxr_models.hopeless import is_hopeless
 from cxr_models.mask_metrics import evaluate_masks
 from cxr_models.schedules import Patience, Schedule
 from cxr_models.storage import written_whole
@@ -51,11 +52,12 @@ def run_segmentation(
     best = BestEpoch(folder, objective)
     best.watch(unet.logits.trainable_variables)
     loop = _EpochLoop(trial_id, config, data, unet)
-    patience = Patience(config.patience)
+    patience, course = Patience(config.patience), []
     for epoch in range(1, config.epochs + 1):
         metrics = loop.run(epoch, begun)
         best.offer(metrics)
-        ends = patience.is_over(metrics.val["loss"])
+        course.append(metrics)
+        ends = patience.is_over(metrics.val["loss"]) or is_hopeless(course, config)
         if epoch in decisions or epoch == config.epochs or ends:
             best.write()
         if not (yield metrics):

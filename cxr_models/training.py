@@ -15,6 +15,7 @@ from cxr_models.cuts import Cut, choose_cut
 from cxr_models.epochs import Batches, BestEpoch, check_finite, make_optimizer, steps_of_epoch
 from cxr_models.features import NoRoomError
 from cxr_models.freezing import Phase, parse_strategy, stage_depths
+from cxr_models.hopeless import is_hopeless
 from cxr_models.inputs import Gather, Inputs
 from cxr_models.metrics import evaluate
 from cxr_models.network import Network, build_network, export_model, head_parameters
@@ -45,7 +46,8 @@ def run_trial(
     """Train one configuration, yielding what each epoch measured.
 
     The caller answers each epoch with whether to go on: `send(True)` or `send(False)`. The weights and the validation
-    scores of the best epoch are in `folder` when the trial ends, and after each epoch of `decisions`.
+    scores of the best epoch are in `folder` when the trial ends, and after each epoch of `decisions`. A hopeless trial
+    ends by itself, see `hopeless.is_hopeless`.
 
     Networks and compiled steps stay for the next trial of the same shape in this process; what a trial gives does not
     depend on what ran before it.
@@ -68,7 +70,7 @@ def run_trial(
     network.reset(config.seed, config.dropout)
     strategy = parse_strategy(config.freeze)
     best = BestEpoch(folder, objective)
-    epoch = 0
+    epoch, course = 0, []
     shares = strategy.epochs(config.epochs, config.probe_share)
     for index, (phase, epochs) in enumerate(zip(strategy.phases, shares, strict=True)):
         network.enter(phase, config.batch_norm)
@@ -82,7 +84,8 @@ def run_trial(
                 epoch += 1
                 metrics, scores = loop.run(epoch, begun)
                 best.offer(metrics, {"index": data.val, "labels": data.labels[data.val], "scores": scores})
-                ends = patience.is_over(metrics.val["loss"])
+                course.append(metrics)
+                ends = patience.is_over(metrics.val["loss"]) or is_hopeless(course, config)
                 if epoch in decisions or epoch == config.epochs or ends:
                     best.write()
                 if not (yield metrics):

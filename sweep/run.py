@@ -180,6 +180,9 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
     best = {axis: value for axis, value in order[0].config.to_json().items() if axis in own}
     shown = (f"{axis} {value:.4g}" if isinstance(value, float) else f"{axis} {value}" for axis, value in best.items())
     console.print(Text(f"best configuration: {', '.join(shown)}"))
+    for diagnosis in order[0].doctor:
+        note = f"  note: {diagnosis.name}. {diagnosis.evidence} {diagnosis.remedy}"
+        console.print(Text(note, style="red" if diagnosis.grave else "yellow"), soft_wrap=True)
     if test := summary.get("test"):
         console.print(f"test set, opened once: {test['images']} images of {test['patients']} patients")
         for name in (name for name in objective.metrics if name in test):
@@ -197,11 +200,12 @@ def _ranking(order: Sequence[TrialResult], objective: Objective) -> Table:
     for name in ("trial", "backbone", "freeze", "learning rate", "dropout", "batch", "epochs", "outcome"):
         table.add_column(name)
     table.add_column(objective.metric, justify="right")
+    table.add_column("doctor")
     for result in order[:SHOWN_RANKS]:
         config = result.config
         row = [result.trial_id, config.backbone, config.freeze, f"{config.learning_rate:.2e}", f"{config.dropout:g}"]
         row += [str(config.batch_size), str(result.epochs), result.outcome.replace("_", " ")]
-        table.add_row(*map(Text, row), f"{result.val[objective.metric]:.3f}")
+        table.add_row(*map(Text, row), f"{result.val[objective.metric]:.3f}", result.doctor_names.replace(";", "\n"))
     return table
 
 
@@ -214,12 +218,14 @@ def _strategy_table(summary: Mapping[str, Any], objective: Objective) -> Table:
         table.add_column(name)
     for name in ("trials", "best", "median", *parts, "trainable", "frozen", "time"):
         table.add_column(name, justify="right")
+    table.add_column("doctor, of the best")
     for row in summary["strategies"]:
         values = f"{row['best_val']:.3f}", f"{row['median_val']:.3f}"
         accuracies = (f"{row[part]['accuracy']:.3f}" if part in row else "–" for part in parts)
         counts = f"{row['trainable_parameters']:,}", f"{row['frozen_parameters']:,}"
         names = row["backbone"], row["freeze"], str(row["trials"])
-        table.add_row(*names, *values, *accuracies, *counts, duration(row["train_seconds"]))
+        noted = "\n".join(diagnosis["name"] for diagnosis in row["doctor"])
+        table.add_row(*names, *values, *accuracies, *counts, duration(row["train_seconds"]), noted)
     return table
 
 

@@ -231,7 +231,8 @@ def _conductor(plan: Plan, folder: RunFolder, data: TrialData, listeners: tuple[
     halving = None
     if plan.rungs and spec.search.halving:
         halving = Halving(plan.rungs, spec.search.halving.reduction_factor, spec.objective.mode)
-    return Conductor(work, Search(spec, folder.study, order=plan.order), halving, plan.parameters, listeners)
+    search = Search(spec, folder.study, order=plan.order)
+    return Conductor(work, search, halving, plan.parameters, listeners, head_parameters=plan.head_parameters)
 
 
 def _run_trials(
