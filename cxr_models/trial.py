@@ -66,7 +66,7 @@ class Outcome(StrEnum):
     """How a trial ended."""
 
     COMPLETED = "completed"  # ran its epochs, or stopped by its own patience
-    STOPPED_EARLY = "stopped_early"  # ended by the scheduler; keeps its metrics and may rank
+    STOPPED_EARLY = "stopped_early"  # ended by the scheduler, or as hopeless; keeps its metrics and may rank
     FAILED = "failed"  # carries the error, never ranks
 
 
