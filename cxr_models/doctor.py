@@ -9,7 +9,7 @@
     unstable_validation        lesser  right after the best epoch the validation accuracy falls far
     head_holds_parameters      lesser  the head holds more than nine tenths of all parameters
     still_improving            lesser  the best epoch is one of the last allowed, and the trend goes on
-    best_epoch_first           lesser  no epoch was better than the first
+    best_epoch_first           lesser  no epoch was better than the first, nor had a lower validation loss
 
 Pure functions of figures: those of our own trials, or a paper's (`curves`).
 """
@@ -312,8 +312,12 @@ def _course_checks(case: _Case) -> Iterator[Diagnosis]:
             f"its mean over the last {_quarter(values)} is {later:.4f}, over as many before {earlier:.4f}."
         )
         yield Diagnosis("still_improving", False, evidence, "Allow more epochs.")
-    if best == 1 and len(values) >= STUCK_EPOCHS:
-        evidence = f"No epoch of {len(values)} has a better validation {metric} than the first, {values[0]:.4f}."
+    losses = [metrics.val["loss"] for metrics in case.epochs if "loss" in metrics.val]
+    # A metric of few images may be best at first by chance, while the loss shows that the model still learns.
+    if best == 1 and len(values) >= STUCK_EPOCHS and (not losses or losses[0] <= min(losses)):
+        told = f"validation {metric} than the first, {values[0]:.4f}"
+        told += f", or a lower validation loss than its {losses[0]:.4f}" if losses and metric != "loss" else ""
+        evidence = f"No epoch of {len(values)} has a better {told}."
         remedy = "Lower the learning rate, or train fewer layers: large steps undo what the first epoch learned."
         yield Diagnosis("best_epoch_first", False, evidence, remedy)
 

@@ -209,11 +209,15 @@ class TestStillImproving:
 
 class TestBestEpochFirst:
     def test_of_three_epochs_or_more(self):
-        epochs = changed({1: measured(0.94, 0.3), 2: measured(0.9, 0.3)})
+        epochs = changed({1: measured(0.94, 0.29), 2: measured(0.9, 0.3)})
         (found,) = diagnose(epochs, CONFIG, MACRO_F1, class_counts=COUNTS)
         assert (found.name, found.grave) == ("best_epoch_first", False)
         assert "No epoch of 8 has a better validation macro_f1 than the first" in found.evidence
+        assert "or a lower validation loss than its 0.2900" in found.evidence
         assert examined(epochs[:2]) == []
+
+    def test_not_where_the_loss_shows_that_it_still_learns(self):
+        assert examined(changed({1: measured(0.94, 0.9), 2: measured(0.9, 0.3)})) == []
 
     def test_not_where_the_first_is_perfect(self):
         assert examined(changed({1: measured(1.0, 0.01), 2: measured(0.95, 0.3)})) == []
@@ -232,7 +236,7 @@ class TestHead:
 
 
 def test_grave_diagnoses_come_first():
-    epochs = changed({1: {**scored(np.where(LABELS == 2, 1, LABELS)), "macro_f1": 0.99}})
+    epochs = changed({1: {**scored(np.where(LABELS == 2, 1, LABELS)), "macro_f1": 0.99, "loss": 0.2}})
     found = diagnose(epochs, CONFIG, MACRO_F1, parameters=100, head_parameters=99)
     assert names(found) == ["class_never_predicted", "best_epoch_first", "head_holds_parameters"]
 
@@ -360,7 +364,8 @@ class TestMasks:
     def test_the_course_is_judged_by_dice(self):
         rising = [self.shifted(by) for by in (5, 5, 4, 4, 3, 3, 2, 1)]
         assert names(self.found(rising, TRAIN_LOSS)) == ["still_improving"]
-        assert names(self.found(rising[::-1], TRAIN_LOSS)) == ["best_epoch_first"]
+        falling = self.found(rising[::-1], TRAIN_LOSS[::-1])
+        assert names(falling) == ["loss_not_falling", "best_epoch_first"]
 
 
 class TestRealTrainings:
