@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cxr_models import steps
 from cxr_models.augmentation import augmented, augmented_masks, view_of_epoch
 from cxr_models.epochs import Batches, BestEpoch, MovedWeights, check_finite, make_optimizer, steps_of_epoch
+from cxr_models.hopeless import is_hopeless
 from cxr_models.mask_metrics import evaluate_masks
 from cxr_models.schedules import Patience, Schedule
 from cxr_models.training import WARM_NETWORKS, WARM_STEPS
@@ -47,11 +48,12 @@ def run_segmentation(
     moved = MovedWeights(folder)
     best = BestEpoch(moved, objective)
     loop = _first_epoch(trial_id, config, data, moved)
-    patience = Patience(config.patience)
+    patience, course = Patience(config.patience), []
     for epoch in range(1, config.epochs + 1):
         metrics = loop.run(epoch, begun)
         best.offer(metrics)
-        ends = patience.is_over(metrics.val["loss"])
+        course.append(metrics)
+        ends = patience.is_over(metrics.val["loss"]) or is_hopeless(course, config)
         if epoch in decisions or epoch == config.epochs or ends:
             moved.write()
         if not (yield metrics):

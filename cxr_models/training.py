@@ -16,6 +16,7 @@ from cxr_models.cuts import Cut, choose_cut
 from cxr_models.epochs import Batches, BestEpoch, MovedWeights, check_finite, make_optimizer, steps_of_epoch
 from cxr_models.features import NoRoomError
 from cxr_models.freezing import Phase, parse_strategy, stage_depths
+from cxr_models.hopeless import is_hopeless
 from cxr_models.inputs import Gather, Inputs
 from cxr_models.metrics import evaluate
 from cxr_models.network import Network, build_network, export_model, head_parameters
@@ -46,7 +47,8 @@ def run_trial(
     """Train one configuration, yielding what each epoch measured.
 
     The caller answers each epoch with whether to go on: `send(True)` or `send(False)`. The weights and the validation
-    scores of the best epoch are in `folder` when the trial ends, and after each epoch of `decisions`.
+    scores of the best epoch are in `folder` when the trial ends, and after each epoch of `decisions`. A hopeless trial
+    ends by itself, see `hopeless.is_hopeless`.
 
     Networks and compiled steps stay for the next trial of the same shape in this process; what a trial gives does not
     depend on what ran before it.
@@ -63,7 +65,7 @@ def run_trial(
         DivergedError: a loss is not finite.
     """
     begun = time.perf_counter()
-    moved, epoch = MovedWeights(folder), 0
+    moved, epoch, course = MovedWeights(folder), 0, []
     best = BestEpoch(moved, objective)
     with closing(_phases(trial_id, config, data, moved)) as phases:
         for loop, epochs in phases:
@@ -72,7 +74,8 @@ def run_trial(
                 epoch += 1
                 metrics, scores = loop.run(epoch, begun)
                 best.offer(metrics, {"index": data.val, "labels": data.labels[data.val], "scores": scores})
-                ends = patience.is_over(metrics.val["loss"])
+                course.append(metrics)
+                ends = patience.is_over(metrics.val["loss"]) or is_hopeless(course, config)
                 if epoch in decisions or epoch == config.epochs or ends:
                     moved.write()
                 if not (yield metrics):

@@ -66,7 +66,7 @@ class Outcome(StrEnum):
     """How a trial ended."""
 
     COMPLETED = "completed"  # ran its epochs, or stopped by its own patience
-    STOPPED_EARLY = "stopped_early"  # ended by the scheduler; keeps its metrics and may rank
+    STOPPED_EARLY = "stopped_early"  # ended by the scheduler, or as hopeless; keeps its metrics and may rank
     FAILED = "failed"  # carries the error, never ranks
 
 
@@ -338,6 +338,23 @@ def best_epoch(epochs: Sequence[EpochMetrics], objective: Objective) -> EpochMet
 
 
 @dataclass(frozen=True)
+class Diagnosis:
+    """Something that is wrong with a training, see `doctor.py`.
+
+    Attributes:
+        name: snake_case, the same in every version.
+        grave: the model, or the figures it ranks with, cannot be trusted; else the trial could have gone better.
+        evidence: a sentence with the figures.
+        remedy: a sentence.
+    """
+
+    name: str
+    grave: bool
+    evidence: str
+    remedy: str
+
+
+@dataclass(frozen=True)
 class TrialResult:
     """How a trial ended, and its validation metrics at its best epoch.
 
@@ -348,6 +365,7 @@ class TrialResult:
         train_seconds: from the trial's start in its process to its last epoch: building and compiling included, and the
             features that it computed or waited for, which later trials then find.
         error: for a failed trial, one line with the cause; the traceback is in `traceback`.
+        doctor: what is wrong with its training, grave diagnoses first.
     """
 
     trial_id: str
@@ -362,6 +380,7 @@ class TrialResult:
     device: str = ""
     error: str = ""
     traceback: str = ""
+    doctor: tuple[Diagnosis, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.outcome is Outcome.FAILED) != bool(self.error):
@@ -373,6 +392,18 @@ class TrialResult:
     def to_json(self) -> dict[str, Any]:
         """Values that JSON has."""
         return {**asdict(self), "config": self.config.to_json(), "outcome": str(self.outcome)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read what `to_json` gave."""
+        config, outcome = TrialConfig.from_json(values["config"]), Outcome(values["outcome"])
+        doctor = tuple(Diagnosis(**each) for each in values.get("doctor", ()))
+        return cls(**{**values, "config": config, "outcome": outcome, "doctor": doctor})
+
+    @property
+    def doctor_names(self) -> str:
+        """The names of its diagnoses, `;`-separated."""
+        return ";".join(diagnosis.name for diagnosis in self.doctor)
 
 
 @dataclass(frozen=True)
@@ -408,6 +439,12 @@ class TrialData:
     def together(self) -> Self:
         """The same images with those of validation among the training images."""
         return replace(self, train=np.union1d(self.train, self.val), val=np.empty(0, np.int64))
+
+    @property
+    def val_counts(self) -> dict[str, int]:
+        """Class -> validation images, of the classes that have any."""
+        counts = np.bincount(self.labels[self.val], minlength=len(self.classes))
+        return {name: int(count) for name, count in zip(self.classes, counts, strict=True) if count}
 
     def pictures(self, config: TrialConfig) -> Path:
         """The pixel array that a configuration is trained on."""

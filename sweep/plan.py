@@ -107,6 +107,13 @@ class Plan:
         phase = parse_strategy(config.freeze).phases[-1]
         return network.count_parameters(config, phase, table, len(self.manifest.classes))
 
+    def head_parameters(self, config: TrialConfig) -> int:
+        """Those of a configuration's head; 0 for a U-Net, which has none."""
+        if config.backbone == UNET:
+            return 0
+        table = self.tables[config.backbone, config.image_side]
+        return network.head_parameters(config, table, len(self.manifest.classes))
+
     def order(self, config: TrialConfig) -> tuple[Any, ...]:
         """Sort key by which trials that share a prefix, and then a program, follow each other, long ones first."""
         if config.backbone == UNET:

@@ -19,7 +19,7 @@ from cxr_models.dataset import Progress
 from cxr_models.features import UnderWay, under_way
 from cxr_models.trial import PIXELS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
 from sweep.finals import FinalTraining
-from sweep.wording import duration
+from sweep.wording import duration, noted
 
 SHOWN_TRIALS = 12
 LINE_INTERVAL_S = 5.0
@@ -211,6 +211,7 @@ class SweepProgress:
         if value is not None and result.outcome is not Outcome.FAILED and self._objective.better(value, self._best_val):
             self._best, self._best_val = result, value
         found = result.error or (f"val {self._objective.metric} {value:.3f}" if value is not None else "no epoch")
+        found += noted(result)
         self._say(f"trial {number + 1} {result.outcome.replace('_', ' ')} after {result.epochs} epochs: {found}")
         self._say(self._status().plain)
 
@@ -236,7 +237,7 @@ class SweepProgress:
         parts = [f"{states.total()} of {self._trials} trials ended ({self._epochs} epochs)"]
         parts += [f"{states[outcome]} {outcome.replace('_', ' ')}" for outcome in Outcome if states[outcome]]
         if self._best:
-            parts.append(f"best val {self._objective.metric} {self._best_val:.3f}")
+            parts.append(f"best val {self._objective.metric} {self._best_val:.3f}{noted(self._best)}")
         if left := self._seconds_left():
             parts.append(f"about {duration(left)} left")
         return Text(", ".join(parts))
@@ -323,5 +324,5 @@ def describe_result(result: TrialResult, objective: Objective) -> str:
     config = result.config
     return (
         f"{config.backbone} {config.freeze}, lr {config.learning_rate:.1e}, "
-        f"val {objective.metric} {result.val[objective.metric]:.3f} at epoch {result.best_epoch}"
+        f"val {objective.metric} {result.val[objective.metric]:.3f} at epoch {result.best_epoch}{noted(result)}"
     )

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_models.metrics import confusion_matrix
-from cxr_models.trial import AXES, CLASSIFY, TEST, VAL, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from cxr_models.trial import AXES, CLASSIFY, TEST, VAL, EpochMetrics, Objective, TrialResult
 from sweep.record import RunFolder, ranked, read_lines
 from sweep.reference import ReferenceSpec
 from sweep.samples import Samples, read_samples
@@ -144,7 +144,7 @@ def read_run(folder: RunFolder) -> Run:
         spec = read_spec(folder.spec)
         objective, source = spec.objective, spec.data.name
     entries = {entry.pop("number"): entry for entry in read_lines(folder.trial_record)}
-    results = tuple(_result(entries[number]) for number in sorted(entries))
+    results = tuple(TrialResult.from_json(entries[number]) for number in sorted(entries))
     leaders = ranked(results, objective)
     best = summary["best"]["trial_id"] if "best" in summary else leaders[0].trial_id if leaders else ""
     return Run(
@@ -165,11 +165,6 @@ def _found(path: Path) -> str:
         return "a file" if path.exists() else "nothing there"
     names = sorted(entry.name for entry in path.iterdir())
     return ", ".join([*names[:5], *(["..."] if len(names) > 5 else [])]) or "an empty folder"
-
-
-def _result(entry: Mapping[str, Any]) -> TrialResult:
-    known = {"config": TrialConfig.from_json(entry["config"]), "outcome": Outcome(entry["outcome"])}
-    return TrialResult(**{**entry, **known})
 
 
 def read_epochs(path: Path) -> Mapping[str, tuple[EpochMetrics, ...]]:

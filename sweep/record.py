@@ -249,7 +249,7 @@ def write_trials_csv(path: Path, results: tuple[TrialResult, ...], objective: Ob
         # `epochs` is how many the trial ran; the axis of that name is the most it may run, as in --max-epochs.
         axes = ("max_epochs" if axis == "epochs" else axis for axis in AXES)
         header = ["trial_id", "outcome", "error", *axes, "epochs", "best_epoch", *(f"val_{name}" for name in metrics)]
-        writer.writerow([*header, "trainable_parameters", "frozen_parameters", "train_seconds"])
+        writer.writerow([*header, "trainable_parameters", "frozen_parameters", "train_seconds", "doctor"])
         writer.writerows(_table_row(result, metrics) for result in results)
 
 
@@ -263,7 +263,7 @@ def _table_row(result: TrialResult, metrics: Sequence[str]) -> list[Any]:
     how = (result.trial_id, result.outcome, result.error, *(config[axis] for axis in AXES))
     found = (result.epochs, result.best_epoch, *(result.val.get(name, "") for name in metrics))
     size = (result.trainable_parameters, result.frozen_parameters, round(result.train_seconds, 2))
-    return [*how, *found, *size]
+    return [*how, *found, *size, result.doctor_names]
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -27,9 +27,9 @@ from sweep.reference import compare, plain_name
 from sweep.report_data import (
     class_rows,
     contradictions,
+    doctor_rows,
     evaluated_parts,
     evaluated_rows,
-    marks,
     overview,
     provenance,
     reading_notes,
@@ -37,7 +37,6 @@ from sweep.report_data import (
     report_rows,
     split_counts,
     strategy_rows,
-    trial_notes,
 )
 from sweep.samples import Pictures
 from sweep.segment_report import overlay_rows
@@ -68,7 +67,6 @@ def render(run: Run) -> str:
     )
     environment.filters.update(
         setting=_setting,
-        marks=marks,
         duration=partial(duration, tenths=True),
         figure=figure,
         metric=metric_name,
@@ -93,7 +91,7 @@ def render(run: Run) -> str:
         unranked=[result for result in run.results if result.outcome is not Outcome.FAILED and not result.best_epoch],
         contradictions=contradictions(run),
         reading_notes=reading_notes(run),
-        trial_notes=trial_notes(run),
+        doctor=doctor_rows(run),
         per_class=class_rows(run.final) if run.final else [],
         recall_intervals=recall_intervals(run),
         evaluated=evaluated_rows(run),

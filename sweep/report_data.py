@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from cxr_models.metrics import classification_report
-from cxr_models.trial import SPLITS, VAL, Outcome, TrialResult
+from cxr_models.trial import SPLITS, VAL, Diagnosis, Outcome, TrialResult
 from sweep.readback import FinalPredictions, Run
 from sweep.record import best_by_strategy, strategy_of
 from sweep.wording import count, duration, figure, is_number, metric_name
@@ -45,6 +45,23 @@ class ClassRow:
     recall: float
     f1: float
     support: int
+
+
+@dataclass(frozen=True)
+class DoctorRow:
+    """What the doctor found in one or several trials.
+
+    Attributes:
+        trials: how many have it.
+        example: the one that evidence and remedy are of.
+    """
+
+    name: str
+    grave: bool
+    trials: int
+    example: str
+    evidence: str
+    remedy: str
 
 
 def strategy_rows(run: Run) -> tuple[StrategyRow, ...]:
@@ -122,29 +139,18 @@ def reading_notes(run: Run) -> list[str]:
     return notes
 
 
-def trial_notes(run: Run) -> list[str]:
-    """What the ranked trials themselves say against reading them at face value."""
-    unripe = sum(map(_ends_at_its_best, run.ranking))
-    blind = sum(map(_misses_a_class, run.ranking))
-    notes = []
-    if unripe:
-        notes.append(f"▸ {count(unripe, 'trial')} had the best epoch at the last one allowed: more might have helped.")
-    if blind:
-        notes.append(f"∅ {count(blind, 'trial')} recognised not one validation image of some class.")
-    return notes
-
-
-def _ends_at_its_best(result: TrialResult) -> bool:
-    return result.best_epoch == result.config.epochs
-
-
-def _misses_a_class(result: TrialResult) -> bool:
-    return any(name.startswith(RECALL) and value == 0.0 for name, value in result.val.items())
-
-
-def marks(result: TrialResult) -> str:
-    """The signs that `trial_notes` explains."""
-    return "▸" * _ends_at_its_best(result) + "∅" * _misses_a_class(result)
+def doctor_rows(run: Run) -> list[DoctorRow]:
+    """A row for each diagnosis that any ended trial has, grave ones first; the best ranked trial is the example."""
+    ranks = {result.trial_id: place for place, result in enumerate(run.ranking)}
+    having: dict[str, list[tuple[TrialResult, Diagnosis]]] = {}
+    for result in sorted(run.results, key=lambda each: ranks.get(each.trial_id, len(ranks))):
+        for diagnosis in result.doctor:
+            having.setdefault(diagnosis.name, []).append((result, diagnosis))
+    rows = [
+        DoctorRow(name, found[0][1].grave, len(found), found[0][0].trial_id, found[0][1].evidence, found[0][1].remedy)
+        for name, found in having.items()
+    ]
+    return sorted(rows, key=lambda row: (not row.grave, -row.trials))
 
 
 def overview(run: Run) -> list[str]:

@@ -25,15 +25,16 @@ from sweep.machine import ClusterUnreachable, Machine, this_machine
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
 from sweep.progress import StepProgress
-from sweep.record import RunFolder, ranked
+from sweep.record import RunFolder, best_by_strategy, ranked
 from sweep.reference import COMPARED, ReferenceSpec, compare
 from sweep.spec import SpecError, checked_name, read_spec
 from sweep.tasks import AXES_OF
 from sweep.weights import WeightsError
-from sweep.wording import duration
+from sweep.wording import duration, noted
 
 DONE, UNFINISHED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 SHOWN_RANKS = 10
+MARK = "! "  # beside the score of a trial in which the doctor found something
 PIPED_WIDTH = 140
 
 
@@ -175,11 +176,16 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
         return
     console.print(_ranking(order, objective))
     console.print(_strategy_table(summary, objective))
+    for line in _doctor_lines(order, objective):
+        console.print(Text(line), soft_wrap=True)
     console.print(_features_line(summary))
     own = AXES_OF[objective.task]
     best = {axis: value for axis, value in order[0].config.to_json().items() if axis in own}
     shown = (f"{axis} {value:.4g}" if isinstance(value, float) else f"{axis} {value}" for axis, value in best.items())
     console.print(Text(f"best configuration: {', '.join(shown)}"))
+    for diagnosis in order[0].doctor:
+        note = f"  {MARK}{diagnosis.name}. {diagnosis.evidence} {diagnosis.remedy}"
+        console.print(Text(note, style="red" if diagnosis.grave else "yellow"), soft_wrap=True)
     if test := summary.get("test"):
         console.print(f"test set, opened once: {test['images']} images of {test['patients']} patients")
         for name in (name for name in objective.metrics if name in test):
@@ -201,7 +207,7 @@ def _ranking(order: Sequence[TrialResult], objective: Objective) -> Table:
         config = result.config
         row = [result.trial_id, config.backbone, config.freeze, f"{config.learning_rate:.2e}", f"{config.dropout:g}"]
         row += [str(config.batch_size), str(result.epochs), result.outcome.replace("_", " ")]
-        table.add_row(*map(Text, row), f"{result.val[objective.metric]:.3f}")
+        table.add_row(*map(Text, row), f"{MARK if result.doctor else ''}{result.val[objective.metric]:.3f}")
     return table
 
 
@@ -215,12 +221,23 @@ def _strategy_table(summary: Mapping[str, Any], objective: Objective) -> Table:
     for name in ("trials", "best", "median", *parts, "trainable", "frozen", "time"):
         table.add_column(name, justify="right")
     for row in summary["strategies"]:
-        values = f"{row['best_val']:.3f}", f"{row['median_val']:.3f}"
+        values = f"{MARK if row['doctor'] else ''}{row['best_val']:.3f}", f"{row['median_val']:.3f}"
         accuracies = (f"{row[part]['accuracy']:.3f}" if part in row else "–" for part in parts)
         counts = f"{row['trainable_parameters']:,}", f"{row['frozen_parameters']:,}"
         names = row["backbone"], row["freeze"], str(row["trials"])
         table.add_row(*names, *values, *accuracies, *counts, duration(row["train_seconds"]))
     return table
+
+
+def _doctor_lines(order: tuple[TrialResult, ...], objective: Objective) -> list[str]:
+    """What the doctor found in the trials of the two tables above."""
+    shown = {result.trial_id: result for result in (*order[:SHOWN_RANKS], *best_by_strategy(order, objective))}
+    lines = [
+        f"  {result.trial_id} {result.config.backbone} {result.config.freeze}{noted(result)}"
+        for result in shown.values()
+        if result.doctor
+    ]
+    return [f"{MARK}the doctor found (report.html has evidence and remedies):", *lines] if lines else []
 
 
 def _print_reference(reference: ReferenceSpec, summary: Mapping[str, Any], console: Console) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
+from cxr_models.doctor import diagnose
+from cxr_models.hopeless import is_hopeless
 from cxr_models.trial import EpochMetrics, Outcome, Suggestion, TrialConfig, TrialResult, best_epoch
 from sweep.halving import Halving
 from sweep.search import Search
@@ -63,6 +65,7 @@ class Conductor:
         halving: ends weak ones early, if given.
         parameters: a configuration's (trainable, frozen) parameters.
         listeners: hear of everything.
+        head_parameters: those of a configuration's head, 0 where unknown.
     """
 
     def __init__(
@@ -72,9 +75,13 @@ class Conductor:
         halving: Halving | None,
         parameters: Callable[[TrialConfig], tuple[int, int]],
         listeners: Sequence[Listener],
+        *,
+        head_parameters: Callable[[TrialConfig], int] = lambda config: 0,
     ) -> None:
         self.work = work
         self._parameters = parameters
+        self._head_parameters = head_parameters
+        self._class_counts = work.data.val_counts
         self._search = search
         self._halving = halving
         self._listeners = listeners
@@ -136,7 +143,11 @@ class Conductor:
         if not end.error and best_epoch(running.epochs, self.work.objective) is None:
             what = f"a validation {self.work.objective.metric}" if running.epochs else "an epoch"
             end = TrialEnd(f"the trial ended without {what}")
-        self._finish(running, Outcome.FAILED if end.error else Outcome.COMPLETED, end)
+        # The trial has given itself up where more epochs were wasted.
+        config = running.suggestion.config
+        gave_up = len(running.epochs) < config.epochs and is_hopeless(running.epochs, config)
+        ended_well = Outcome.STOPPED_EARLY if gave_up else Outcome.COMPLETED
+        self._finish(running, Outcome.FAILED if end.error else ended_well, end)
 
     def close(self) -> None:
         """Tell the study of the trials that came to no end; call it once the runner is through."""
@@ -172,6 +183,14 @@ class Conductor:
             device=running.epochs[-1].device if running.epochs else "",
             error=end.error,
             traceback=end.traceback,
+            doctor=diagnose(
+                running.epochs,
+                config,
+                self.work.objective,
+                class_counts=self._class_counts,
+                parameters=trainable + frozen,
+                head_parameters=self._head_parameters(config),
+            ),
         )
 
 

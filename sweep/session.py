@@ -246,7 +246,8 @@ def _conductor(plan: Plan, folder: RunFolder, data: TrialData, listeners: tuple[
             least_survivors=spec.search.halving.least_survivors,
             journal=folder.halving,
         )
-    return Conductor(work, Search(spec, folder.study, order=plan.order), halving, plan.parameters, listeners)
+    search = Search(spec, folder.study, order=plan.order)
+    return Conductor(work, search, halving, plan.parameters, listeners, head_parameters=plan.head_parameters)
 
 
 def _run_trials(

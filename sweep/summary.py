@@ -4,6 +4,7 @@ import platform
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -81,6 +82,7 @@ def summarise(
             "config": best.config.to_json(),
             "val": dict(best.val),
             "epoch": best.best_epoch,
+            "doctor": [asdict(diagnosis) for diagnosis in best.doctor],
         }
     if plan.spec.reference:
         summary["reference"] = plan.spec.reference.to_yaml()
@@ -131,6 +133,7 @@ def _strategies(
                 "trainable_parameters": best.trainable_parameters,
                 "frozen_parameters": best.frozen_parameters,
                 "train_seconds": round(sum(result.train_seconds for result in own), 2),
+                "doctor": [asdict(diagnosis) for diagnosis in best.doctor],
                 **_best_epochs(plan.spec.objective, curves.get(best.trial_id, ())),
                 **evaluation.figures.get(best.trial_id, {}),
                 "test_by_seed": evaluation.by_seed.get(best.trial_id, []),

@@ -185,7 +185,14 @@ def without_password(text: str) -> str:
 def result_tags(result: TrialResult) -> dict[str, str]:
     """What MLflow is told of how a trial ended."""
     tags = {"outcome": str(result.outcome), "device": result.device, "error": result.error}
+    tags["doctor"] = result.doctor_names
     return {name: text for name, text in tags.items() if text}
+
+
+def best_tags(best: Mapping[str, Any]) -> dict[str, str]:
+    """What MLflow is told of a sweep's best trial, from `best` of its summary."""
+    names = ";".join(diagnosis["name"] for diagnosis in best.get("doctor", ()))
+    return {"best_trial_id": best["trial_id"], **({"best_doctor": names} if names else {})}
 
 
 def trial_files(result: TrialResult, folder: Path, classes: Sequence[str]) -> dict[str, str]:

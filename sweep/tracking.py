@@ -26,6 +26,7 @@ from sweep.record import RunFolder
 from sweep.tracked import DatasetInfo as DatasetInfo
 from sweep.tracked import (
     MetricNames,
+    best_tags,
     config_params,
     flat_params,
     one_line,
@@ -318,7 +319,7 @@ class _Runs:
         try:
             best = summary.get("best")
             metrics = self._metrics(self._names.of_summary(summary), at_ms)
-            self._log(self.parent, metrics=metrics, tags={"best_trial_id": best["trial_id"]} if best else {})
+            self._log(self.parent, metrics=metrics, tags=best_tags(best) if best else {})
             for path in artifacts:
                 self._client.log_artifact(self.parent, str(path))
             self._log_files(self._parent_artifacts, summary_files(summary))

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from cxr_models.trial import TrialResult
+
 # Metric -> as a person says it. A classification's loss is the cross-entropy, a segmentation's its `mask_loss`.
 METRIC_NAMES: Mapping[str, str] = {
     "loss": "loss",
@@ -40,6 +42,11 @@ def is_number(value: Any) -> bool:
 def percentage_points(value: float | None) -> str:
     """A signed difference to one decimal; a dash for none."""
     return f"{value:+.1f}".replace("-", "−") if value is not None else "–"
+
+
+def noted(result: TrialResult) -> str:
+    """` (constant_predictor, loss_at_chance)`: the doctor's note beside a trial; "" where it found nothing."""
+    return f" ({result.doctor_names.replace(';', ', ')})" if result.doctor else ""
 
 
 def duration(seconds: float, *, tenths: bool = False) -> str:

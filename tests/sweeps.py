@@ -1,5 +1,6 @@
 """Small sweeps of fake trials, for both runners."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def fake_sweep(
     rungs: tuple[int, ...] = (),
     heard: Heard | None = None,
     algorithm: str = "grid",
+    head_parameters: Callable[[TrialConfig], int] = lambda config: 0,
 ) -> tuple[Conductor, Heard]:
     """A sweep over the seeds 0, 1, 2, ..., and what is heard of it.
 
@@ -69,6 +71,7 @@ def fake_sweep(
         rungs: epochs after which the weaker half ends; none if empty.
         heard: listens, in place of a new one.
         algorithm: a grid runs every seed once, in order.
+        head_parameters: of a configuration; each has about 110 in all, see `parameters`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "fake.yaml"
@@ -76,7 +79,8 @@ def fake_sweep(
     heard = heard or Heard()
     halving = Halving(Rungs(rungs, epoch_images=1), 2, "max") if rungs else None
     search = Search(read_spec(path))
-    return Conductor(work(folder / "trials", program), search, halving, parameters, [heard]), heard
+    jobs = work(folder / "trials", program)
+    return Conductor(jobs, search, halving, parameters, [heard], head_parameters=head_parameters), heard
 
 
 def parameters(config: TrialConfig) -> tuple[int, int]:

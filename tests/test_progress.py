@@ -7,13 +7,14 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from cxr_models.storage import written_whole
-from cxr_models.trial import METRICS, EpochMetrics, Objective, Outcome, Suggestion, TrialConfig, TrialResult
+from cxr_models.trial import METRICS, Diagnosis, EpochMetrics, Objective, Outcome, Suggestion, TrialConfig, TrialResult
 from sweep import progress
 from sweep.progress import LINE_INTERVAL_S, SweepProgress
 
@@ -39,6 +40,7 @@ class Sweep:
         value: float = 0.5,
         outcome: Outcome = Outcome.COMPLETED,
         source: str = "pixels",
+        doctor: tuple[Diagnosis, ...] = (),
     ) -> None:
         config = TrialConfig("vanilla_cnn", epochs=self.epochs, seed=number)
         self.told.started(Suggestion(number, f"t{number}", config))
@@ -48,7 +50,7 @@ class Sweep:
             self.told.epoch(EpochMetrics(f"t{number}", epoch, 0, 1e-3, values, values, epoch_s, 1.0, source=source))
         error = "it broke" if outcome is Outcome.FAILED else ""
         end = TrialResult(f"t{number}", config, outcome, epochs=self.epochs, best_epoch=1, val=values, error=error)
-        self.told.ended(number, end)
+        self.told.ended(number, replace(end, doctor=doctor))
 
     @property
     def lines(self) -> list[str]:
@@ -92,6 +94,16 @@ def test_the_time_left_follows_the_pace_of_the_trials_not_of_the_start(sweep):
         shown.trial(number, epoch_s=1.0)
     assert shown.lines[-1].startswith("6 of 11 trials ended (60 epochs), 6 completed")
     assert "about 50 s left" in shown.lines[-1]
+
+
+def test_the_best_so_far_stands_with_what_the_doctor_found(sweep):
+    shown = sweep(2, 1)
+    shown.trial(0, epoch_s=1.0, doctor=(Diagnosis("loss_at_chance", True, "a", "b"),))
+    assert shown.lines[-2].endswith("after 1 epochs: val macro_f1 0.500 (loss_at_chance)")
+    assert "best val macro_f1 0.500 (loss_at_chance)" in shown.lines[-1]
+    shown.trial(1, epoch_s=1.0, value=0.6)
+    assert "best val macro_f1 0.600" in shown.lines[-1]
+    assert "loss_at_chance" not in shown.lines[-1]
 
 
 def test_the_best_is_that_of_trials_that_may_rank(sweep):

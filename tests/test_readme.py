@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cxr_models import doctor
 from sweep.spec import json_schema, read_spec
 from tests import layouts
 
@@ -90,6 +91,19 @@ def test_the_example_space_is_read(tmp_path):
     assert len(read_spec(tmp_path / "data.yaml").data.all_sources) == 2
     (tmp_path / "reference.yaml").write_text(example + reference)
     assert read_spec(tmp_path / "reference.yaml").reference.results[0].accuracy["test"] == 0.908
+
+
+def test_every_diagnosis_is_told_and_the_doctor_reads_typed_in_curves(capsys):
+    section = README.partition("### The doctor")[2].partition("\n## ")[0]
+    told = {
+        name for row in re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE) for name in re.findall("`(.*?)`", row)
+    }
+    rows = re.findall(r"^    (\w+(?:, \w+)?) +(?:grave|lesser) ", doctor.__doc__, re.MULTILINE)
+    assert told == {name for row in rows for name in row.split(", ")}
+    assert len(told) == 11
+    (example,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    exec(example, {})
+    assert "exploding_validation_loss In epoch 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "search_spaces").glob("*.yaml")), ids=lambda file: file.name)

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cxr_models.trial import (
     BEST_WEIGHTS,
     METRICS,
     VALIDATION_SCORES,
+    Diagnosis,
     EpochMetrics,
     Objective,
     Outcome,
@@ -177,7 +179,7 @@ class TestRecord:
             *("max_epochs" if axis == "epochs" else axis for axis in AXES),
             *("epochs", "best_epoch"),
             *("val_loss", "val_accuracy", "val_macro_f1", "val_balanced_accuracy", "val_auroc", "val_recall/COVID"),
-            *("trainable_parameters", "frozen_parameters", "train_seconds"),
+            *("trainable_parameters", "frozen_parameters", "train_seconds", "doctor"),
         ]
         assert (first["trial_id"], first["outcome"], first["error"]) == ("aa", "completed", "")
         assert (first["hidden_units"], first["val_macro_f1"]) == ("[8, 4]", "0.75")
@@ -207,6 +209,22 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
     path.write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
     assert list(read_lines(path)) == [{"epoch": 1}, {"epoch": 2}]
     assert list(read_lines(tmp_path / "absent.jsonl")) == []
+
+
+def test_what_the_doctor_found_is_in_the_table_and_read_back_from_the_record(folder):
+    found = (
+        Diagnosis("constant_predictor", True, "One class.", "Less."),
+        Diagnosis("still_improving", False, "a", "b"),
+    )
+    noted = replace(result("aa", 0.5), doctor=found)
+    record = Record(folder, OBJECTIVE)
+    record.ended(0, noted)
+    record.ended(1, result("bb", 0.4))
+    assert [row["doctor"] for row in rows(folder)] == ["constant_predictor;still_improving", ""]
+    (line, other) = read_lines(folder.trial_record)
+    assert TrialResult.from_json({name: value for name, value in line.items() if name != "number"}) == noted
+    del other["number"], other["doctor"]  # as it was written before there was a doctor
+    assert TrialResult.from_json(other) == result("bb", 0.4)
 
 
 class TestRanking:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from cxr_models.metrics import confusion_matrix, patient_intervals
-from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from cxr_models.trial import Diagnosis, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 from sweep.record import Record, RunFolder, append_line, write_json
 from sweep.report import main, write_report
 from sweep.samples import Samples, write_samples
@@ -261,7 +261,7 @@ def test_every_trial_is_on_the_page_in_the_order_of_the_objective(folder: RunFol
 
 def test_only_the_axes_that_vary_are_columns_and_the_others_stand_once(folder: RunFolder) -> None:
     page = Page(write_report(folder))
-    assert page.tables["ranking"][0][6:9] == ["backbone", "freeze", "learning_rate"]
+    assert page.tables["ranking"][0][7:10] == ["backbone", "freeze", "learning_rate"]
     assert "dropout" not in page.tables["ranking"][0]
     assert re.search(r"The same in every trial .*\bdropout 0\b", page.text)
 
@@ -269,7 +269,7 @@ def test_only_the_axes_that_vary_are_columns_and_the_others_stand_once(folder: R
 def test_a_strategy_counts_all_its_trials_but_takes_the_median_of_those_that_rank(folder: RunFolder) -> None:
     rows = Page(write_report(folder)).tables["strategy-table"][1:]
     assert rows[0][:6] == ["mobilenet_v2_0.35", "stages:1", "1", "1", "0.800", "0.800"]
-    assert rows[1] == ["vanilla_cnn", "none", "3", "2", "0.700", "0.650", "23,456", "128", "1 min 30 s"]
+    assert rows[1] == ["vanilla_cnn", "none", "3", "2", "0.700", "0.650", "23,456", "128", "1 min 30 s", ""]
 
 
 def test_a_strategy_whose_trials_all_failed_stays_in_the_table(tmp_path: Path) -> None:
@@ -529,15 +529,34 @@ def test_a_class_that_is_never_predicted_is_called_out(tmp_path: Path) -> None:
     assert "Never predicted: normal." in page.text
 
 
-def test_trials_that_ended_on_their_best_epoch_or_miss_a_class_are_marked(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path, "marks", exactly=True)
+def test_the_best_trial_never_stands_without_the_notes_of_the_doctor(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "noted", exactly=True)
     folder.spec.write_text(SPEC, encoding="utf-8")
-    blind = {**RESULTS[0].val, "recall/covid": 0.0, "recall/normal": 1.0}
-    record(folder, [result(1, 0.9, epochs=4, best_epoch=4), result(2, 0.7, epochs=2), result(3, val=blind)])
+    blind = Diagnosis("class_never_predicted", True, "Of the 4 of covid none is recognised.", f"Balance {HOSTILE}.")
+    late = Diagnosis("still_improving", False, "The best epoch is 4 of 4.", "Allow more epochs.")
+    deep = TrialConfig("vanilla_cnn", freeze="none", learning_rate=0.1, epochs=9)
+    first, second = result(1, 0.9, doctor=(blind, late)), result(2, 0.7, doctor=(late,), config=deep)
+    broken = result(4, outcome=Outcome.FAILED, error="OOM", val={}, best_epoch=0, doctor=(late,))
+    record(folder, [second, first, result(3), broken])
     page = Page(write_report(folder))
-    assert [row[3] for row in page.tables["ranking"][1:]] == ["▸ 4 of 4", "2 of 2", "∅ 2 of 3"]
-    assert "1 trial had the best epoch at the last one allowed" in page.text
-    assert "1 trial recognised not one validation image of some class" in page.text
+    answer = page.text[: page.text.index("Strategies")]
+    assert "class_never_predicted. Of the 4 of covid none is recognised. Balance <script>" in answer
+    assert "still_improving. The best epoch is 4 of 4. Allow more epochs." in answer
+    (heading, *rows) = page.tables["ranking"]
+    names = [row[heading.index("Doctor")] for row in rows]
+    assert names == ["class_never_predicted still_improving", "still_improving", ""]
+    assert page.tables["strategy-table"][1][-1] == names[0]
+    assert page.tables["doctor"][1:] == [
+        ["class_never_predicted", "1", "Of the 4 of covid none is recognised. (trial-1)", f"Balance {HOSTILE}."],
+        ["still_improving", "3", "The best epoch is 4 of 4. (trial-1)", "Allow more epochs."],
+    ]
+    assert "script" not in page.tags
+
+
+def test_without_findings_there_is_no_word_of_the_doctor(folder: RunFolder) -> None:
+    page = Page(write_report(folder))
+    assert "doctor" not in page.tables
+    assert not any("doctor" in value for name, value in page.attributes if name == "class")
 
 
 def test_command_line_writes_the_report_and_prints_its_path(folder: RunFolder, capsys: pytest.CaptureFixture) -> None:

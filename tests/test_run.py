@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from cxr_models.trial import METRICS, Objective, Outcome, TrialConfig, TrialResult
+from cxr_models.trial import METRICS, Diagnosis, Objective, Outcome, TrialConfig, TrialResult
 from sweep.reference import ReferenceSpec
 from sweep.run import INTERRUPTED, PIPED_WIDTH, WRONG_INPUT, main, print_results
 
@@ -300,14 +301,21 @@ def wait_for(condition: object, timeout_s: float) -> None:
         time.sleep(0.2)
 
 
-def printed(parts: tuple[str, ...], reference: ReferenceSpec | None = None) -> list[str]:
+def printed(
+    parts: tuple[str, ...], reference: ReferenceSpec | None = None, doctor: tuple[Diagnosis, ...] = ()
+) -> list[str]:
     """What a sweep ends with on the terminal, whose test part has images if `parts` says so."""
     config = TrialConfig("efficientnet_v2_b0", freeze="all>stages:1>none")
     values = dict.fromkeys(METRICS, 0.9)
     result = TrialResult("1a2b3c4d", config, Outcome.COMPLETED, 3, 2, values, 12_345_678, 12_345_678, 4000.0)
+    result = replace(result, doctor=doctor)
     row: dict[str, Any] = {"backbone": config.backbone, "freeze": config.freeze, "trials": 10, "best_val": 0.9}
     row |= {"median_val": 0.8, "trainable_parameters": 12_345_678, "frozen_parameters": 12_345_678}
-    row |= {"train_seconds": 4000.0, **{part: {"accuracy": 0.5, "loss": 0.7} for part in parts}}
+    row |= {
+        "train_seconds": 4000.0,
+        "doctor": [asdict(each) for each in doctor],
+        **{part: {"accuracy": 0.5, "loss": 0.7} for part in parts},
+    }
     summary: dict[str, Any] = {"strategies": [row], "data": {"classes": ["COVID", "Normal"]}}
     summary |= {"epochs": {"run": 3, "full": 3, "from_features": 0}}
     if "test" in parts:
@@ -328,6 +336,24 @@ def test_the_strategies_are_printed_with_the_accuracy_on_every_part():
     (row,) = (line for line in lines if line.count("0.500") == 3)
     assert "efficientnet_v2_b0 │ all>stages:1>none" in row  # nothing is cut or wrapped
     assert max(map(len, lines)) <= PIPED_WIDTH
+
+
+def test_the_best_is_not_printed_without_what_the_doctor_found():
+    blind = Diagnosis("class_never_predicted", True, "Of [the] 4 of covid none is recognised.", "Balance.")
+    late = Diagnosis("still_improving", False, "The best epoch is 4 of 4.", "Allow more epochs.")
+    lines = printed(("train", "val", "test"), doctor=(blind, late))
+    in_tables = [line for line in lines if "efficientnet_v2_b0 │" in line]
+    assert len(in_tables) == 2, "ranking and strategies"
+    assert all("│ ! 0.900 │" in " ".join(line.split()) for line in in_tables)
+    assert "  1a2b3c4d efficientnet_v2_b0 all>stages:1>none (class_never_predicted, still_improving)" in lines
+    place = next(place for place, line in enumerate(lines) if "best configuration:" in line)
+    notes = [line.strip() for line in lines[place:] if line.startswith("  ! ")]
+    assert notes == [
+        "! class_never_predicted. Of [the] 4 of covid none is recognised. Balance.",
+        "! still_improving. The best epoch is 4 of 4. Allow more epochs.",
+    ]
+    assert max(map(len, lines[: place - 1])) <= PIPED_WIDTH
+    assert not [line for line in printed(("test",)) if "doctor" in line or "! " in line]
 
 
 def test_a_sweep_without_a_test_part_says_so():

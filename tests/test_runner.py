@@ -96,6 +96,38 @@ def test_a_last_epoch_at_a_rung_counts_for_the_others(tmp_path):
     assert not halving.keep("longer", replace(heard.results[0].config, epochs=3), 2, best - 1.0)
 
 
+def test_a_trial_that_gave_itself_up_is_stopped_early_and_told_to_the_study_as_pruned(tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "blind", trials=4, epochs=8)
+    run_inline(conductor)
+    for seed, result in heard.by_seed.items():
+        if seed % 2:
+            assert (result.outcome, result.epochs, result.error) == (Outcome.STOPPED_EARLY, 3, "")
+            assert result.val["macro_f1"] == 1 / 3, "it may rank"
+            assert result.doctor_names == "constant_predictor"
+        else:
+            assert (result.outcome, result.epochs) == (Outcome.COMPLETED, 8)
+            assert "constant_predictor" not in result.doctor_names
+    states = [trial.state.name for trial in conductor._search._model._ended]
+    assert states == ["COMPLETE", "PRUNED"] * 2
+
+
+def test_a_blind_trial_that_has_no_epoch_left_is_completed(tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "blind", trials=2, epochs=3)
+    run_inline(conductor)
+    assert heard.by_seed[1].outcome is Outcome.COMPLETED
+    assert heard.by_seed[1].doctor_names == "constant_predictor"
+
+
+def test_every_ended_trial_is_examined_the_failed_one_too(tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=1, epochs=4, head_parameters=lambda config: 109)
+    job = conductor.next_job()
+    for epoch in (1, 2, 3):
+        conductor.epoch(measured(job, epoch, 1 / epoch))
+    conductor.ended(job.trial_id, TrialEnd("OOM: no memory", "Traceback ..."))
+    assert heard.results[0].outcome is Outcome.FAILED
+    assert heard.results[0].doctor_names == "unstable_validation;head_holds_parameters"
+
+
 class InterruptAt(Heard):
     """Ctrl-C in the third trial, after an epoch."""
 

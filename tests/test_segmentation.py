@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cxr_models import steps
+from cxr_models.doctor import diagnose
 from cxr_models.epochs import DivergedError
 from cxr_models.mask_metrics import count_masks, evaluate_masks
 from cxr_models.segmentation import best_unet, predict_masks, run_segmentation, train_again
@@ -62,6 +63,7 @@ def test_it_beats_a_mask_of_everything(data, tmp_path, loss, most):
     assert max(epoch.val["dice"] for epoch in epochs) > trivial + 0.2
     assert epochs[0].train.keys() == epochs[0].val.keys() == MASK_METRICS.keys()
     assert epochs[-1].train["loss"] < epochs[0].train["loss"]
+    assert not [found.name for found in diagnose(epochs, replace(TINY, epochs=most), DICE) if found.grave]
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_ran_before(data, tmp_path):

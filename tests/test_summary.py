@@ -1,17 +1,19 @@
 """The summary says of each strategy what its best trial's epochs and the final evaluation say."""
 
 from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from cxr_models.dataset import ImageRecord, Manifest
-from cxr_models.trial import METRICS, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from cxr_models.trial import METRICS, Diagnosis, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 from sweep.halving_plan import HalvingPlan
 from sweep.reference import ReferenceSpec
 from sweep.summary import summarise
 
 RECORDS = tuple(ImageRecord(f"{k}.png", "ab"[k % 2], f"p{k}", "", "", "", "", 8, 8, "L", True) for k in range(4))
+LATE = Diagnosis("still_improving", False, "The best epoch is the last.", "Allow more epochs.")
 REFERENCE = ReferenceSpec.model_validate(
     {"source": "a report", "classes": ["A", "B"], "results": [{"accuracy": {"test": 0.9}}]}
 )
@@ -50,7 +52,7 @@ def summary(**found: Any) -> dict[str, Any]:
     evaluation = SimpleNamespace(**{"figures": {}, "problems": {}, "test": None, **found})
     return summarise(
         plan(),
-        [result("t1", "all", 0.9), result("t2", "none", 0.8)],
+        [replace(result("t1", "all", 0.9), doctor=(LATE,)), result("t2", "none", 0.8)],
         seconds={"total": 1.0},
         epochs_run=6,
         epochs_from_features=0,
@@ -78,6 +80,12 @@ def test_the_final_figures_stand_with_their_strategy():
 
 def test_the_report_is_told_how_halving_judged():
     assert summary()["halving"] == "after epoch 4"
+
+
+def test_the_best_and_each_strategy_s_best_stand_with_what_the_doctor_found():
+    found = summary()
+    assert found["best"]["doctor"] == found["strategies"][0]["doctor"] == [asdict(LATE)]
+    assert found["strategies"][1]["doctor"] == []
 
 
 def test_without_a_test_part_there_is_no_test():

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import mlflow
@@ -15,7 +17,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from cxr_models.doctor import diagnose
 from cxr_models.metrics import confusion_matrix
+from sweep.readback import read_run
+from sweep.record import RunFolder
 
 ROOT = Path(__file__).parent.parent
 SPACE = """\
@@ -80,6 +85,26 @@ def test_every_trial_is_told(on_ray):
     assert deep["frozen_parameters"] == "266848"
     assert {trial["weights"] for trial in trials if trial["backbone"] == "vanilla_cnn"} == {"none"}
     assert {"epochs", "best_epoch", "val_macro_f1", "val_recall/COVID", "train_seconds", "learning_rate"} <= deep.keys()
+
+
+def test_what_the_doctor_found_is_the_same_everywhere(on_ray):
+    folder, shown = on_ray
+    in_table = {trial["trial_id"]: trial["doctor"] for trial in trials_of(folder)}
+    run = read_run(RunFolder(folder))
+    split = Counter(run.split[run.split["split"] == "val"]["label"])
+    for result in run.results:
+        epochs = run.epochs.get(result.trial_id, ())
+        found = diagnose(epochs, result.config, run.objective, class_counts=split)
+        assert result.doctor == found
+        assert in_table[result.trial_id] == ";".join(diagnosis.name for diagnosis in found)
+    summary, best = json.loads((folder / "summary.json").read_text()), run.ranking[0]
+    assert summary["best"]["doctor"] == [asdict(diagnosis) for diagnosis in best.doctor]
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{summary['mlflow_run_id']}'")
+    tags = {child.data.tags["trial_id"]: child.data.tags.get("doctor", "") for child in children}
+    assert tags == in_table
+    for diagnosis in best.doctor:
+        assert f"! {diagnosis.name}. {diagnosis.evidence}" in shown
 
 
 def test_the_summary_says_what_the_record_says(on_ray):

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cxr_models.trial import METRICS, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
+from cxr_models.trial import METRICS, Diagnosis, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 from sweep import backlog, tracking
 from sweep.record import RunFolder
 from sweep.tracked import MetricNames, flat_params, matrix_page
@@ -129,9 +129,15 @@ def read_back(folder: RunFolder, target: Tracker) -> Tracked:
     return Tracked(folder, target, client, parent, {run.data.tags["trial_id"]: run for run in found})
 
 
+FOUND = (Diagnosis("loss_at_chance", True, "a", "b"), Diagnosis("best_epoch_first", False, "c", "d"))
 SUMMARY = {
     "trials": {"total": 3, "completed": 1, "stopped_early": 1, "failed": 1},
-    "best": {"trial_id": suggested(0).trial_id, "config": {}, "val": {"macro_f1": 0.8, "recall/Normal": 0.9}},
+    "best": {
+        "trial_id": suggested(0).trial_id,
+        "config": {},
+        "val": {"macro_f1": 0.8, "recall/Normal": 0.9},
+        "doctor": [asdict(diagnosis) for diagnosis in FOUND],
+    },
     "test": {
         "macro_f1": {"value": 0.75, "low": 0.7, "high": 0.8},
         "recall/Normal": {"value": 0.9, "low": None, "high": None},
@@ -148,7 +154,7 @@ def tracked(tmp_path_factory) -> Tracked:
     target.opened()
     completed, stopped, failed = (suggested(number) for number in range(3))
     run_trial(target, folder, completed, [0.5, 0.8, 0.7])
-    target.ended(0, result(completed, Outcome.COMPLETED, [0.5, 0.8, 0.7]))
+    target.ended(0, replace(result(completed, Outcome.COMPLETED, [0.5, 0.8, 0.7]), doctor=FOUND))
     run_trial(target, folder, stopped, [0.4])
     target.ended(1, result(stopped, Outcome.STOPPED_EARLY, [0.4]))
     run_trial(target, folder, failed, [])
@@ -256,6 +262,13 @@ def test_a_failed_trial_keeps_its_traceback(tracked):
     assert "Traceback" in tracked.artifact(run.info.run_id, "error.txt").read_text()
     assert run.data.tags["error"] == "ResourceExhaustedError: out of memory"
     assert "best_epoch" not in run.data.metrics
+
+
+def test_what_the_doctor_found_is_a_tag_of_the_trial_and_of_the_sweep_whose_best_it_is(tracked):
+    tags = {trial_id: run.data.tags.get("doctor") for trial_id, run in tracked.children.items()}
+    assert tags.pop(suggested(0).trial_id) == "loss_at_chance;best_epoch_first"
+    assert set(tags.values()) == {None}
+    assert tracked.parent.data.tags["best_doctor"] == "loss_at_chance;best_epoch_first"
 
 
 def test_the_sweep_ends_with_test_figures_and_their_intervals(tracked):

@@ -12,6 +12,7 @@ import pytest
 
 from cxr_models import steps, training
 from cxr_models.backbones import BACKBONES
+from cxr_models.doctor import diagnose
 from cxr_models.epochs import DivergedError, drawn_images, dropout_seeds
 from cxr_models.freezing import parse_strategy
 from cxr_models.network import Network
@@ -269,6 +270,7 @@ class TestEpochs:
         np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1.0, rtol=1e-5)
         assert epochs[-1].val["loss"] < epochs[0].val["loss"] < 1.0
         assert epochs[-1].val["accuracy"] >= 0.9
+        assert not [found for found in diagnose(epochs, config, LOSS, class_counts=data.val_counts) if found.grave]
         network = best_network(config, data, tmp_path / "trial")
         found = log_probabilities(network, np.load(data.pixels[70]), data.val)
         np.testing.assert_allclose(found, scores, rtol=1e-4, atol=1e-5)
