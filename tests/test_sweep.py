@@ -169,7 +169,8 @@ def test_the_saved_model_predicts_what_was_recorded(on_ray, radiography_folder):
 def test_the_readme_shows_how_to_use_the_model(on_ray, radiography_folder, tmp_path):
     folder, _ = on_ray
     recorded = predictions(folder).iloc[0]
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (snippet,) = (block for block in blocks if "load_model" in block)
     image = radiography_folder / recorded["image"]
     snippet = snippet.replace("runs/radiography", str(folder)).replace("x-ray.png", str(image))
     done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, check=True, cwd=ROOT)
