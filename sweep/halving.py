@@ -99,10 +99,9 @@ class Halving:
     A trial goes on if at least one of these holds:
 
     - it is among the best 1/reduction_factor, or among the best `least_survivors`, that have come to the rung so far.
-      An equal that went on counts as better: trials that all answer one class tie exactly, and where a whole strategy
-      does so, it is halved as any other.
       The first to come pass without being judged, so a minimum that they alone made up would select nothing; as it is,
-      the best `least_survivors` of all that ever come to a rung have gone on from there.
+      the best `least_survivors` of all that ever come to a rung have gone on from there. An equal that went on counts
+      as better: trials that answer one class alone tie exactly, and a strategy of such trials is halved as any other.
     - fewer than `least_survivors` of those that went on from the rung are still alive: neither ended at a later rung
       nor failed. Whenever a trial is ended, so many others of its stratum are therefore ahead of it, and these reach
       their last epochs unless they fail after the stratum's last such decision, which nothing can take back.
@@ -168,7 +167,7 @@ class Halving:
         return arrived[trial_id].goes_on
 
     def failed(self, trial_id: str) -> None:
-        """Strike a trial that came to a bad end."""
+        """Strike a trial that came to a bad end, or that a sweep which goes on does not take up again."""
         if self._journal:
             append_line(self._journal, {"failed": trial_id})
         self._failed.add(trial_id)

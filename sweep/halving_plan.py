@@ -56,9 +56,10 @@ def plan_halving(
 def _sentence(spec: HalvingSpec, rungs: Rungs, longest: Sequence[TrialConfig]) -> str:
     epochs, images = (_listed([f"{images // unit:,}" for images in rungs.images]) for unit in (rungs.epoch_images, 1))
     share = SHARES.get(spec.reduction_factor, f"1 in {spec.reduction_factor}")
+    plural = "s" if len(rungs.images) > 1 else ""
     sentence = (
-        f"after epochs {epochs} ({images} images seen), the best {share} so far of each backbone and freeze strategy "
-        f"goes on, at least {spec.least_survivors}, and the others end"
+        f"after epoch{plural} {epochs} ({images} images seen), the best {share} so far of each backbone and freeze "
+        f"strategy goes on, at least {spec.least_survivors}, and the others end"
     )
     if any(map(head_epochs, longest)):
         sentence += "; where the head alone trains first, epochs count from the end of that"

@@ -36,7 +36,7 @@ def test_rungs_in_epochs_and_in_images():
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"grace_epochs": 9}, "after epochs 9 (9,000 images seen), the best third"),
+        ({"grace_epochs": 9}, "after epoch 9 (9,000 images seen), the best third"),
         ({"grace_epochs": 3, "reduction_factor": 2}, "after epochs 3, 6, 12 and 24 ("),
         ({"reduction_factor": 2}, "the best half so far"),
         ({"reduction_factor": 6}, "the best 1 in 6 so far"),

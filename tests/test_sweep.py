@@ -29,6 +29,7 @@ data: {data}
 objective: macro_f1
 search:
   trials: 4
+  halving: {{grace_epochs: 1, least_survivors: 4}}
   fixed:
     - {{backbone: mobilenet_v2_0.35, freeze: "convs:1", learning_rate: 1e-3}}
     - {{backbone: vanilla_cnn, learning_rate: 1e-3}}
@@ -121,6 +122,24 @@ def test_the_summary_says_what_the_record_says(on_ray):
     assert "mlflow ui --backend-store-uri" in shown
     assert "#/experiments/1/runs?workflowType=machine_learning" in shown
     assert str(folder / "report.html") in shown
+
+
+def test_every_decision_of_halving_is_kept(on_ray):
+    folder, said = on_ray
+    lines = [json.loads(line) for line in (folder / "state" / "halving.jsonl").read_text().splitlines()]
+    trials = {trial["trial_id"]: trial for trial in trials_of(folder)}
+    judged = {line["trial_id"]: line for line in lines if "failed" not in line}
+    assert {line["failed"] for line in lines if "failed" in line} == {
+        trial_id for trial_id, trial in trials.items() if trial["outcome"] == "failed"
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    for trial_id, line in judged.items():
+        assert (line["backbone"], line["freeze"]) == (trials[trial_id]["backbone"], trials[trial_id]["freeze"])
+        assert line["images"] == summary["data"]["splits"]["train"]["images"]
+        assert line["goes_on"], "four of each may"
+    assert summary["halving"].startswith("after epoch 1 (")
+    assert summary["halving"].split(",")[0] in " ".join(said.split())
+    assert "Halving: after epoch 1 (" in (folder / "report.html").read_text()
 
 
 def test_the_split_is_written_and_shares_no_patient(on_ray):
