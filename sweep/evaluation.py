@@ -19,7 +19,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_models.metrics import classification_report, confusion_matrix, evaluate, patient_intervals
+from cxr_models.calibration import Calibration, calibrate
+from cxr_models.intervals import patient_intervals
+from cxr_models.metrics import classification_report, confusion_matrix, evaluate_further
 from cxr_models.storage import written_whole
 from cxr_models.trial import METRICS, SPLITS, TEST, TRAIN, VAL, TrialConfig, TrialData, TrialResult
 from sweep.machine import this_machine
@@ -63,6 +65,9 @@ class FinalEvaluation:
         figures: trial -> part -> its figures, see `part_figures`.
         problems: trial -> why it has no figures.
         test: of the best trial, `summary.json`'s `test`; None where the test set stayed sealed or there is none.
+        test_scores: trial -> its log-probabilities (images, classes) of `test_images`.
+        calibration: trial -> what one temperature, fitted on the validation images, does to the test images.
+        verdict: `summary.json`'s `verdict`; None before all strategies were evaluated.
     """
 
     def __init__(self, plan: Plan, folder: RunFolder) -> None:
@@ -74,17 +79,30 @@ class FinalEvaluation:
         self.figures: dict[str, dict[str, PartFigures]] = {}
         self.problems: dict[str, str] = {}
         self.test: dict[str, Any] | None = None
+        self.test_scores: dict[str, NDArray[np.float32]] = {}
+        self.calibration: dict[str, Calibration] = {}
+        self.verdict: dict[str, Any] | None = None
 
     @property
     def indices(self) -> NDArray[np.int64]:
         """The images that are evaluated, in the order of the scores."""
         return self._indices
 
+    @property
+    def test_images(self) -> tuple[NDArray[np.int32], list[str]]:
+        """Labels and patients of the test images."""
+        labels, _, patients = self._of(TEST, np.zeros((len(self._indices), 0), np.float32))
+        return labels, patients
+
     def add(self, result: TrialResult, scores: NDArray[np.float32]) -> None:
         """Take the log-probabilities (images, classes) of a trial, and write its predictions down."""
         self.figures[result.trial_id] = {
             part: self._figures(part, scores) for part in SPLITS if (self._parts == part).any()
         }
+        if (self._parts == TEST).any():
+            (val, test) = (self._of(part, scores)[:2] for part in (VAL, TEST))
+            self.test_scores[result.trial_id] = test[1]
+            self.calibration[result.trial_id] = calibrate(val, test)
         self._predictions.append(self._table(result, scores))
         with written_whole(self._folder.predictions) as scratch:
             pd.concat(self._predictions).to_parquet(scratch, index=False)
@@ -135,7 +153,7 @@ def part_figures(
 ) -> PartFigures:
     """The metrics of a part, its size, and `report`, as `metrics.classification_report` gives it."""
     return {
-        **evaluate(labels, scores, classes),
+        **evaluate_further(labels, scores, classes),
         "images": len(labels),
         "patients": len(set(patients)),
         "report": classification_report(labels, scores, classes),

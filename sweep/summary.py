@@ -4,6 +4,7 @@ import platform
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +12,7 @@ from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult, best
 from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
 from sweep.record import best_by_strategy, ranked, strategy_of
+from sweep.verdict import warnings
 
 PACKAGES = ("cxr-sweep", "ray", "tensorflow", "keras", "optuna", "mlflow", "scikit-learn", "numpy")
 
@@ -85,6 +87,9 @@ def summarise(
         summary["reference"] = plan.spec.reference.to_yaml()
     if evaluation.test is not None:
         summary["test"] = evaluation.test
+    if evaluation.verdict is not None:
+        summary["verdict"] = dict(evaluation.verdict)
+        summary["verdict"]["warnings"] = warnings(summary)
     return summary
 
 
@@ -134,6 +139,8 @@ def _strategies(
                 **evaluation.figures.get(best.trial_id, {}),
             }
         )
+        if calibration := evaluation.calibration.get(best.trial_id):
+            rows[-1]["calibration"] = asdict(calibration)
         if problem := evaluation.problems.get(best.trial_id):
             rows[-1]["evaluation_problem"] = problem
     return rows

@@ -1,7 +1,7 @@
 """How figures and names are worded for people: in the report, its plots and the terminal."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Metric -> as a person says it. A classification's loss is the cross-entropy, a segmentation's its `mask_loss`.
@@ -11,6 +11,13 @@ METRIC_NAMES: Mapping[str, str] = {
     "macro_f1": "macro F1",
     "balanced_accuracy": "balanced accuracy",
     "auroc": "AUROC",
+    "macro_precision": "macro precision",
+    "macro_specificity": "macro specificity",
+    "auprc": "AUPRC",
+    "kappa": "Cohen's kappa",
+    "mcc": "Matthews correlation",
+    "brier": "Brier score",
+    "ece": "calibration error",
     "dice": "Dice",
     "iou": "IoU",
     "pixel_accuracy": "pixel accuracy",
@@ -39,7 +46,23 @@ def is_number(value: Any) -> bool:
 
 def percentage_points(value: float | None) -> str:
     """A signed difference to one decimal; a dash for none."""
-    return f"{value:+.1f}".replace("-", "−") if value is not None else "–"
+    return signed(value, 1) if value is not None else "–"
+
+
+def signed(value: float, digits: int) -> str:
+    """With its sign and so many decimals."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def rounded_up(number: float) -> int:
+    """A number above 0 that was estimated: its two leading digits, the next higher ones."""
+    unit = int(10 ** max(0, len(str(math.ceil(number))) - 2))
+    return math.ceil(number / unit) * unit
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def duration(seconds: float, *, tenths: bool = False) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_models.metrics import confusion_matrix, patient_intervals
+from cxr_models.intervals import patient_intervals
+from cxr_models.metrics import confusion_matrix
 from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 from sweep.record import Record, RunFolder, write_json
 from sweep.report import main, write_report

@@ -45,7 +45,9 @@ def epoch(number: int, loss: float, accuracy: float) -> EpochMetrics:
 
 
 def summary(**found: Any) -> dict[str, Any]:
-    evaluation = SimpleNamespace(**{"figures": {}, "problems": {}, "test": None, **found})
+    evaluation = SimpleNamespace(
+        **{"figures": {}, "problems": {}, "test": None, "calibration": {}, "verdict": None, **found}
+    )
     return summarise(
         plan(),
         [result("t1", "all", 0.9), result("t2", "none", 0.8)],
