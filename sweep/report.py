@@ -25,10 +25,12 @@ from sweep.readback import Run, read_run
 from sweep.record import RunFolder
 from sweep.reference import compare, plain_name
 from sweep.report_data import (
+    calibrated_rows,
     class_rows,
     contradictions,
     evaluated_parts,
     evaluated_rows,
+    further_figures,
     marks,
     overview,
     provenance,
@@ -42,6 +44,7 @@ from sweep.report_data import (
 from sweep.samples import Pictures
 from sweep.segment_report import overlay_rows
 from sweep.tasks import AXES_OF
+from sweep.verdict_view import coded, difference_rows
 from sweep.wording import count, duration, figure, heading, metric_name, percentage_points
 
 
@@ -78,7 +81,10 @@ def render(run: Run) -> str:
         class_rows=report_rows,
         plain=plain_name,
         heading=heading,
+        coded=coded,
     )
+    verdict = run.summary.get("verdict") or {}
+    compared = bool(verdict.get("comparisons"))
     return environment.get_template("report.html").render(
         run=run,
         metric=run.objective.metric,
@@ -96,6 +102,11 @@ def render(run: Run) -> str:
         trial_notes=trial_notes(run),
         per_class=class_rows(run.final) if run.final else [],
         recall_intervals=recall_intervals(run),
+        verdict=verdict,
+        difference_rows=difference_rows(verdict, of_reference=True) if compared else [],
+        other_pairs=difference_rows(verdict, of_reference=False) if compared else [],
+        further=further_figures(run),
+        calibrated=calibrated_rows(run),
         evaluated=evaluated_rows(run),
         parts=evaluated_parts(run),
         comparisons=compare(run.reference, run.summary) if run.reference else (),
@@ -124,6 +135,8 @@ def _figures(run: Run) -> dict[str, str]:
         epochs = [metrics for trial in run.epochs.values() for metrics in trial]
         figures["strategies"] = plots.strategy_comparison(run.results, run.objective)
         figures["curves"] = plots.sweep_curves(epochs, run.results, run.objective)
+    if (run.summary.get("verdict") or {}).get("comparisons"):
+        figures["differences"] = plots.differences(run.summary["verdict"], run.objective)
     if run.final:
         figures["confusion"] = plots.confusion_matrix(run.final.matrix.astype(np.float64), run.final.classes)
     return {name: _data_uri(plots.svg(figure)) for name, figure in figures.items()}

@@ -18,7 +18,7 @@ from cxr_models.trial import TEST, VALIDATION_SCORES, Objective, TrialResult
 from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
 from sweep.record import RunFolder, best_by_strategy, ranked, strategy_of
-from sweep.wording import count, listed, metric_name, rounded_up, signed
+from sweep.wording import count, in_points, listed, metric_name, rounded_up, signed
 
 ALWAYS = ("macro_f1", "auroc")  # beside the sweep's objective
 FEW_PATIENTS = 30  # below, even Student's t gives intervals that are somewhat narrow
@@ -170,8 +170,7 @@ def _by(rows: Sequence[Mapping[str, Any]], metric: str, sign: int) -> str:
     nearest = min((row["differences"][metric] for row in rows), key=lambda found: abs(float(found["value"])))
     low, high = sorted(sign * nearest[bound] for bound in ("low", "high"))
     least = "at least " if len(rows) > 1 else ""
-    scale, unit = (1.0, "") if metric == "loss" else (100.0, "points ")
-    digits = 3 if metric == "loss" else 1
+    scale, unit, digits = (100.0, "points ", 1) if in_points(metric) else (1.0, "", 3)
     low_text, high_text = (signed(scale * bound, digits).removeprefix("+") for bound in (low, high))
     value = signed(scale * sign * nearest["value"], digits)
     return f" ({least}{value} {unit}{metric_name(metric)}, 95 % interval {low_text} to {high_text})"

@@ -54,6 +54,17 @@ def signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
+def in_points(metric: str) -> bool:
+    """Whether a metric's differences are told in percentage points; a loss has no natural scale."""
+    return metric != "loss"
+
+
+def amount(metric: str, difference: float) -> str:
+    """How much of a metric: `2.1 points macro F1`, `0.021 loss`."""
+    value = f"{100 * difference:.1f} points" if in_points(metric) else f"{difference:.3f}"
+    return f"{value} {metric_name(metric)}"
+
+
 def rounded_up(number: float) -> int:
     """A number above 0 that was estimated: its two leading digits, the next higher ones."""
     unit = int(10 ** max(0, len(str(math.ceil(number))) - 2))
