@@ -23,6 +23,9 @@ from sweep.wording import count, in_points, listed, metric_name, rounded_up, sig
 ALWAYS = ("macro_f1", "auroc")  # beside the sweep's objective
 FEW_PATIENTS = 30  # below, even Student's t gives intervals that are somewhat narrow
 MOST_IMAGES = 1_000_000  # nobody collects more to settle a difference
+WITHOUT_TEST_PART = (
+    "There is no test part, so no strategy is compared with another: on the validation images their trials were chosen."
+)
 NAMED = 3  # strategies that a sentence names; more are counted
 
 
@@ -56,17 +59,16 @@ def judge(
     finalists = best_by_strategy(results, objective)
     several = len({result.config.backbone for result in finalists}) > 1
     names = {result.trial_id: " ".join(strategy_of(result)[0 if several else 1 :]) for result in finalists}
-    found: dict[str, Any] = {"metric": objective.metric, "optimism": _optimism(plan, results, folder)}
+    found: dict[str, Any] = {"optimism": _optimism(plan, results, folder)}
     if not len(plan.indices(TEST)):
-        sentence = "There is no test part, so nothing is compared: on the validation images the trials were chosen."
-        return {"sentence": sentence, **found, "comparisons": []}
+        return {"sentence": WITHOUT_TEST_PART, "metric": objective.metric, **found, "comparisons": []}
     contenders = [
         Contender(names[result.trial_id], (result.trial_id,), [evaluation.test_scores[result.trial_id]])
         for result in finalists
         if result.trial_id in evaluation.test_scores
     ]
     labels, patients = evaluation.test_images
-    return found | compared(contenders, labels, plan.manifest.classes, patients, objective, seed=seed)
+    return compared(contenders, labels, plan.manifest.classes, patients, objective, seed=seed) | found
 
 
 def compared(
@@ -104,6 +106,7 @@ def compared(
     own = rows[: len(contenders) - 1]  # pairs come in the order of the strategies
     return {
         "sentence": sentence(contenders[0].name, own, objective, len(labels)),
+        "metric": metric,
         "reference": contenders[0].name,
         "strategies": {each.name: list(each.trial_ids) for each in contenders},
         "images": len(labels),

@@ -4,7 +4,18 @@ import pytest
 
 from cxr_models.metrics import FURTHER_METRICS
 from cxr_models.trial import TASK_METRICS
-from sweep.wording import METRIC_NAMES, count, duration, figure, heading, metric_name, percentage_points
+from sweep.wording import (
+    METRIC_NAMES,
+    amount,
+    count,
+    duration,
+    figure,
+    heading,
+    listed,
+    metric_name,
+    percentage_points,
+    rounded_up,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,3 +51,19 @@ def test_what_could_not_be_computed_is_a_dash():
 
 def test_one_is_not_plural():
     assert [count(number, "image") for number in (0, 1, 2117)] == ["0 images", "1 image", "2,117 images"]
+
+
+@pytest.mark.parametrize(
+    ("number", "rounded"), [(3.2, 4), (99.5, 100), (169.0, 170), (1385.2, 1400), (1401, 1500), (98_700, 99_000)]
+)
+def test_an_estimate_is_rounded_up_to_two_digits(number, rounded):
+    assert rounded_up(number) == rounded
+
+
+def test_names_in_a_row():
+    assert [listed(list("abc"[:n])) for n in range(4)] == ["", "a", "a and b", "a, b and c"]
+
+
+def test_how_much_of_a_metric():
+    assert amount("macro_f1", 0.0214) == "2.1 points macro F1"
+    assert amount("loss", 0.0214) == "0.021 loss"
