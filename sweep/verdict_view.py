@@ -84,10 +84,11 @@ def verdict_notes(verdict: Verdict) -> list[str]:
             f"choosing among {count(chosen['trials'], 'trial')} again in resampled patients, and looking at those left "
             f"out, gives {figure(chosen['corrected'])}. The choice flatters by about {amount(metric, chosen['gain'])}."
         )
-    smallest = verdict.get("smallest_difference")
-    if smallest is not None and is_number(smallest):
+    own = [row["smallest_difference"] for row in verdict["comparisons"] if row["first"] == verdict["reference"]]
+    if smallest := [each for each in own if is_number(each)]:
+        others = f" ({amount(metric, min(smallest))} for the one most like it)" if len(smallest) > 1 else ""
         notes.append(
-            f"Where a strategy truly differs from `{verdict['reference']}` by {amount(metric, smallest)}, "
+            f"Where a strategy truly differs from `{verdict['reference']}` by {amount(metric, max(smallest))}{others}, "
             f"{100 * verdict['power']:.0f} % of test sets like this one ({count(verdict['images'], 'image')} of "
             f"{count(verdict['patients'], 'patient')}) would show it; smaller differences mostly pass unseen."
         )
@@ -117,15 +118,8 @@ def _table(rows: Sequence[DifferenceRow], verdict: Verdict, objective: Objective
     title = f"{verdict['reference']} minus the others on {count(verdict['images'], 'test image')}, 95 % intervals"
     lower = ", lower is better" if objective.mode == "min" else ""
     table = Table(title=Text(f"{title}{lower}"), title_justify="left")
-    for name in (
-        "strategy",
-        *map(metric_name, rows[0].metrics),
-        "p (Holm)",
-        "right alone",
-        "McNemar p",
-        "needs",
-        "verdict",
-    ):
+    metrics = map(metric_name, rows[0].metrics)
+    for name in ("strategy", *metrics, "p (Holm)", "right alone", "McNemar p", "images needed", "verdict"):
         table.add_column(name)
     for row in rows:
         cells = (row.second, *row.metrics.values(), row.p, row.discordant, row.mcnemar, row.needed, row.verdict)

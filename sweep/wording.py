@@ -51,7 +51,7 @@ def percentage_points(value: float | None) -> str:
 
 def signed(value: float, digits: int) -> str:
     """With its sign and so many decimals."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")  # the sum has no negative zero
 
 
 def in_points(metric: str) -> bool:

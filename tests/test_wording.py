@@ -15,6 +15,7 @@ from sweep.wording import (
     metric_name,
     percentage_points,
     rounded_up,
+    signed,
 )
 
 
@@ -58,6 +59,10 @@ def test_one_is_not_plural():
 )
 def test_an_estimate_is_rounded_up_to_two_digits(number, rounded):
     assert rounded_up(number) == rounded
+
+
+def test_a_difference_has_its_sign_and_nothing_has_none_below_zero():
+    assert [signed(value, 1) for value in (2.14, -2.14, -0.04)] == ["+2.1", "−2.1", "+0.0"]
 
 
 def test_names_in_a_row():
