@@ -22,7 +22,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_models.metrics import classification_report, confusion_matrix, evaluate, patient_intervals
+from cxr_models.calibration import Calibration, calibrate
+from cxr_models.intervals import patient_intervals
+from cxr_models.metrics import classification_report, confusion_matrix, evaluate_further
 from cxr_models.storage import written_whole
 from cxr_models.trial import METRICS, TEST, TRAIN, VAL, TrialConfig, TrialData, TrialResult
 from sweep.finals import FinalTraining, FinalTrainings
@@ -70,6 +72,10 @@ class FinalEvaluation:
         problems: trial -> why it has no figures.
         test: of the best strategy's first final model, `summary.json`'s `test`; None where the test set stayed sealed
             or there is none.
+        test_scores: trial -> its final models' log-probabilities (images, classes) of `tested_by`, one array a seed.
+        calibration: trial -> what one temperature, fitted on the validation images with the trial's own model, does to
+            its first final model on the test images.
+        verdict: `summary.json`'s `verdict`; None before all strategies were evaluated.
     """
 
     def __init__(self, plan: Plan, folder: RunFolder) -> None:
@@ -80,6 +86,9 @@ class FinalEvaluation:
         self.by_seed: dict[str, list[dict[str, float]]] = {}
         self.problems: dict[str, str] = {}
         self.test: dict[str, Any] | None = None
+        self.test_scores: dict[str, list[NDArray[np.float32]]] = {}
+        self.calibration: dict[str, Calibration] = {}
+        self.verdict: dict[str, Any] | None = None
         self.chosen_by = np.concatenate([plan.indices(VAL), plan.indices(TRAIN)])
         self.tested_by = plan.indices(TEST)
 
@@ -89,7 +98,16 @@ class FinalEvaluation:
         figures = self.figures.setdefault(result.trial_id, {})
         for part in (TRAIN, VAL):
             figures[part] = self._figures(self.chosen_by[parts == part], scores[parts == part])
+        if tested := self.test_scores.get(result.trial_id):
+            val_labels, _ = self._of(self.chosen_by[parts == VAL])
+            val = val_labels, scores[parts == VAL]
+            self.calibration[result.trial_id] = calibrate(val, (self.test_images[0], tested[0]))
         self._record(result.trial_id, result.config.seed, "train", self.chosen_by, scores)
+
+    @property
+    def test_images(self) -> tuple[NDArray[np.int32], list[str]]:
+        """Labels and patients of the test images."""
+        return self._of(self.tested_by)
 
     def add_final(self, training: FinalTraining, scores: NDArray[np.float32]) -> None:
         """Take a final model's log-probabilities (images, classes) of `tested_by`, and write its predictions down."""
@@ -99,6 +117,7 @@ class FinalEvaluation:
             self.figures.setdefault(trial_id, {})[TEST] = figures
         metrics = {name: figures[name] for name in METRICS}
         self.by_seed.setdefault(trial_id, []).append({"seed": seed, **metrics})
+        self.test_scores.setdefault(trial_id, []).append(scores)
         self._record(trial_id, seed, "train+val", self.tested_by, scores)
 
     def add_test(self, scores: NDArray[np.float32]) -> None:
@@ -152,7 +171,7 @@ def part_figures(
 ) -> PartFigures:
     """The metrics of a part, its size, and `report`, as `metrics.classification_report` gives it."""
     return {
-        **evaluate(labels, scores, classes),
+        **evaluate_further(labels, scores, classes),
         "images": len(labels),
         "patients": len(set(patients)),
         "report": classification_report(labels, scores, classes),

@@ -5,7 +5,7 @@ tell apart.
 """
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from cxr_models.metrics import FloatArray
 from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult
 from sweep.record import best_by_strategy, ranked, strategy_of
-from sweep.wording import heading, metric_name
+from sweep.wording import heading, in_points, is_number, metric_name
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")  # the next one for every round through the colours
@@ -98,6 +98,43 @@ def strategy_comparison(results: Sequence[TrialResult], objective: Objective) ->
     best = _end_handle("|", "best of the strategy")
     ends = [_end_handle("o", "ran its epochs"), _end_handle("o", "stopped early", face="white"), best]
     figure.legend(handles=ends, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def differences(verdict: Mapping[str, Any], objective: Objective) -> Figure:
+    """The reference against every other strategy: right of the line it does better; with 95 % intervals.
+
+    Args:
+        verdict: of `summary.json`, with comparisons.
+        objective: that decides.
+    """
+    metric, reference = objective.metric, verdict["reference"]
+    points = in_points(metric)
+    scale = (100.0 if points else 1.0) * (1.0 if objective.mode == "max" else -1.0)
+    rows = [row for row in verdict["comparisons"] if row["first"] == reference]
+    figure = _figure(9.0, 1.9 + 0.42 * len(rows))
+    panel = figure.subplots()
+    panel.axvline(0.0, color=GREY, linewidth=1.0)
+    for place, row in enumerate(rows):
+        found = row["differences"][metric]
+        colour = {reference: COLOURS[0], row["second"]: COLOURS[1]}.get(row["better"], GREY)
+        bounds = [scale * found[bound] for bound in ("low", "high") if is_number(found[bound])]
+        panel.plot(bounds, [place] * len(bounds), color=colour, linewidth=2.4, solid_capstyle="butt")
+        if is_number(found["value"]):
+            face = colour if row["better"] else "white"
+            panel.plot([scale * found["value"]], [place], "o", color=colour, markerfacecolor=face, markersize=8)
+        says = f"{row['better']} is better" if row["better"] else "cannot tell"
+        _note(panel, says, (1.01, place), ("axes fraction", "data"), va="center", parse_math=False)
+    panel.set_yticks(range(len(rows)), [row["second"] for row in rows], parse_math=False)
+    panel.set_ylim(len(rows) - 0.4, -0.6)
+    reach = 1.08 * max(map(abs, panel.get_xlim()))
+    panel.set_xlim(-reach, reach)
+    unit = "percentage points of " if points else ""
+    _style(panel, f"Difference in {unit}{metric_name(metric)}, with its 95 % interval", "")
+    panel.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 2.5, 5, 10]))
+    panel.grid(axis="y", visible=False)
+    for text, x, side in (("← the other does better", 0.49, "right"), (f"{reference} does better →", 0.51, "left")):
+        _note(panel, text, (x, 1.03), ("axes fraction", "axes fraction"), ha=side, va="bottom", parse_math=False)
     return figure
 
 

@@ -25,11 +25,13 @@ from sweep.readback import Run, read_run
 from sweep.record import RunFolder
 from sweep.reference import compare, plain_name
 from sweep.report_data import (
+    calibrated_rows,
     class_rows,
     contradictions,
     doctor_rows,
     evaluated_parts,
     evaluated_rows,
+    further_figures,
     overview,
     provenance,
     reading_notes,
@@ -41,6 +43,7 @@ from sweep.report_data import (
 from sweep.samples import Pictures
 from sweep.segment_report import overlay_rows
 from sweep.tasks import AXES_OF
+from sweep.verdict_view import coded, difference_rows
 from sweep.wording import count, duration, figure, heading, metric_name, percentage_points
 
 
@@ -76,7 +79,10 @@ def render(run: Run) -> str:
         class_rows=report_rows,
         plain=plain_name,
         heading=heading,
+        coded=coded,
     )
+    verdict = run.summary.get("verdict") or {}
+    compared = bool(verdict.get("comparisons"))
     return environment.get_template("report.html").render(
         run=run,
         metric=run.objective.metric,
@@ -94,6 +100,11 @@ def render(run: Run) -> str:
         doctor=doctor_rows(run),
         per_class=class_rows(run.final) if run.final else [],
         recall_intervals=recall_intervals(run),
+        verdict=verdict,
+        difference_rows=difference_rows(verdict, of_reference=True) if compared else [],
+        other_pairs=difference_rows(verdict, of_reference=False) if compared else [],
+        further=further_figures(run),
+        calibrated=calibrated_rows(run),
         evaluated=evaluated_rows(run),
         parts=evaluated_parts(run),
         comparisons=compare(run.reference, run.summary) if run.reference else (),
@@ -122,6 +133,8 @@ def _figures(run: Run) -> dict[str, str]:
         epochs = [metrics for trial in run.epochs.values() for metrics in trial]
         figures["strategies"] = plots.strategy_comparison(run.results, run.objective)
         figures["curves"] = plots.sweep_curves(epochs, run.results, run.objective)
+    if (run.summary.get("verdict") or {}).get("comparisons"):
+        figures["differences"] = plots.differences(run.summary["verdict"], run.objective)
     if run.final:
         figures["confusion"] = plots.confusion_matrix(run.final.matrix.astype(np.float64), run.final.classes)
     return {name: _data_uri(plots.svg(figure)) for name, figure in figures.items()}

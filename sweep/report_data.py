@@ -9,11 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from cxr_models.metrics import classification_report
+from cxr_models.metrics import FURTHER_METRICS, classification_report
 from cxr_models.trial import SPLITS, VAL, Diagnosis, Outcome, TrialResult
 from sweep.readback import FinalPredictions, Run
-from sweep.record import best_by_strategy, strategy_of
-from sweep.wording import count, duration, figure, is_number, metric_name
+from sweep.record import strategy_of
+from sweep.verdict_view import verdict_notes
+from sweep.wording import count, duration, figure
 
 RECALL = "recall/"
 
@@ -101,31 +102,9 @@ def contradictions(run: Run) -> list[str]:
 
 def reading_notes(run: Run) -> list[str]:
     """How far the validation scores carry: what a reader must know before calling one strategy better."""
-    notes = ["Validation scores carry no interval in this report, and no test compares the strategies here."]
-    images = 0 if run.split is None else int((run.split["split"] == VAL).sum())
-    classified = "accuracy" in run.objective.metrics
-    if images and classified:
-        notes[0] += (
-            f" The validation set has {images:,} images: one image is {100 / images:.2f} percentage points of accuracy."
-        )
-    leaders = best_by_strategy(run.results, run.objective)
-    if images and classified and len(leaders) > 1:
-        first, second = (round(result.val["accuracy"] * images) for result in leaders[:2])
-        notes.append(
-            f"The leading trials of the first two strategies have {first:,} and {second:,} of these {images:,} images "
-            f"right: a difference of {count(abs(first - second), 'image')}."
-        )
-    metric = run.objective.metric
-    stated = (run.summary.get("test") or {}).get(metric, {})
-    if is_number(stated.get("low")) and is_number(stated.get("high")):
-        notes.append(
-            f"As a yardstick, the 95 % interval of the test {metric_name(metric)} is "
-            f"{stated['high'] - stated['low']:.3f} wide, from {count(run.summary['test']['images'], 'image')}. "
-            "Differences between strategies' validation scores smaller than an interval of that kind should not be "
-            "read as a ranking."
-        )
-    else:
-        notes.append("Small differences between strategies' validation scores should not be read as a ranking.")
+    if verdict := run.summary.get("verdict"):
+        return verdict_notes(verdict)
+    notes = ["Small differences between validation scores should not be read as a ranking: nothing was compared."]
     if len(run.ranking) > 1:
         notes.append(
             f"The leading validation score is the best of {len(run.ranking):,} on the same images and therefore "
@@ -151,6 +130,16 @@ def doctor_rows(run: Run) -> list[DoctorRow]:
         for name, found in having.items()
     ]
     return sorted(rows, key=lambda row: (not row.grave, -row.trials))
+
+
+def calibrated_rows(run: Run) -> list[Mapping[str, Any]]:
+    """The strategies of `summary.json` that were calibrated."""
+    return [row for row in run.summary.get("strategies", []) if "calibration" in row]
+
+
+def further_figures(run: Run) -> list[str]:
+    """The test figures that only the final evaluation has."""
+    return [name for name in FURTHER_METRICS if name in (run.summary.get("test") or {})]
 
 
 def overview(run: Run) -> list[str]:

@@ -29,6 +29,7 @@ from sweep.record import RunFolder, best_by_strategy, ranked
 from sweep.reference import COMPARED, ReferenceSpec, compare
 from sweep.spec import SpecError, checked_name, read_spec
 from sweep.tasks import AXES_OF
+from sweep.verdict_view import print_verdict
 from sweep.weights import WeightsError
 from sweep.wording import duration, noted
 
@@ -193,6 +194,8 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
             console.print(f"  {name} {found['value']:.3f} (95 % interval {found['low']:.3f} to {found['high']:.3f})")
     elif not len(plan.indices(TEST)):
         console.print("no test part: these are validation figures, and the choice was made on them")
+    if verdict := summary.get("verdict"):
+        print_verdict(verdict, objective, console)
     if plan.spec.reference:
         _print_reference(plan.spec.reference, summary, console)
 

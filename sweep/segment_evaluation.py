@@ -9,8 +9,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxr_models.intervals import mean_intervals
 from cxr_models.mask_metrics import COUNTS, INSIDE, count_masks, image_metrics, telling_examples
-from cxr_models.metrics import mean_intervals
 from cxr_models.storage import written_whole
 from cxr_models.trial import SEGMENT, TEST, VAL, TrialConfig, TrialData, TrialResult
 from sweep.evaluation import (

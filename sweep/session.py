@@ -35,6 +35,7 @@ from sweep.segment_evaluation import evaluate_segmentation
 from sweep.summary import summarise
 from sweep.timeline import Timeline
 from sweep.tracking import DatasetInfo, RunStatus, Tracker
+from sweep.verdict import judge
 from sweep.weights import fetch_weights, kept_weights
 from sweep.worker import Work
 
@@ -137,6 +138,7 @@ def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, a
                 else:
                     shown = EvaluationProgress(console)
                     evaluate_finalists(plan, record.results, trainings, folder, data, tracker, shown, evaluation)
+                    evaluation.verdict = judge(plan, record.results, folder, evaluation)
     except KeyboardInterrupt:
         interrupted = True
     except SweepFailed as error:

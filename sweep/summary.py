@@ -12,6 +12,7 @@ from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult, best
 from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
 from sweep.record import best_by_strategy, ranked, strategy_of
+from sweep.verdict import warnings
 
 PACKAGES = ("cxr-sweep", "ray", "tensorflow", "keras", "optuna", "mlflow", "scikit-learn", "numpy")
 
@@ -88,6 +89,9 @@ def summarise(
         summary["reference"] = plan.spec.reference.to_yaml()
     if evaluation.test is not None:
         summary["test"] = evaluation.test
+    if evaluation.verdict is not None:
+        summary["verdict"] = dict(evaluation.verdict)
+        summary["verdict"]["warnings"] = warnings(summary)
     return summary
 
 
@@ -139,6 +143,8 @@ def _strategies(
                 "test_by_seed": evaluation.by_seed.get(best.trial_id, []),
             }
         )
+        if calibration := evaluation.calibration.get(best.trial_id):
+            rows[-1]["calibration"] = asdict(calibration)
         if problem := evaluation.problems.get(best.trial_id):
             rows[-1]["evaluation_problem"] = problem
     return rows

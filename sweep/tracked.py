@@ -116,7 +116,12 @@ class MetricNames:
         metrics = {f"trials_{name}": float(count) for name, count in summary.get("trials", {}).items()}
         metrics |= self._named("best_val", (summary.get("best") or {}).get("val", {}))
         found = summary.get("test") or {}
-        test = {name: interval for name, interval in found.items() if isinstance(interval, Mapping)}
+        # Of each class the recall alone: with many classes, all of its figures are more than MLflow takes at once.
+        test = {
+            name: interval
+            for name, interval in found.items()
+            if isinstance(interval, Mapping) and ("/" not in name or name.startswith("recall/"))
+        }
         for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
             named = self._named("test", {name: interval[part] for name, interval in test.items()})
             metrics |= {f"{name}{suffix}": value for name, value in named.items()}
@@ -189,7 +194,7 @@ def result_tags(result: TrialResult) -> dict[str, str]:
     return {name: text for name, text in tags.items() if text}
 
 
-def best_tags(best: Mapping[str, Any]) -> dict[str, str]:
+def _best_tags(best: Mapping[str, Any]) -> dict[str, str]:
     """What MLflow is told of a sweep's best trial, from `best` of its summary."""
     names = ";".join(diagnosis["name"] for diagnosis in best.get("doctor", ()))
     return {"best_trial_id": best["trial_id"], **({"best_doctor": names} if names else {})}
@@ -267,6 +272,12 @@ def report_text(report: Mapping[str, Any]) -> str:
         else:  # accuracy stands under f1-score, as scikit-learn prints it
             lines.append(f"{name:{width}}{row:>33.3f}")
     return "\n".join(lines) + "\n"
+
+
+def summary_tags(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What MLflow is told of how a sweep ended."""
+    best, verdict = summary.get("best"), summary.get("verdict")
+    return (_best_tags(best) if best else {}) | ({"verdict": verdict["sentence"]} if verdict else {})
 
 
 def summary_files(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -26,7 +26,6 @@ from sweep.record import RunFolder
 from sweep.tracked import DatasetInfo as DatasetInfo
 from sweep.tracked import (
     MetricNames,
-    best_tags,
     config_params,
     flat_params,
     one_line,
@@ -34,6 +33,7 @@ from sweep.tracked import (
     result_tags,
     run_name,
     summary_files,
+    summary_tags,
     trial_files,
     trial_tags,
     ui_address,
@@ -317,9 +317,8 @@ class _Runs:
 
     def end(self, summary: Mapping[str, Any], artifacts: Iterable[Path], status: RunStatus, at_ms: int) -> None:
         try:
-            best = summary.get("best")
             metrics = self._metrics(self._names.of_summary(summary), at_ms)
-            self._log(self.parent, metrics=metrics, tags=best_tags(best) if best else {})
+            self._log(self.parent, metrics=metrics, tags=summary_tags(summary))
             for path in artifacts:
                 self._client.log_artifact(self.parent, str(path))
             self._log_files(self._parent_artifacts, summary_files(summary))

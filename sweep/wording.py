@@ -1,7 +1,7 @@
 """How figures and names are worded for people: in the report, its plots and the terminal."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cxr_models.trial import TrialResult
@@ -13,6 +13,13 @@ METRIC_NAMES: Mapping[str, str] = {
     "macro_f1": "macro F1",
     "balanced_accuracy": "balanced accuracy",
     "auroc": "AUROC",
+    "macro_precision": "macro precision",
+    "macro_specificity": "macro specificity",
+    "auprc": "AUPRC",
+    "kappa": "Cohen's kappa",
+    "mcc": "Matthews correlation",
+    "brier": "Brier score",
+    "ece": "calibration error",
     "dice": "Dice",
     "iou": "IoU",
     "pixel_accuracy": "pixel accuracy",
@@ -41,7 +48,34 @@ def is_number(value: Any) -> bool:
 
 def percentage_points(value: float | None) -> str:
     """A signed difference to one decimal; a dash for none."""
-    return f"{value:+.1f}".replace("-", "−") if value is not None else "–"
+    return signed(value, 1) if value is not None else "–"
+
+
+def signed(value: float, digits: int) -> str:
+    """With its sign and so many decimals."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")  # the sum has no negative zero
+
+
+def in_points(metric: str) -> bool:
+    """Whether a metric's differences are told in percentage points; a loss has no natural scale."""
+    return metric != "loss"
+
+
+def amount(metric: str, difference: float) -> str:
+    """How much of a metric: `2.1 points macro F1`, `0.021 loss`."""
+    value = f"{100 * difference:.1f} points" if in_points(metric) else f"{difference:.3f}"
+    return f"{value} {metric_name(metric)}"
+
+
+def rounded_up(number: float) -> int:
+    """A number above 0 that was estimated: its two leading digits, the next higher ones."""
+    unit = int(10 ** max(0, len(str(math.ceil(number))) - 2))
+    return math.ceil(number / unit) * unit
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def noted(result: TrialResult) -> str:

@@ -1,7 +1,9 @@
 """Shared fixtures. TensorFlow and Keras are loaded by the tests that train, nowhere else."""
 
+import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests of an interruption need it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def quick_collection() -> Iterator[None]:
+    """statsmodels collects garbage at every correction of p-values; what other tests left need not be looked at."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

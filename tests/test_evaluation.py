@@ -170,6 +170,17 @@ def test_the_final_model_is_tested_and_the_trial_judged_by_the_images_it_was_cho
     assert "evaluating 2 of 3 strategies on 16 images: mobilenet_v2_0.35 stages:1" in sweep.output.getvalue()
 
 
+def test_the_test_scores_of_all_finalists_are_kept_and_calibrated_on_the_validation_images(sweep):
+    sweep.run(lambda trial, indices: sweep.right(indices, 0.75))
+    labels, patients = sweep.found.test_images
+    assert (labels.tolist(), patients) == ([0, 1, 0, 1], ["p6", "p6", "p7", "p7"])
+    assert list(sweep.found.test_scores) == list(sweep.found.calibration) == BEST_FIRST
+    for trial, calibration in sweep.found.calibration.items():
+        assert [scores.shape for scores in sweep.found.test_scores[trial]] == [(4, 2)]
+        figures = sweep.found.figures[trial]["test"]
+        assert calibration.before == {name: figures[name] for name in ("ece", "brier", "loss")}
+
+
 def test_predictions_of_all_finalists_are_kept_the_best_first(sweep):
     sweep.run(lambda name, indices: sweep.right(indices, 0.5))
     table = pd.read_parquet(sweep.folder.predictions)
@@ -222,6 +233,8 @@ def test_a_sweep_without_a_test_part_opens_nothing(tmp_path, monkeypatch):
     sweep.run(lambda name, indices: sweep.right(indices, 1.0))
     assert sweep.openings == []
     assert sweep.found.test is None
+    assert not sweep.found.test_scores
+    assert not sweep.found.calibration
     assert {part for figures in sweep.found.figures.values() for part in figures} == {"train", "val"}
     assert sweep.calls == ["trial-1-final-1 saved", "trial-1", "register", "trial-3", "trial-0"]
     assert json.loads(sweep.folder.best_config.read_text())["classes"] == ["a", "b"]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from cxr_models.intervals import mean_intervals
 from cxr_models.mask_metrics import count_masks, evaluate_masks, image_metrics, telling_examples
-from cxr_models.metrics import mean_intervals
 
 
 def masks(*pictures: str) -> np.ndarray:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cxr_models.trial import METRICS, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
-from sweep.plots import confusion_matrix, strategy_comparison, svg, sweep_curves
+from sweep.plots import confusion_matrix, differences, strategy_comparison, svg, sweep_curves
 
 F1 = Objective("macro_f1", "max")
 BACKBONE = "mobilenet_v2_0.35"
@@ -92,3 +92,45 @@ def test_an_svg_stands_alone_and_carries_no_date():
     text = svg(strategy_comparison(RESULTS, F1))
     assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
     assert not re.search(r"dc:date", text)
+
+
+def verdict_of(*rows: tuple[str, float, str | None], metric: str = "macro_f1") -> dict:
+    """A reference `a` and each (other, `a` minus it, the better one)."""
+    comparisons = [
+        {
+            "first": "a",
+            "second": other,
+            "better": better,
+            "differences": {metric: {"value": value, "low": value - 0.01, "high": value + 0.01}},
+        }
+        for other, value, better in rows
+    ]
+    between_others = {**comparisons[0], "first": "b"}
+    return {"reference": "a", "comparisons": [*comparisons, between_others]}
+
+
+def points_of(figure) -> list[float]:
+    return [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
+
+
+def test_differences_from_the_reference_are_drawn_to_the_side_of_the_better_one():
+    figure = differences(verdict_of(("b", 0.05, "a"), ("c", -0.002, None), ("d", -0.03, "d")), F1)
+    (panel,) = figure.axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["b", "c", "d"]
+    assert points_of(figure) == pytest.approx([5.0, -0.2, -3.0])
+    low, high = panel.get_xlim()
+    assert low == -high  # no difference stands in the middle
+    texts = [text.get_text() for text in panel.texts]
+    assert texts == ["a is better", "cannot tell", "d is better", "← the other does better", "a does better →"]
+
+
+def test_a_lower_loss_is_drawn_on_the_side_of_the_better_one():
+    figure = differences(verdict_of(("b", -0.05, "a"), metric="loss"), Objective("loss", "min"))
+    assert points_of(figure) == pytest.approx([0.05])
+
+
+def test_a_difference_that_is_undefined_is_a_row_without_a_point():
+    verdict = verdict_of(("b", 0.05, "a"), ("c", 0.0, None))
+    verdict["comparisons"][1]["differences"]["macro_f1"] = {"value": None, "low": None, "high": None}
+    assert svg(differences(verdict, F1)).startswith("<svg")
+    assert len(points_of(differences(verdict, F1))) == 1

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_models.metrics import confusion_matrix, patient_intervals
+from cxr_models.intervals import patient_intervals
+from cxr_models.metrics import confusion_matrix
 from cxr_models.trial import Diagnosis, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 from sweep.record import Record, RunFolder, append_line, write_json
 from sweep.report import main, write_report
@@ -310,14 +311,98 @@ def test_a_summary_that_contradicts_the_predictions_is_called_out(tmp_path: Path
     assert "summary.json names trial-1, the predictions are of trial-2." in text
 
 
-def test_what_one_validation_image_weighs_is_said_before_strategies_are_compared(folder: RunFolder) -> None:
-    stated = json.loads(folder.summary.read_text())["test"]["macro_f1"]
+def difference(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.02, "high": value + 0.02, "p_holm": 0.0004 if value > 0.02 else 0.41}
+
+
+def comparison(first: str, second: str, value: float, better: str | None) -> dict[str, Any]:
+    return {
+        "first": first,
+        "second": second,
+        "better": better,
+        "differences": {"macro_f1": difference(value), "auroc": {**difference(0.001), "value": None}},
+        "mcnemar": {"first": 12, "second": 3, "p_holm": 0.035},
+        "smallest_difference": 0.03,
+        "images_needed": 1385.2,
+    }
+
+
+VERDICT = {
+    "sentence": "`stages:1` is better than `none` (+5.0 points macro F1, 95 % interval 3.0 to 7.0).",
+    "metric": "macro_f1",
+    "reference": "stages:1",
+    "strategies": {"stages:1": "trial-2", "none": "trial-1", "all": "trial-3"},
+    "seeds": 1,
+    "images": 24,
+    "patients": 12,
+    "pairs": 3,
+    "alpha": 0.05,
+    "power": 0.8,
+    "smallest_difference": 0.031,
+    "comparisons": [
+        comparison("stages:1", "none", 0.05, "stages:1"),
+        comparison("stages:1", "all", -0.01, None),
+        comparison("none", "all", -0.06, "all"),
+    ],
+    "optimism": {"trials": 16, "best": 0.8, "corrected": 0.779, "gain": 0.021},
+    "warnings": ["The test set has 12 patients only: its intervals are rough."],
+}
+
+
+def test_the_verdict_stands_first_and_its_comparisons_below(tmp_path: Path) -> None:
+    page = Page(write_report(ended_run(tmp_path, verdict=VERDICT)))
+    assert page.text.index("is better than none") < page.text.index("has the highest validation macro F1")
+    assert "stages:1 is better than none (+5.0 points macro F1, 95 % interval 3.0 to 7.0)." in page.text
+    assert page.tables["verdict-table"] == [
+        [
+            *("Strategy", "Macro F1, points (95 %)", "AUROC, points (95 %)", "p (Holm)", "Right alone"),
+            *("McNemar p (Holm)", "Images needed", "Verdict"),
+        ],
+        ["none", "+5.0 (3.0 to 7.0)", "–", "<0.001", "12 : 3", "0.035", "–", "stages:1 is better"],
+        ["all", "−1.0 (−3.0 to 1.0)", "–", "0.410", "12 : 3", "0.035", "1,400", "cannot tell"],
+    ]
+    assert page.tables["verdict-pairs"][1][:2] == ["none", "all"]
+    assert page.tables["verdict-pairs"][1][-1] == "all is better"
+    assert "The test set has 12 patients only" in page.text
+    assert "The choice flatters by about 2.1 points macro F1." in page.text
+    assert "truly differs from stages:1 by 3.0 points macro F1 (3.0 points macro F1 for the one most" in page.text
+    assert "another seed would move its figures too" in page.text
+    assert any(text.startswith("Differences in macro F1") for name, text in page.attributes if name == "alt")
+
+
+def test_without_a_verdict_nothing_is_read_as_a_ranking(folder: RunFolder) -> None:
     text = Page(write_report(folder)).text
-    assert f"interval of the test macro F1 is {stated['high'] - stated['low']:.3f} wide, from 24 images." in text
-    assert "The validation set has 12 images: one image is 8.33 percentage points of accuracy." in text
-    assert "have 10 and 8 of these 12 images right: a difference of 2 images." in text
-    assert "should not be read as a ranking" in text
+    assert "Small differences between validation scores should not be read as a ranking" in text
     assert "is the best of 3 on the same images and therefore optimistic" in text
+
+
+def test_a_verdict_without_a_test_part_is_its_sentence(tmp_path: Path) -> None:
+    verdict = {"sentence": "There is no test part.", "metric": "macro_f1", "optimism": None, "comparisons": []}
+    page = Page(write_report(ended_run(tmp_path, test=None, verdict={**verdict, "warnings": []})))
+    assert "There is no test part." in page.text
+    assert "verdict-table" not in page.tables
+
+
+def test_names_in_a_verdict_are_never_markup(tmp_path: Path) -> None:
+    verdict = {**VERDICT, "sentence": f"`{HOSTILE}` is better.", "reference": HOSTILE, "warnings": [HOSTILE]}
+    verdict["comparisons"] = [comparison(HOSTILE, HOSTILE, 0.05, HOSTILE)]
+    page = Page(write_report(ended_run(tmp_path, verdict=verdict)))
+    assert "script" not in page.tags
+    assert page.tables["verdict-table"][1][0] == HOSTILE
+
+
+def test_further_figures_and_calibration_are_shown(tmp_path: Path) -> None:
+    before, after = {"ece": 0.08, "brier": 0.3, "loss": 0.5}, {"ece": 0.02, "brier": 0.28, "loss": 0.4}
+    calibrated = {**STRATEGIES[0], "calibration": {"temperature": 1.62, "before": before, "after": after}}
+    folder = ended_run(tmp_path, strategies=[calibrated, STRATEGIES[1]])
+    stated = json.loads(folder.summary.read_text())["test"]
+    page = Page(write_report(folder))
+    assert page.tables["calibration"][2:] == [
+        ["mobilenet_v2_0.35 stages:1", "1.620", "0.080", "0.020", "0.300", "0.280", "0.500", "0.400"]
+    ]
+    figures = {row[0]: row[1] for row in page.tables["further"][1:]}
+    assert figures["Matthews correlation"] == f"{stated['mcc']['value']:.3f}"
+    assert page.tables["per-class-further"][1][1] == f"{stated['specificity/covid']['value']:.3f}"
 
 
 def test_the_data_table_counts_images_and_patients_of_the_split(folder: RunFolder) -> None:
@@ -393,7 +478,7 @@ def test_without_a_test_set_no_test_figure_appears(tmp_path: Path) -> None:
     page = Page(write_report(folder))
     assert "The test set was not opened" in page.text
     assert not {"confusion", "per-class"} & page.tables.keys()
-    assert "Small differences between strategies' validation scores should not be read as a ranking." in page.text
+    assert "Small differences between validation scores should not be read as a ranking" in page.text
 
 
 def test_every_strategy_is_shown_on_every_part_with_both_best_epochs(tmp_path: Path) -> None:

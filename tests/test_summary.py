@@ -49,7 +49,9 @@ def epoch(number: int, loss: float, accuracy: float) -> EpochMetrics:
 
 
 def summary(**found: Any) -> dict[str, Any]:
-    evaluation = SimpleNamespace(**{"figures": {}, "by_seed": {}, "problems": {}, "test": None, **found})
+    evaluation = SimpleNamespace(
+        **{"figures": {}, "by_seed": {}, "problems": {}, "test": None, "calibration": {}, "verdict": None, **found}
+    )
     return summarise(
         plan(),
         [replace(result("t1", "all", 0.9), doctor=(LATE,)), result("t2", "none", 0.8)],

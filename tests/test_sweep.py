@@ -235,6 +235,27 @@ def test_every_strategys_best_trial_is_evaluated_on_every_part(on_ray):
     assert "evaluating 2 of 2 strategies on 48 images" in shown
 
 
+def test_the_verdict_is_about_the_predictions_and_shown(on_ray):
+    folder, shown = on_ray
+    summary = json.loads((folder / "summary.json").read_text())
+    verdict, (first, second) = summary["verdict"], summary["strategies"]
+    assert verdict["sentence"].replace("`", "") in " ".join(shown.split())
+    assert list(verdict["strategies"].values()) == [first["trial_id"], second["trial_id"]]
+    assert verdict["reference"] == next(iter(verdict["strategies"]))
+    (comparison,) = verdict["comparisons"]
+    difference = comparison["differences"][verdict["metric"]]["value"]
+    assert difference == pytest.approx(first["test"][verdict["metric"]] - second["test"][verdict["metric"]])
+    right = [(found["true"] == found["predicted"]).to_numpy() for found in tested(folder, first, second)]
+    assert comparison["mcnemar"]["first"] == (right[0] & ~right[1]).sum()
+    assert comparison["mcnemar"]["second"] == (right[1] & ~right[0]).sum()
+    assert verdict["optimism"]["best"] == pytest.approx(summary["best"]["val"][verdict["metric"]])
+    assert first["calibration"]["before"]["loss"] == pytest.approx(first["test"]["loss"])
+
+
+def tested(folder: Path, *rows: dict) -> list[pd.DataFrame]:
+    return [predictions(folder, row["trial_id"], "test") for row in rows]
+
+
 def test_the_test_set_is_opened_once_for_all_finalists(on_ray):
     folder, _ = on_ray
     (line,) = (folder / "state" / "test_openings.jsonl").read_text().splitlines()
@@ -268,6 +289,8 @@ def test_mlflow_has_parent_children_curves_and_artifacts(on_ray):
         (run,) = [run for run in children if run.data.tags["trial_id"] == row["trial_id"]]
         assert run.data.metrics["final_train_accuracy"] == row["train"]["accuracy"]
         assert run.data.metrics["final_test_loss"] == row["test"]["loss"]
+    assert parents[0].data.tags["verdict"] == summary["verdict"]["sentence"]
+    assert parents[0].data.metrics["test_mcc_low"] == summary["test"]["mcc"]["low"]
     assert parents[0].inputs.dataset_inputs[0].dataset.digest
     assert {"spec.yaml", "split.csv", "report.html"} <= {
         found.path for found in client.list_artifacts(parents[0].info.run_id)

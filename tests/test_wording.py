@@ -2,8 +2,21 @@ import math
 
 import pytest
 
+from cxr_models.metrics import FURTHER_METRICS
 from cxr_models.trial import TASK_METRICS
-from sweep.wording import METRIC_NAMES, count, duration, figure, heading, metric_name, percentage_points
+from sweep.wording import (
+    METRIC_NAMES,
+    amount,
+    count,
+    duration,
+    figure,
+    heading,
+    listed,
+    metric_name,
+    percentage_points,
+    rounded_up,
+    signed,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +36,8 @@ def test_a_duration_has_the_digits_that_matter(seconds, words, with_tenths):
 
 
 def test_every_metric_has_a_name():
-    assert METRIC_NAMES.keys() == {name for metrics in TASK_METRICS.values() for name in metrics}
+    of_epochs = {name for metrics in TASK_METRICS.values() for name in metrics}
+    assert METRIC_NAMES.keys() == {*of_epochs, *FURTHER_METRICS}
     assert metric_name("recall/COVID") == "recall/COVID"
 
 
@@ -38,3 +52,23 @@ def test_what_could_not_be_computed_is_a_dash():
 
 def test_one_is_not_plural():
     assert [count(number, "image") for number in (0, 1, 2117)] == ["0 images", "1 image", "2,117 images"]
+
+
+@pytest.mark.parametrize(
+    ("number", "rounded"), [(3.2, 4), (99.5, 100), (169.0, 170), (1385.2, 1400), (1401, 1500), (98_700, 99_000)]
+)
+def test_an_estimate_is_rounded_up_to_two_digits(number, rounded):
+    assert rounded_up(number) == rounded
+
+
+def test_a_difference_has_its_sign_and_nothing_has_none_below_zero():
+    assert [signed(value, 1) for value in (2.14, -2.14, -0.04)] == ["+2.1", "−2.1", "+0.0"]
+
+
+def test_names_in_a_row():
+    assert [listed(list("abc"[:n])) for n in range(4)] == ["", "a", "a and b", "a, b and c"]
+
+
+def test_how_much_of_a_metric():
+    assert amount("macro_f1", 0.0214) == "2.1 points macro F1"
+    assert amount("loss", 0.0214) == "0.021 loss"

@@ -1,0 +1,78 @@
+"""How much better the best of many trials looks on the images it was chosen on than it is."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cxr_models.intervals import resampled
+from cxr_models.metrics import FloatArray, IntArray, measure
+
+LEADERS = 50  # weaker trials hardly ever win a resample
+RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Optimism:
+    """What a choice among trials did to the best score.
+
+    Attributes:
+        trials: how many the choice was among, those too weak to matter left out.
+        best: the metric of the chosen trial on the images it was chosen on.
+        corrected: what a trial that is chosen so scores on other images.
+        gain: how much better `best` looks than `corrected`, never below 0.
+    """
+
+    trials: int
+    best: float
+    corrected: float
+    gain: float
+
+
+def selection_optimism(
+    labels: IntArray,
+    trials: Sequence[FloatArray],
+    classes: Sequence[str],
+    patients: Sequence[str],
+    metric: str,
+    mode: str,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Optimism:
+    """Choose again in each bootstrap sample of patients, and look at the patients it left out.
+
+    This is the bootstrap bias correction of Tsamardinos, Greasidou and Borboudakis (Machine Learning 107, 2018), for
+    one validation set: no trial is trained again. What choosing the best epoch within each trial adds is not in it.
+
+    Args:
+        labels: (images,) true class as an index into `classes`.
+        trials: (images, classes) log-probabilities of each trial, the chosen one first.
+        classes: names of the classes.
+        patients: (images,) patient of each image.
+        metric: that was chosen by, a name in `trial.METRICS`.
+        mode: `max` or `min`, which way is better.
+        resamples: bootstrap samples.
+        seed: of the resampling.
+    """
+    leaders = trials[:LEADERS]
+    sign = 1.0 if mode == "max" else -1.0
+    areas = metric == "auroc"
+    inside, outside = [], []
+    for weights in resampled(patients, resamples, seed):
+        both = np.concatenate([weights, weights == 0], axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):  # a resample of a few patients may leave none out
+            scores = np.stack([measure(labels, own, classes, both, areas=areas)[metric] for own in leaders])
+        inside.append(scores[:, : weights.shape[1]])
+        outside.append(scores[:, weights.shape[1] :])
+    within, without = np.concatenate(inside, axis=1), np.concatenate(outside, axis=1)
+    usable = np.isfinite(within).all(axis=0) & np.isfinite(without).all(axis=0)
+    within, without = within[:, usable], without[:, usable]
+    ones = np.ones((len(labels), 1))
+    best = float(measure(labels, leaders[0], classes, ones, areas=areas)[metric][0])
+    if not usable.any():
+        return Optimism(len(leaders), best, math.nan, math.nan)
+    chosen = (sign * within).argmax(axis=0)
+    corrected = float(without[chosen, np.arange(len(chosen))].mean())
+    return Optimism(len(leaders), best, corrected, max(0.0, sign * (best - corrected)))

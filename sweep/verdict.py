@@ -1,0 +1,229 @@
+"""Which strategy is better, and whether these images can tell: one sentence, and what it rests on.
+
+The strategy that was best on the validation images, chosen before the test set was opened, is compared with every other
+one on the test images. No test figure ever changes which strategy that is.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cxr_models.comparison import ALPHA, POWER, Comparison, compare
+from cxr_models.metrics import FloatArray, IntArray
+from cxr_models.selection import selection_optimism
+from cxr_models.trial import TEST, VALIDATION_SCORES, Objective, TrialResult
+from sweep.evaluation import FinalEvaluation
+from sweep.plan import Plan
+from sweep.record import RunFolder, best_by_strategy, ranked, strategy_of
+from sweep.wording import count, in_points, listed, metric_name, rounded_up, signed
+
+ALWAYS = ("macro_f1", "auroc")  # beside the sweep's objective
+FEW_PATIENTS = 30  # below, even Student's t gives intervals that are somewhat narrow
+MOST_IMAGES = 1_000_000  # nobody collects more to settle a difference
+WITHOUT_TEST_PART = (
+    "There is no test part, so no strategy is compared with another: on the validation images their trials were chosen."
+)
+NAMED = 3  # strategies that a sentence names; more are counted
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A strategy's final models.
+
+    Attributes:
+        name: of the strategy, as the sentence has it.
+        trial_id: of its best trial.
+        scores: (images, classes) log-probabilities of the test images, one array a seed.
+    """
+
+    name: str
+    trial_id: str
+    scores: Sequence[FloatArray]
+
+
+def judge(
+    plan: Plan, results: tuple[TrialResult, ...], folder: RunFolder, evaluation: FinalEvaluation
+) -> dict[str, Any]:
+    """`summary.json`'s `verdict`, from what the final evaluation found.
+
+    Args:
+        plan: of the sweep.
+        results: every ended trial.
+        folder: where the trials left their validation scores.
+        evaluation: of each strategy's best trial.
+    """
+    objective, seed = plan.spec.objective, plan.spec.search.seed
+    finalists = best_by_strategy(results, objective)
+    several = len({result.config.backbone for result in finalists}) > 1
+    names = {result.trial_id: " ".join(strategy_of(result)[0 if several else 1 :]) for result in finalists}
+    found: dict[str, Any] = {"optimism": _optimism(plan, results, folder)}
+    if not len(plan.indices(TEST)):
+        return {"sentence": WITHOUT_TEST_PART, "metric": objective.metric, **found, "comparisons": []}
+    contenders = [
+        Contender(names[result.trial_id], result.trial_id, evaluation.test_scores[result.trial_id])
+        for result in finalists
+        if result.trial_id in evaluation.test_scores
+    ]
+    labels, patients = evaluation.test_images
+    return compared(contenders, labels, plan.manifest.classes, patients, objective, seed=seed) | found
+
+
+def compared(
+    contenders: Sequence[Contender],
+    labels: IntArray,
+    classes: Sequence[str],
+    patients: Sequence[str],
+    objective: Objective,
+    *,
+    seed: int = 0,
+    **resampling: int,
+) -> dict[str, Any]:
+    """The sentence and every comparison.
+
+    Args:
+        contenders: the best on the validation images first; it is the reference.
+        labels: (images,) true class of the test images, an index into `classes`.
+        classes: names of the classes.
+        patients: (images,) patient of each image.
+        objective: what the strategies are compared by.
+        seed: of the resampling.
+        resampling: `resamples` of `comparison.compare`.
+    """
+    metric = objective.metric
+    found = compare(
+        labels,
+        {each.name: each.scores for each in contenders},
+        classes,
+        patients,
+        tuple(dict.fromkeys((metric, *ALWAYS))),
+        seed=seed,
+        **resampling,
+    )
+    rows = [_row(comparison, objective, len(labels), len(found)) for comparison in found]
+    own = rows[: len(contenders) - 1]  # pairs come in the order of the strategies
+    return {
+        "sentence": sentence(contenders[0].name, own, objective, len(labels)),
+        "metric": metric,
+        "reference": contenders[0].name,
+        "strategies": {each.name: each.trial_id for each in contenders},
+        "seeds": min((len(each.scores) for each in contenders), default=0),
+        "images": len(labels),
+        "patients": len(set(patients)),
+        "pairs": len(found),
+        "alpha": ALPHA,
+        "power": POWER,
+        "smallest_difference": max((row["smallest_difference"] for row in own), default=math.nan),
+        "comparisons": rows,
+    }
+
+
+def _row(comparison: Comparison, objective: Objective, images: int, pairs: int) -> dict[str, Any]:
+    deciding = comparison.differences[objective.metric]
+    first_leads = deciding.value > 0 if objective.mode == "max" else deciding.value < 0
+    return {
+        "first": comparison.first,
+        "second": comparison.second,
+        "better": (comparison.first if first_leads else comparison.second) if deciding.shown else None,
+        "differences": {name: asdict(difference) for name, difference in comparison.differences.items()},
+        "mcnemar": asdict(comparison.discordance),
+        "smallest_difference": deciding.smallest(pairs),
+        "images_needed": deciding.images_needed(images, pairs),
+    }
+
+
+def sentence(reference: str, rows: Sequence[Mapping[str, Any]], objective: Objective, images: int) -> str:
+    """What the comparisons of the reference say, for a person.
+
+    Args:
+        reference: the strategy that was best on the validation images.
+        rows: of `compared`, those whose `first` is the reference.
+        objective: that they were decided by.
+        images: of the test set.
+    """
+    if not rows:
+        return f"`{reference}` is the only strategy: there is nothing to compare it with."
+    metric = objective.metric
+    ahead = [row for row in rows if row["better"] == reference]
+    behind = [row for row in rows if row["better"] == row["second"]]
+    open_ = sorted((row for row in rows if row["better"] is None), key=lambda row: float(row["images_needed"]))
+    parts = []
+    if behind:
+        names = _names(behind)
+        verb = "is" if len(behind) == 1 else "are"
+        parts.append(f"{names} {verb} better than `{reference}`, the best by validation{_by(behind, metric, -1)}")
+    if ahead:
+        parts.append(f"`{reference}` is better than {_names(ahead)}{_by(ahead, metric, 1)}")
+    if open_:
+        which = "it" if ahead else f"`{reference}`"
+        parts.append(f"these {count(images, 'image')} cannot tell {which} from {_names(open_)}; {_needed(open_)}")
+    text = ". ".join(part[:1].upper() + part[1:] for part in parts)
+    return f"{text}."
+
+
+def _names(rows: Sequence[Mapping[str, Any]]) -> str:
+    names = [f"`{row['second']}`" for row in rows]
+    left = len(names) - NAMED
+    return listed(names if left <= 1 else [*names[:NAMED], f"{left} others"])
+
+
+def _by(rows: Sequence[Mapping[str, Any]], metric: str, sign: int) -> str:
+    """By how much: of several, the smallest difference."""
+    nearest = min((row["differences"][metric] for row in rows), key=lambda found: abs(float(found["value"])))
+    low, high = sorted(sign * nearest[bound] for bound in ("low", "high"))
+    least = "at least " if len(rows) > 1 else ""
+    scale, unit, digits = (100.0, "points ", 1) if in_points(metric) else (1.0, "", 3)
+    low_text, high_text = (signed(scale * bound, digits).removeprefix("+") for bound in (low, high))
+    value = signed(scale * sign * nearest["value"], digits)
+    return f" ({least}{value} {unit}{metric_name(metric)}, 95 % interval {low_text} to {high_text})"
+
+
+def _needed(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`rows` come in the order of how many images they need."""
+    needed = float(rows[0]["images_needed"])
+    if not math.isfinite(needed):
+        return "they do the same on them"
+    shown = f"more than {MOST_IMAGES:,}" if needed > MOST_IMAGES else f"about {rounded_up(needed):,}"
+    rest = f" for `{rows[0]['second']}`, and more for the rest" if len(rows) > 1 else ""
+    return f"{shown} would be needed{rest}"
+
+
+def _optimism(plan: Plan, results: tuple[TrialResult, ...], folder: RunFolder) -> dict[str, Any] | None:
+    """How much better the chosen trial looks on the validation images than it is; None where nothing was chosen."""
+    objective = plan.spec.objective
+    kept = []
+    for result in ranked(results, objective):
+        path = folder.trial(result.trial_id) / VALIDATION_SCORES
+        if path.is_file():
+            with np.load(path) as arrays:
+                kept.append({name: arrays[name] for name in ("index", "labels", "scores")})
+    alike = [each for each in kept if np.array_equal(each["index"], kept[0]["index"])]
+    if len(alike) < 2:
+        return None
+    patients = [plan.manifest.records[index].patient for index in alike[0]["index"]]
+    found = selection_optimism(
+        alike[0]["labels"],
+        [each["scores"] for each in alike],
+        plan.manifest.classes,
+        patients,
+        objective.metric,
+        objective.mode,
+        seed=plan.spec.search.seed,
+    )
+    return asdict(found) if math.isfinite(found.gain) else None
+
+
+def warnings(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader must know beside the sentence: of the audit, of the doctor, and of the size of the test set."""
+    verdict, best = summary["verdict"], summary.get("best", {})
+    lines = [
+        f"The data's audit: {finding['evidence']}"
+        for finding in summary.get("audit", [])
+        if finding["severity"] != "note"
+    ]
+    lines += [f"The best trial ({each['name']}): {each['evidence']}" for each in best.get("doctor", [])]
+    if verdict["comparisons"] and verdict["patients"] < FEW_PATIENTS:
+        lines.append(f"The test set has {count(verdict['patients'], 'patient')} only: its intervals are rough.")
+    return lines
