@@ -32,7 +32,7 @@ CURVES = RESULTS / "learning_curves.json"
 EPOCHS, GRACE_EPOCHS, REDUCTION_FACTOR = 27, 4, 3
 AT_ONCE = 4
 # Which strategy ends best differs from one data set to the next: the standard deviation, between sweeps, of where the
-# trials of a strategy end on average. An assumption: half of what lies between the strategies that were measured.
+# trials of a strategy end on average. An assumption: about half of what lies between the strategies that were measured.
 BETWEEN = 0.02
 # The seconds of an epoch differ that much from trial to trial, by a factor: what shares the machine is never the same.
 PACE = 1.15
