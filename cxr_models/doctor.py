@@ -309,7 +309,7 @@ def _course_checks(case: _Case) -> Iterator[Diagnosis]:
         earlier, later = trend
         evidence = (
             f"The best validation {metric}, {values[case.best]:.4f}, comes in epoch {best} of {allowed} allowed; "
-            f"its mean over the last {_quarter(values)} is {later:.4f}, over as many before {earlier:.4f}."
+            f"its mean over the last {_quarter(values)} is {later:.4f}, over as many before at best {earlier:.4f}."
         )
         yield Diagnosis("still_improving", False, evidence, "Allow more epochs.")
     losses = [metrics.val["loss"] for metrics in case.epochs if "loss" in metrics.val]
@@ -327,13 +327,17 @@ def _quarter(values: Sequence[float]) -> int:
 
 
 def _trend(values: Sequence[float], objective: Objective) -> tuple[float, float] | None:
-    """The means over the last quarter but one and the last, where that is better by more than its standard error."""
+    """The best mean over a quarter of the epochs before the last quarter, and the mean over that one.
+
+    None where the latter is not better by more than the standard error of the difference.
+    """
     size = _quarter(values)
-    if len(values) < 2:
+    before = [values[end - size : end] for end in range(size, len(values) - size + 1)]
+    if not before:
         return None
-    parts = values[-2 * size : -size], values[-size:]
-    earlier, later = map(fmean, parts)
-    noise = math.sqrt(sum(map(pvariance, parts)) / size)
+    best = (max if objective.mode == "max" else min)(before, key=fmean)
+    earlier, later = fmean(best), fmean(values[-size:])
+    noise = math.sqrt((pvariance(best) + pvariance(values[-size:])) / size)
     return (earlier, later) if objective.better(later, earlier) and abs(later - earlier) > noise else None
 
 

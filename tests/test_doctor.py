@@ -196,9 +196,13 @@ class TestStillImproving:
         assert found.remedy == "Allow more epochs."
         assert examined(training(val), replace(CONFIG, epochs=16)) == [], "halving ended it"
 
-    def test_not_for_the_best_of_a_level_course(self):
-        level = (0.6, 0.8, 0.9, 0.93, 0.88, 0.92, 0.85, 0.94)
-        assert examined(training([measured(right, 0.3) for right in level])) == []
+    @pytest.mark.parametrize(
+        "course",
+        [(0.6, 0.8, 0.9, 0.93, 0.88, 0.92, 0.85, 0.94), (0.86, 0.81, 0.83, 0.88, 0.86, 0.74, 0.77, 0.92)],
+        ids=["level", "back from a dip"],
+    )
+    def test_not_for_a_best_that_is_the_last_by_chance(self, course):
+        assert examined(training([measured(right, 0.3) for right in course])) == []
 
     def test_not_where_nothing_is_left_to_gain(self):
         epochs = training([measured(0.9, 0.6**epoch) for epoch in range(8)])
