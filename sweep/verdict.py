@@ -214,7 +214,7 @@ def _optimism(plan: Plan, results: tuple[TrialResult, ...], folder: RunFolder) -
     return asdict(found) if math.isfinite(found.gain) else None
 
 
-def warnings(summary: Mapping[str, Any]) -> list[str]:
+def cautions(summary: Mapping[str, Any]) -> list[str]:
     """What a reader must know beside the sentence: of the audit, of the doctor, and of the size of the test set."""
     verdict, best = summary["verdict"], summary.get("best", {})
     lines = [

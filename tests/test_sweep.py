@@ -196,7 +196,7 @@ def test_the_verdict_is_about_the_predictions_and_shown(on_ray):
     verdict, (first, second) = summary["verdict"], summary["strategies"]
     assert verdict["sentence"].replace("`", "") in " ".join(shown.split())
     assert list(verdict["strategies"].values()) == [[first["trial_id"]], [second["trial_id"]]]
-    assert verdict["reference"] == list(verdict["strategies"])[0]
+    assert verdict["reference"] == next(iter(verdict["strategies"]))
     (comparison,) = verdict["comparisons"]
     difference = comparison["differences"][verdict["metric"]]["value"]
     assert difference == pytest.approx(first["test"][verdict["metric"]] - second["test"][verdict["metric"]])
