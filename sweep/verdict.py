@@ -53,7 +53,7 @@ def judge(
         plan: of the sweep.
         results: every ended trial.
         folder: where the trials left their validation scores.
-        evaluation: of each strategy's best trial.
+        evaluation: of each strategy's best trial; that of the best of all is among them.
     """
     objective, seed = plan.spec.objective, plan.spec.search.seed
     finalists = best_by_strategy(results, objective)

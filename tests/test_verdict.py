@@ -255,10 +255,10 @@ def test_the_terminal_shows_the_sentence_and_the_reference_beside_the_others():
     console = Console(record=True, width=200)
     print_verdict(found, F1, console)
     text = console.export_text()
-    assert found["sentence"].replace("`", "") in " ".join(text.split())
-    assert "convs:1 minus the others on 300 test images, 95 % intervals" in text
+    assert found["sentence"] in " ".join(text.split())
+    assert "`convs:1` minus the others on 300 test images, 95 % intervals" in text
     (line,) = (line for line in text.splitlines() if line.startswith("│ none"))
-    assert "convs:1 is better" in line
+    assert "`convs:1` is better" in line
 
 
 def test_names_in_backticks_become_code_and_never_markup():
