@@ -123,7 +123,7 @@ def differences(verdict: Mapping[str, Any], objective: Objective) -> Figure:
         if is_number(found["value"]):
             face = colour if row["better"] else "white"
             panel.plot([scale * found["value"]], [place], "o", color=colour, markerfacecolor=face, markersize=8)
-        says = f"{row['better']} is better" if row["better"] else "cannot tell"
+        says = f"better: {row['better']}" if row["better"] else "cannot tell"
         _note(panel, says, (1.01, place), ("axes fraction", "data"), va="center", parse_math=False)
     panel.set_yticks(range(len(rows)), [row["second"] for row in rows], parse_math=False)
     panel.set_ylim(len(rows) - 0.4, -0.6)

@@ -12,7 +12,7 @@ from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult, best
 from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
 from sweep.record import best_by_strategy, ranked, strategy_of
-from sweep.verdict import warnings
+from sweep.verdict import cautions
 
 PACKAGES = ("cxr-sweep", "ray", "tensorflow", "keras", "optuna", "mlflow", "scikit-learn", "numpy")
 
@@ -91,7 +91,7 @@ def summarise(
         summary["test"] = evaluation.test
     if evaluation.verdict is not None:
         summary["verdict"] = dict(evaluation.verdict)
-        summary["verdict"]["warnings"] = warnings(summary)
+        summary["verdict"]["warnings"] = cautions(summary)
     return summary
 
 

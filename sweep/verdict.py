@@ -53,7 +53,7 @@ def judge(
         plan: of the sweep.
         results: every ended trial.
         folder: where the trials left their validation scores.
-        evaluation: of each strategy's best trial.
+        evaluation: of each strategy's best trial; that of the best of all is among them.
     """
     objective, seed = plan.spec.objective, plan.spec.search.seed
     finalists = best_by_strategy(results, objective)
@@ -215,7 +215,7 @@ def _optimism(plan: Plan, results: tuple[TrialResult, ...], folder: RunFolder) -
     return asdict(found) if math.isfinite(found.gain) else None
 
 
-def warnings(summary: Mapping[str, Any]) -> list[str]:
+def cautions(summary: Mapping[str, Any]) -> list[str]:
     """What a reader must know beside the sentence: of the audit, of the doctor, and of the size of the test set."""
     verdict, best = summary["verdict"], summary.get("best", {})
     lines = [

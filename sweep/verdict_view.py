@@ -25,7 +25,7 @@ class DifferenceRow:
         discordant: images that the first alone, and the second alone, has right.
         mcnemar: its p, corrected for all pairs.
         needed: images that would settle the deciding difference.
-        verdict: which one is better.
+        verdict: which one is better; names stand between backticks, since some (`all`, `none`) are words.
     """
 
     first: str
@@ -54,7 +54,7 @@ def _row(row: Mapping[str, Any], metric: str) -> DifferenceRow:
         discordant=f"{row['mcnemar']['first']:,} : {row['mcnemar']['second']:,}",
         mcnemar=probability(row["mcnemar"]["p_holm"]),
         needed="–" if better or not is_number(needed) else f"{rounded_up(needed):,}",
-        verdict=f"{better} is better" if better else "cannot tell",
+        verdict=f"`{better}` is better" if better else "cannot tell",
     )
 
 
@@ -107,15 +107,15 @@ def coded(text: str) -> Markup:
 
 def print_verdict(verdict: Verdict, objective: Objective, console: Console) -> None:
     """The sentence, then the reference beside every other strategy."""
-    console.print(Text(verdict["sentence"].replace("`", ""), style="bold"))
+    console.print(Text(verdict["sentence"], style="bold"))
     if verdict["comparisons"]:
         console.print(_table(difference_rows(verdict, of_reference=True), verdict, objective))
     for note in verdict_notes(verdict):
-        console.print(Text(f"  {note.replace('`', '')}"))
+        console.print(Text(f"  {note}"))
 
 
 def _table(rows: Sequence[DifferenceRow], verdict: Verdict, objective: Objective) -> Table:
-    title = f"{verdict['reference']} minus the others on {count(verdict['images'], 'test image')}, 95 % intervals"
+    title = f"`{verdict['reference']}` minus the others on {count(verdict['images'], 'test image')}, 95 % intervals"
     lower = ", lower is better" if objective.mode == "min" else ""
     table = Table(title=Text(f"{title}{lower}"), title_justify="left")
     metrics = map(metric_name, rows[0].metrics)

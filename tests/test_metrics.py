@@ -1,4 +1,4 @@
-"""Figures agree with the reports and with scikit-learn, and intervals know that patients own their images."""
+"""Figures agree with the reports and with scikit-learn, for every image once and for many countings at once."""
 
 import math
 import warnings
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from cxr_models.intervals import patient_intervals
 from cxr_models.metrics import (
     FURTHER_BY_CLASS,
     FURTHER_METRICS,
@@ -333,65 +332,3 @@ def test_the_report_per_class():
     never = classification_report(np.array([0, 1]), scores_of(np.array([0, 0]), 4), CLASSES)
     assert never["Lung_Opacity"]["f1-score"] == 0.0
     assert never["Normal"]["support"] == 0
-
-
-class TestPatientIntervals:
-    def test_the_value_lies_inside_and_is_that_of_all_images(self):
-        labels, scores = random_case(0)
-        found = patient_intervals(labels, scores, CLASSES, [str(i // 2) for i in range(200)], resamples=100)
-        whole = evaluate_further(labels, scores, CLASSES)
-        assert found.keys() == whole.keys()
-        for name, interval in found.items():
-            assert interval.value == whole[name]
-            assert interval.low < interval.high
-            # Resampling breaks bins up and lines errors up: a calibration error is larger then.
-            assert interval.low < interval.value < interval.high or name == "ece"
-
-    def test_the_seed_decides(self):
-        labels, scores = random_case(0, images=60)
-        patients = [str(i // 3) for i in range(60)]
-        first, again, other = (
-            patient_intervals(labels, scores, CLASSES, patients, resamples=50, seed=seed) for seed in (3, 3, 4)
-        )
-        assert first == again
-        assert first["loss"] != other["loss"]
-
-    def test_names_of_patients_do_not_matter(self):
-        labels, scores = random_case(0, images=60)
-        owner = np.repeat(np.arange(20), 3)
-        named = [f"p{number:02}" for number in owner]
-        assert patient_intervals(labels, scores, CLASSES, named, resamples=20) == patient_intervals(
-            labels, scores, CLASSES, owner.tolist(), resamples=20
-        )
-
-    def test_copies_of_an_image_add_nothing(self):
-        """Four copies of each patient's image: by image the interval would halve, by patient it stays."""
-        labels, scores = random_case(0, images=100)
-        owner = np.repeat(np.arange(100), 4)
-        copied = labels[owner], scores[owner], CLASSES
-        by_patient, by_image = (
-            patient_intervals(*copied, patients, resamples=300)["accuracy"]
-            for patients in ([str(number) for number in owner], [str(image) for image in range(400)])
-        )
-        single = patient_intervals(labels, scores, CLASSES, [str(i) for i in range(100)], resamples=300)["accuracy"]
-        assert by_patient.high - by_patient.low == pytest.approx(single.high - single.low, rel=1e-9)
-        assert 1.7 < (by_patient.high - by_patient.low) / (by_image.high - by_image.low) < 2.3
-
-    def test_coverage(self):
-        """Of simulated test sets of patients with their own difficulty, about 95 % have the truth inside."""
-        generator = np.random.default_rng(0)
-        sets, patients, images, inside = 80, 60, 4, 0
-        for _ in range(sets):
-            skill = generator.beta(3, 1, patients).repeat(images)  # mean 0.75
-            labels = generator.integers(2, size=patients * images)
-            right = generator.random(len(labels)) < skill
-            owner = [str(number) for number in np.repeat(np.arange(patients), images)]
-            scores = scores_of(np.where(right, labels, 1 - labels), 2)
-            found = patient_intervals(labels, scores, CLASSES[:2], owner, resamples=100)["accuracy"]
-            inside += found.low <= 0.75 <= found.high
-        assert 70 <= inside < sets
-
-    def test_what_cannot_be_computed_has_no_bounds(self):
-        labels, scores = np.zeros(6, int), random_case(0, images=6, classes=2)[1]
-        found = patient_intervals(labels, scores, CLASSES[:2], list("abcdef"), resamples=10)["auroc"]
-        assert all(math.isnan(bound) for bound in (found.value, found.low, found.high))

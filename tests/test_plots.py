@@ -121,7 +121,7 @@ def test_differences_from_the_reference_are_drawn_to_the_side_of_the_better_one(
     low, high = panel.get_xlim()
     assert low == -high  # no difference stands in the middle
     texts = [text.get_text() for text in panel.texts]
-    assert texts == ["a is better", "cannot tell", "d is better", "← the other does better", "a does better →"]
+    assert texts == ["better: a", "cannot tell", "better: d", "← the other does better", "a does better →"]
 
 
 def test_a_lower_loss_is_drawn_on_the_side_of_the_better_one():

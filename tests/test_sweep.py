@@ -239,7 +239,7 @@ def test_the_verdict_is_about_the_predictions_and_shown(on_ray):
     folder, shown = on_ray
     summary = json.loads((folder / "summary.json").read_text())
     verdict, (first, second) = summary["verdict"], summary["strategies"]
-    assert verdict["sentence"].replace("`", "") in " ".join(shown.split())
+    assert verdict["sentence"] in " ".join(shown.split())
     assert list(verdict["strategies"].values()) == [first["trial_id"], second["trial_id"]]
     assert verdict["reference"] == next(iter(verdict["strategies"]))
     (comparison,) = verdict["comparisons"]

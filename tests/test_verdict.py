@@ -14,7 +14,7 @@ from scipy import stats
 from cxr_models.dataset import ImageRecord, Manifest
 from cxr_models.trial import VALIDATION_SCORES, Objective, Outcome, TrialConfig, TrialResult
 from sweep.record import RunFolder, write_json
-from sweep.verdict import Contender, compared, judge, sentence, warnings
+from sweep.verdict import Contender, cautions, compared, judge, sentence
 from sweep.verdict_view import coded, print_verdict, verdict_notes
 from tests.test_comparison import CLASSES, images_of, scores_of
 
@@ -227,7 +227,7 @@ def test_one_trial_was_not_chosen_among_any(tmp_path):
     found = sweep.verdict()
     assert found["optimism"] is None
     assert found["sentence"] == "`convs:1` is the only strategy: there is nothing to compare it with."
-    assert not warnings({"verdict": found})
+    assert not cautions({"verdict": found})
 
 
 def test_findings_of_the_audit_and_the_doctor_stand_beside_the_sentence():
@@ -240,7 +240,7 @@ def test_findings_of_the_audit_and_the_doctor_stand_beside_the_sentence():
             {"name": "mixed_patients", "severity": "note", "evidence": "21 patients have two classes."},
         ],
     }
-    lines = warnings(summary)
+    lines = cautions(summary)
     assert lines[:2] == [
         "The data's audit: The source alone gives 65 %.",
         "The best trial (class_never_predicted): Normal has recall 0.",
@@ -255,10 +255,10 @@ def test_the_terminal_shows_the_sentence_and_the_reference_beside_the_others():
     console = Console(record=True, width=200)
     print_verdict(found, F1, console)
     text = console.export_text()
-    assert found["sentence"].replace("`", "") in " ".join(text.split())
-    assert "convs:1 minus the others on 300 test images, 95 % intervals" in text
+    assert found["sentence"] in " ".join(text.split())
+    assert "`convs:1` minus the others on 300 test images, 95 % intervals" in text
     (line,) = (line for line in text.splitlines() if line.startswith("│ none"))
-    assert "convs:1 is better" in line
+    assert "`convs:1` is better" in line
 
 
 def test_names_in_backticks_become_code_and_never_markup():
