@@ -19,7 +19,7 @@ def manifest_of(root: Path, masks: int) -> Manifest:
         for kind in ("images", "masks")[: 2 if number < masks else 1]:
             folder = root / "ab"[number % 2] / kind
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.full((9, 9), 40 * number, np.uint8)).save(folder / f"{number}.png")
+            Image.fromarray(np.full((18, 18), 40 * number, np.uint8)).save(folder / f"{number}.png")
     return read_manifest(root)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from cxr_models.audit import Audit
 from cxr_models.dataset import ImageRecord, Manifest
 from cxr_models.trial import METRICS, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 from sweep.reference import ReferenceSpec
@@ -25,6 +26,7 @@ def plan() -> Any:
         ),
         lung_masks=(),
         manifest=Manifest(Path("/nowhere"), "folders", RECORDS, (), 0),
+        audit=Audit(4, 4, {}, None, ()),
         trials=2,
         machine=SimpleNamespace(cores=2, gpus=0),
         allotment=SimpleNamespace(cpus_per_trial=1, gpus_per_trial=0, concurrency=2, threads=1),
