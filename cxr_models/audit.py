@@ -156,8 +156,9 @@ def _leaks(
         yield Finding(
             PATIENT_ON_TWO_SIDES,
             Severity.LEAK,
-            f"{_counted(len(astray), 'patient')} of {len(places):,} have images in more than one part of the given "
-            f"split, {sum(map(len, astray.values())):,} images in all: the model is tested on people it has seen.",
+            f"{_counted(len(astray), 'patient')} of {len(places):,} {'has' if len(astray) == 1 else 'have'} images in "
+            f"more than one part of the given split, {sum(map(len, astray.values())):,} in all: the model is tested on "
+            "people it has seen.",
             "Give a split by patient, or none, so that one is cut; data.patient says how names tell the patient.",
             tuple(
                 Example(tuple(records[place].path for place in own), f"patient {patient}: {_parts(splits, own)}")

@@ -33,7 +33,7 @@ MAX_DISTANCE = 12  # of 64 bits
 LEAST_WHOLE = 0.92  # correlation of the thumbnails
 LEAST_DETAIL = 0.75  # of their details, see `fingerprints.detail_vectors`
 CONFIRMING_SIDE = 64  # in pixels: both files are read again at this size
-LEAST_CONFIRMED = 0.80  # of their details then
+LEAST_CONFIRMED = 0.84  # of their details then
 
 ROWS_AT_ONCE = 256  # of the table of all distances
 PAIRS_AT_ONCE = 4096
