@@ -19,11 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import imagehash
 import numpy as np
 from measuring import environment, own_command, write_result
 from PIL import Image, ImageEnhance
@@ -63,7 +63,7 @@ def main() -> None:
             "environment": environment(own_command()),
             "images": arguments.images,
             "looped": arguments.looped,
-            "imagehash": imagehash.__version__,
+            "imagehash": version("imagehash"),
             **measure(folder, Path(scratch) / "cache", arguments.images, arguments.looped),
         }
     write_result(result, arguments.out / "audit_speed.json")
@@ -84,10 +84,11 @@ def write_images(folder: Path, images: int) -> None:
     for name in CLASSES:
         (folder / name).mkdir(parents=True)
     with ProcessPoolExecutor() as pool:
-        list(pool.map(_write_image, [folder] * images, range(images), chunksize=50))
+        list(pool.map(write_image, [folder] * images, range(images), chunksize=50))
 
 
-def _write_image(folder: Path, number: int) -> None:
+def write_image(folder: Path, number: int) -> None:
+    """One of them, and its copy if it has one."""
     drawing = patient_drawings(1, number, CLASSES[number % 4])[0]
     image = Image.fromarray(draw(drawing, DRAWN_SIDE)[0]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     image.save(folder / CLASSES[number % 4] / f"{number:05}.png")
@@ -177,6 +178,8 @@ def all_pairs(files: Sequence[Path], watch: Watch) -> Mapping[str, Pairs]:
 
 def hashed_pairs(files: Sequence[Path], watch: Watch) -> Mapping[str, Pairs]:
     """ImageHash as its documentation has it: hashes whose difference is small."""
+    import imagehash
+
     watch.start()
     hashes = {path.name: imagehash.phash(Image.open(path)) for path in files}
     watch.stop("hashes: read")
