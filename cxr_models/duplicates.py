@@ -7,7 +7,7 @@ about a hundredth, turned or mirrored is not.
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +37,7 @@ LEAST_CONFIRMED = 0.84  # of their details then
 
 ROWS_AT_ONCE = 256  # of the table of all distances
 PAIRS_AT_ONCE = 4096
+PICTURES_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _near(manifest: Manifest, places: Sequence[int], progress: Progress | None) 
     if len(places) < 2:
         return ()
     thumbnails = read_thumbnails([manifest.records[place].thumbnail for place in places])
-    whole, detail = whole_vectors(thumbnails), detail_vectors(thumbnails)
+    whole, detail = _in_blocks(whole_vectors, thumbnails), _in_blocks(detail_vectors, thumbnails)
     likely = []
     for pairs in _candidates(perceptual_hashes(thumbnails), progress):
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
@@ -159,8 +160,17 @@ def _candidates(hashes: NDArray[np.uint64], progress: Progress | None) -> Iterat
             progress(min(start + ROWS_AT_ONCE, len(hashes)), len(hashes))
 
 
-def _correlations(vectors: NDArray[np.float32], pairs: NDArray[np.int64]) -> NDArray[np.float32]:
-    return np.asarray(np.einsum("pv,pv->p", vectors[pairs[:, 0]], vectors[pairs[:, 1]]))
+def _in_blocks(
+    vectors_of: Callable[[NDArray[np.uint8]], NDArray[np.float32]], pictures: NDArray[np.uint8]
+) -> NDArray[np.float16]:
+    """(images, length) vectors, a part at a time and in half precision: many images need not fill the memory."""
+    blocks = range(0, len(pictures), PICTURES_AT_ONCE)
+    return np.concatenate([vectors_of(pictures[at : at + PICTURES_AT_ONCE]).astype(np.float16) for at in blocks])
+
+
+def _correlations(vectors: NDArray[np.float16], pairs: NDArray[np.int64]) -> NDArray[np.float32]:
+    first, second = (vectors[side].astype(np.float32) for side in pairs.T)
+    return np.asarray(np.einsum("pv,pv->p", first, second))
 
 
 def _confirmed(
@@ -172,7 +182,7 @@ def _confirmed(
     if not pictures:
         return ()
     rows = np.searchsorted(needed, pairs)
-    detail = detail_vectors(np.stack(pictures))
+    detail = _in_blocks(detail_vectors, np.stack(pictures))
     values = np.concatenate(
         [_correlations(detail, rows[start : start + PAIRS_AT_ONCE]) for start in range(0, len(rows), PAIRS_AT_ONCE)]
     )
