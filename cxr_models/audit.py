@@ -117,18 +117,20 @@ def audit_data(
         manifest: the images.
         splits: part of each, as `dataset.assign_splits` gives them; a given one may leak.
         duplicates: of the same manifest.
-        shortcuts: likewise; None if classes do not matter.
+        shortcuts: likewise; None if classes do not matter, as for a segmentation.
         allow: names in `LEAKS` that may pass.
     """
     found = [
-        *_leaks(manifest, splits, duplicates, allow),
+        *_two_sides(manifest, splits, duplicates, allow),
+        *(_two_labels(manifest, duplicates, allow) if shortcuts else ()),
         *(_class_follows(shortcuts) if shortcuts else ()),
         *_left_out_files(manifest),
         *_blank(manifest),
-        *_notes(manifest, duplicates),
+        *_copies(manifest, duplicates),
+        *(_two_classes(manifest) if shortcuts else ()),
     ]
     left_out = {
-        "unreadable": len(manifest.unreadable),
+        "unreadable": sum(file.flaw is not Flaw.MASK for file in manifest.unreadable),
         "left out by the class map": manifest.excluded,
         "also in an earlier data set": manifest.repeated,
         "not in the subset": manifest.spared,
@@ -144,7 +146,7 @@ def audit_data(
     )
 
 
-def _leaks(
+def _two_sides(
     manifest: Manifest, splits: Sequence[str], duplicates: Duplicates, allow: Sequence[str]
 ) -> Iterator[Finding]:
     records = manifest.records
@@ -177,7 +179,11 @@ def _leaks(
             tuple(Example(tuple(records[place].path for place in own), _parts(splits, own)) for own in across),
             DUPLICATE_ON_TWO_SIDES in allow,
         )
-    contrary = [own for own in clusters if len({records[place].label for place in own}) > 1]
+
+
+def _two_labels(manifest: Manifest, duplicates: Duplicates, allow: Sequence[str]) -> Iterator[Finding]:
+    records = manifest.records
+    contrary = [own for own in duplicates.clusters(len(records)) if len({records[place].label for place in own}) > 1]
     if contrary or manifest.contrary:
         count = len(contrary) + len(manifest.contrary)
         yield Finding(
@@ -227,6 +233,7 @@ _FLAWS = {
     Flaw.TRUNCATED: ("truncated_files", "cut short", "Copy the data set again; the download may have ended early."),
     Flaw.EMPTY: ("empty_files", "empty", "Copy the data set again; the download may have ended early."),
     Flaw.SIZE: ("absurdly_sized_files", "of an absurd size", "See whether they are X-rays at all, and take them away."),
+    Flaw.MASK: ("missing_masks", "named as masks and missing", "Copy the masks, too; their images have none now."),
     Flaw.UNREADABLE: (
         "unreadable_files",
         "unreadable",
@@ -262,7 +269,7 @@ def _blank(manifest: Manifest) -> Iterator[Finding]:
         )
 
 
-def _notes(manifest: Manifest, duplicates: Duplicates) -> Iterator[Finding]:
+def _copies(manifest: Manifest, duplicates: Duplicates) -> Iterator[Finding]:
     records = manifest.records
     counted = "Nothing must be done: copies count as one person when a split is cut."
     if duplicates.exact:
@@ -287,8 +294,11 @@ def _notes(manifest: Manifest, duplicates: Duplicates) -> Iterator[Finding]:
                 for pair in sorted(duplicates.near, key=lambda pair: pair.correlation)
             ),
         )
+
+
+def _two_classes(manifest: Manifest) -> Iterator[Finding]:
     of_patient: dict[str, list[ImageRecord]] = defaultdict(list)
-    for record in records:
+    for record in manifest.records:
         of_patient[record.patient].append(record)
     labels = {patient: sorted({record.label for record in own}) for patient, own in of_patient.items()}
     if several := sorted(patient for patient, own in labels.items() if len(own) > 1):

@@ -52,6 +52,7 @@ class Flaw(StrEnum):
     EMPTY = "empty"
     TRUNCATED = "truncated"
     SIZE = "size"
+    MASK = "mask"  # a lung mask that a table names and that is not there
     UNREADABLE = "unreadable"
 
 

@@ -210,7 +210,7 @@ def make_plan(
     duplicates = find_duplicates(manifest, cache_dir, progress and progress("comparing images"))
     groups = duplicates.groups(manifest)
     splits = stored_splits(manifest, spec.data.seed, cache_dir, spec.data.split.shares, groups)
-    shortcuts = find_shortcuts(manifest, groups, cache_dir) if len(manifest.classes) > 1 else None
+    shortcuts = find_shortcuts(manifest, groups, cache_dir) if spec.task != SEGMENT else None
     problems: list[str] = []
     everything = _networks(spec)
     networks = [config for config in everything if config.backbone != UNET]

@@ -107,6 +107,14 @@ def test_a_near_copy_leaks_as_an_exact_one_does(tmp_path):
     assert audit.findings[1].examples[0].detail == "well, sick"
 
 
+def test_labels_do_not_matter_to_a_segmentation(tmp_path):
+    rows = [*healthy_rows(), ("train-sick-0.bmp", "well", "somebody", "train")]
+    rows += [("later.png", "well", "P-train-sick-1", "train")]
+    manifest = read_manifest(clinic(tmp_path, rows))
+    found = find_duplicates(manifest)
+    assert names(audit_data(manifest, [record.split for record in manifest.records], found)) == ["exact_duplicates"]
+
+
 def test_copies_within_a_part_and_a_class_are_a_note(tmp_path):
     rows = [*healthy_rows(), ("train-sick-0.bmp", "sick", "somebody", "train")]
     audit = audited(read_manifest(clinic(tmp_path, rows)))
@@ -172,6 +180,15 @@ def test_files_that_cannot_be_used_are_named_by_what_is_wrong(tmp_path):
     assert reasons["Pneumonia/dot.png"] == "1 x 1 pixels; expected at least 16 on each side"
     assert reasons["Pneumonia/banner.png"] == "400 x 79 pixels; expected at most 5 times as long as wide"
     assert reasons["Pneumonia/huge.png"] == "10001 x 10000 pixels, more than 100 megapixels"
+
+
+def test_a_missing_mask_is_no_missing_image(tmp_path):
+    table = clinic(tmp_path, healthy_rows())
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([f"{lines[0]},mask", *(f"{line},gone.png" for line in lines[1:3]), *lines[3:]]))
+    audit = audited(read_manifest(table))
+    assert names(audit) == ["missing_masks"]
+    assert (audit.used, audit.found, audit.left_out) == (36, 36, {})
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.97])
