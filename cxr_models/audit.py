@@ -16,7 +16,7 @@ from cxr_models.dataset import ImageRecord, Manifest
 from cxr_models.duplicates import Duplicates
 from cxr_models.fingerprints import read_thumbnails
 from cxr_models.images import Flaw
-from cxr_models.shortcuts import TOGETHER, Shortcut, Shortcuts
+from cxr_models.shortcuts import TOGETHER, Shortcut, Shortcuts, seen_text
 
 PATIENT_ON_TWO_SIDES = "patient_on_two_sides"
 DUPLICATE_ON_TWO_SIDES = "duplicate_on_two_sides"
@@ -24,6 +24,7 @@ ONE_IMAGE_TWO_LABELS = "one_image_two_labels"
 LEAKS = (PATIENT_ON_TWO_SIDES, DUPLICATE_ON_TWO_SIDES, ONE_IMAGE_TWO_LABELS)
 """The findings that stop a run; `allow` takes their names."""
 
+COMMONEST = 10
 LEAST_RANGE = 3  # of grey values in a thumbnail; an image with fewer is blank
 CLASS_FOLLOWS = "class_follows_from_"
 """Before a key of `shortcuts.SEEN`, or `TOGETHER`, the name of a finding."""
@@ -42,12 +43,17 @@ class Example:
     """One place where a finding was made.
 
     Attributes:
-        paths: of the images or files.
+        paths: of the images or files; none where it is about many.
         detail: what is to be said of them, such as the patient; "" for nothing.
     """
 
     paths: tuple[str, ...]
     detail: str = ""
+
+    def text(self, most: int) -> str:
+        """In a line, with `most` of the paths."""
+        shown = [*self.paths[:most], *(["..."] if len(self.paths) > most else [])]
+        return ": ".join(filter(None, (", ".join(shown), self.detail)))
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Finding:
         name: stable, in snake_case.
         evidence: what was found, with figures, a sentence.
         remedy: what can be done, a sentence.
-        examples: every place, not only some.
+        examples: every place, not only some; where the class follows from something, its `COMMONEST` values.
         allowed: a leak that the user lets pass.
     """
 
@@ -123,7 +129,7 @@ def audit_data(
     found = [
         *_two_sides(manifest, splits, duplicates, allow),
         *(_two_labels(manifest, duplicates, allow) if shortcuts else ()),
-        *(_class_follows(shortcuts) if shortcuts else ()),
+        *(_class_follows(shortcuts, manifest) if shortcuts else ()),
         *_left_out_files(manifest),
         *_blank(manifest),
         *_copies(manifest, duplicates),
@@ -209,7 +215,7 @@ def _parts(splits: Sequence[str], places: Sequence[int]) -> str:
     return ", ".join(f"{count} in {part}" for part, count in Counter(splits[place] for place in places).items())
 
 
-def _class_follows(shortcuts: Shortcuts) -> Iterator[Finding]:
+def _class_follows(shortcuts: Shortcuts, manifest: Manifest) -> Iterator[Finding]:
     """What tells the class by itself; all together only where nothing does alone."""
     alone = [shortcut for shortcut in shortcuts.found if shortcut.follows and shortcut.name != TOGETHER]
     for shortcut in alone or [shortcut for shortcut in shortcuts.found if shortcut.follows]:
@@ -221,7 +227,22 @@ def _class_follows(shortcuts: Shortcuts) -> Iterator[Finding]:
             f"{100 * shortcuts.majority:.1f} % and {100 * shortcuts.chance:.1f} % by always naming the largest class. "
             "A model may have learned that in place of the disease.",
             "Take the classes from the same sources, saved in the same way; test on images of another source.",
+            _telling(shortcut.name, manifest),
         )
+
+
+def _telling(name: str, manifest: Manifest) -> tuple[Example, ...]:
+    """The classes of the images that have each of the commonest values, such as `256 x 256: 500 A, 3 B`."""
+    if name == TOGETHER:
+        return ()
+    classes_of: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in manifest.records:
+        classes_of[seen_text(name, record)][record.label] += 1
+    commonest = sorted(classes_of.items(), key=lambda item: (-item[1].total(), item[0]))[:COMMONEST]
+    return tuple(
+        Example((), f"{value or 'unknown'}: {', '.join(f'{count:,} {label}' for label, count in own.most_common())}")
+        for value, own in commonest
+    )
 
 
 def _shares(shortcut: Shortcut) -> str:

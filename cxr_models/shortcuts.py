@@ -47,6 +47,11 @@ SEEN: Mapping[str, Callable[[ImageRecord], tuple[Any, ...]]] = {
 }
 
 
+def seen_text(name: str, record: ImageRecord) -> str:
+    """What a classifier sees of an image, for a person; `name` is a key of `SEEN`."""
+    return f"{record.width} x {record.height}" if name == "size" else str(SEEN[name](record)[0])
+
+
 @dataclass(frozen=True)
 class Shortcut:
     """A classifier that sees one thing alone, or all of them together.

@@ -11,6 +11,7 @@ from cxr_models.shortcuts import SEEN, Shortcuts
 
 SHOWN = 5  # examples of a finding; audit.json has all
 SHOWN_FILES = 20  # of a finding about files that are left out: none of those should go unnoticed
+SHOWN_PATHS = 4  # of an example
 STYLES = {Severity.LEAK: "bold red", Severity.WARNING: "yellow", Severity.NOTE: ""}
 EVERYTHING = ", ".join(SEEN).replace("_", " ")
 
@@ -70,7 +71,6 @@ def _lines(finding: Finding) -> Iterator[Text]:
     yield Text(f"{severity}: {finding.name}: {finding.evidence} {finding.remedy}", style=style)
     most = SHOWN_FILES if finding.name.endswith("_files") else SHOWN
     for example in finding.examples[:most]:
-        some = ", ".join(example.paths[:4]) + (", ..." if len(example.paths) > 4 else "")
-        yield Text(f"  {some}" + (f": {example.detail}" if example.detail else ""), style=style)
+        yield Text(f"  {example.text(SHOWN_PATHS)}", style=style)
     if len(finding.examples) > most:
         yield Text(f"  and {len(finding.examples) - most:,} more", style=style)

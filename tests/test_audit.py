@@ -237,6 +237,8 @@ def test_a_class_that_follows_from_its_files_is_a_warning(tmp_path):
     size, kind = audit.findings
     assert "75.0 % accuracy (75.0 % balanced), against 50.0 % and 50.0 %" in size.evidence
     assert "100.0 % accuracy" in kind.evidence
+    assert [example.detail for example in size.examples] == ["96 x 96: 30 sick, 15 well", "64 x 64: 15 well"]
+    assert [example.detail for example in kind.examples] == ["JPEG: 30 sick", "PNG: 30 well"]
     assert audit.shortcuts.bar.accuracy == 1.0
 
 
@@ -263,5 +265,6 @@ def test_real_x_rays(real_data: Path, tmp_path: Path):
         "patient_in_two_classes",
     ]
     assert audit.leaks == ()
+    assert audit.findings[0].examples[0].detail.startswith("256 x 256: 500 No_findings, 500 Pneumonia")
     assert "21 patients of 806 have images of more than one class" in audit.findings[-1].evidence
     assert len(audit.findings[-1].examples) == 21
