@@ -138,6 +138,7 @@ def audit_data(
     left_out = {
         "unreadable": sum(file.flaw is not Flaw.MASK for file in manifest.unreadable),
         "left out by the class map": manifest.excluded,
+        "without a mask": manifest.unmasked,
         "also in an earlier data set": manifest.repeated,
         "not in the subset": manifest.spared,
     }

@@ -91,6 +91,7 @@ class Manifest:
         notes: what a person should know of how the data were read, a sentence each.
         spared: readable images that a subset left out.
         excluded: those that a class map left out.
+        unmasked: those that were left out since they have no mask.
         repeated: those that an earlier data set of a cohort has too, byte for byte, and that are left out.
         contrary: (path that stays, path that is left out) of those among them that had another label.
     """
@@ -103,6 +104,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     spared: int = 0
     excluded: int = 0
+    unmasked: int = 0
     repeated: int = 0
     contrary: tuple[tuple[str, str], ...] = ()
 

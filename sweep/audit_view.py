@@ -20,7 +20,8 @@ class AuditRefused(Exception):  # noqa: N818 - reads as what happened
     """The data leak; the message names the findings and what can be done."""
 
     def __init__(self, audit: Audit) -> None:
-        names = ", ".join(finding.name for finding in audit.leaks)
+        # Those that may pass already, too: what --set gives takes the place of what the file says.
+        names = ", ".join(finding.name for finding in audit.findings if finding.severity is Severity.LEAK)
         lines = (f"  {finding.name}: {finding.evidence}\n    remedy: {finding.remedy}" for finding in audit.leaks)
         super().__init__(
             "the data leak, so that no figure of a sweep would hold:\n"

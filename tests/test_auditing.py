@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from cxr_models.dataset import read_manifest
 from cxr_models.shortcuts import Shortcut, Shortcuts
 from sweep.audit_record import audit_tags, bar_json, finding_json, pair_pictures, read_audit, write_audit
 from sweep.audit_view import AuditRefused, render_audit
+from sweep.dataspec import Leak
 from sweep.record import RunFolder
 from sweep.report import write_report
 from sweep.run import DONE, UNFINISHED, WRONG_INPUT, main
@@ -78,9 +80,11 @@ def test_what_is_allowed_does_not_stop(tmp_path, cache_dir, leaking, capsys):
     some = write_space(tmp_path, leaking, "  allow: [patient_on_two_sides, duplicate_on_two_sides]")
     assert main([str(some), "--plan", "--cache-dir", str(cache_dir)]) == UNFINISHED
     shown = capsys.readouterr()
-    assert "--set data.allow='[one_image_two_labels]'" in shown.err
+    assert "one_image_two_labels: 1 picture has more than one label" in shown.err
+    assert "patient_on_two_sides: " not in shown.err
     assert "allowed leak: patient_on_two_sides" in shown.out
     everything = f"data.allow=[{', '.join(LEAKS)}]"
+    assert f"--set data.allow='[{', '.join(LEAKS)}]'" in shown.err, "what the file allows is still allowed"
     assert main([str(some), "--plan", "--cache-dir", str(cache_dir), "--set", everything]) == DONE
     shown = capsys.readouterr()
     assert shown.err == ""
@@ -100,6 +104,7 @@ def test_what_is_allowed_is_written_back(tmp_path, leaking):
     (tmp_path / "back.yaml").write_text(spec.to_yaml())
     assert read_spec(tmp_path / "back.yaml") == spec
     assert spec.data.allow == ("one_image_two_labels",)
+    assert get_args(Leak) == LEAKS
     assert read_spec(write_space(tmp_path, leaking)).data.allow == ()
 
 
@@ -180,7 +185,7 @@ def test_a_refusal_names_only_what_stops():
     stopping = finding("one_image_two_labels", Severity.LEAK)
     text = str(AuditRefused(Audit(5, 5, {}, None, (stopping, *AUDIT.findings))))
     assert "one_image_two_labels: Something about one_image_two_labels.\n    remedy: Do something." in text
-    assert "patient_on_two_sides" not in text
+    assert "Something about patient_on_two_sides" not in text
 
 
 def test_what_programs_are_told():

@@ -80,7 +80,7 @@ def test_a_sweep_without_masks_asks_nothing(tmp_path):
 
 def test_images_without_a_mask_are_left_out_and_counted(tmp_path):
     manifest, notes = with_masks(manifest_of(tmp_path / "some", 3))
-    assert len(manifest.records) == 3
+    assert (len(manifest.records), manifest.unmasked) == (3, 1)
     assert notes == ("images without a mask, which are left out: 1",)
     with pytest.raises(DataError, match="expected lung masks for task: segment\n  found: 4 images in"):
         with_masks(manifest_of(tmp_path / "none", 0))
