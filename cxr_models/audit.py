@@ -309,11 +309,11 @@ def _copies(manifest: Manifest, duplicates: Duplicates) -> Iterator[Finding]:
             "near_duplicates",
             Severity.NOTE,
             f"{_counted(len(duplicates.near), 'pair')} of images {'is' if len(duplicates.near) == 1 else 'are'} one "
-            "picture with other brightness, contrast, size or compression.",
+            "picture with other brightness, contrast, size or compression, or inverted.",
             f"Look at the pairs. {counted}",
             tuple(
                 Example((records[pair.first].path, records[pair.second].path), f"correlation {pair.correlation:.2f}")
-                for pair in sorted(duplicates.near, key=lambda pair: pair.correlation)
+                for pair in sorted(duplicates.near, key=lambda pair: abs(pair.correlation))
             ),
         )
 

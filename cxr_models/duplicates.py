@@ -1,7 +1,7 @@
 """Images that are one picture: the same bytes or pixels in several files, or a copy that was changed a little.
 
-Copies with other brightness or contrast, saved anew with loss, or resized are found; one that was cropped by more than
-about a hundredth, turned or mirrored is not.
+Copies with other brightness or contrast, inverted, saved anew with loss, or resized are found; one that was cropped by
+more than about a hundredth, turned or mirrored is not.
 """
 
 import hashlib
@@ -29,7 +29,8 @@ SEARCH_VERSION = 1  # raise it with any change of what is found: stored results 
 # Copies of 100 of them with 0.6 or 1.6 times the contrast, brightness 0.7 or 1.3 (clipped), gamma 0.6 or 1.6, at 64 or
 # 100 pixels, blurred, sharpened or as JPEG of quality 20 have at least 0.86 and 0.84. Of all other pairs one has 0.74
 # when confirmed, a film and its crop, and no other more than 0.56; phantoms of different patients have up to 0.75.
-MAX_DISTANCE = 12  # of 64 bits
+MAX_DISTANCE = 12  # bits
+HASH_BITS = 63  # that can differ; in an inverted copy nearly all of them do
 LEAST_WHOLE = 0.92  # correlation of the thumbnails
 LEAST_DETAIL = 0.75  # of their details, see `fingerprints.detail_vectors`
 CONFIRMING_SIDE = 64  # in pixels: both files are read again at this size
@@ -46,7 +47,8 @@ class NearPair:
 
     Attributes:
         first, second: places in the manifest, the smaller one first.
-        correlation: of their details when confirmed, 1 for equal up to brightness and contrast.
+        correlation: of their details when confirmed: 1 for equal up to brightness and contrast, below 0 if one of the
+            two is inverted.
     """
 
     first: int
@@ -93,8 +95,8 @@ def find_duplicates(manifest: Manifest, cache_dir: Path | None = None, progress:
     """Find the images that are one picture.
 
     Equal digests of the pixels are exact duplicates. Near ones have perceptual hashes at most `MAX_DISTANCE` bits
-    apart, thumbnails that correlate, as a whole and in their details, and details that correlate still when both files
-    are read again at a higher resolution.
+    apart, or from opposite; thumbnails that correlate, as a whole and in their details; and details that correlate
+    still when both files are read again at a higher resolution.
 
     Args:
         manifest: as `read_manifest` gives it; images without a thumbnail have no near duplicate.
@@ -143,17 +145,18 @@ def _near(manifest: Manifest, places: Sequence[int], progress: Progress | None) 
     for pairs in _candidates(perceptual_hashes(thumbnails), progress):
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             some = pairs[start : start + PAIRS_AT_ONCE]
-            some = some[_correlations(whole, some) >= LEAST_WHOLE]
-            likely.append(some[_correlations(detail, some) >= LEAST_DETAIL])
+            some = some[abs(_correlations(whole, some)) >= LEAST_WHOLE]
+            likely.append(some[abs(_correlations(detail, some)) >= LEAST_DETAIL])
     found = np.concatenate(likely) if likely else np.empty((0, 2), np.int64)
     return _confirmed([manifest.records[place] for place in places], manifest.root, np.asarray(places), found)
 
 
 def _candidates(hashes: NDArray[np.uint64], progress: Progress | None) -> Iterator[NDArray[np.int64]]:
-    """(pairs, 2) places, the smaller first, of hashes that lie near each other; a part of them at a time."""
+    """(pairs, 2) places, the smaller first, of hashes nearly equal or nearly opposite; a part of them at a time."""
     for start in range(0, len(hashes), ROWS_AT_ONCE):
         rows = hashes[start : start + ROWS_AT_ONCE]
-        near = np.bitwise_count(rows[:, None] ^ hashes[None, start:]) <= MAX_DISTANCE
+        distances = np.bitwise_count(rows[:, None] ^ hashes[None, start:])
+        near = (distances <= MAX_DISTANCE) | (distances >= HASH_BITS - MAX_DISTANCE)
         first, second = np.nonzero(np.triu(near, k=1))
         yield np.stack([first, second], axis=1) + start
         if progress:
@@ -189,7 +192,7 @@ def _confirmed(
     kept = [
         NearPair(int(places[first]), int(places[second]), round(float(value), 4))
         for (first, second), value in zip(pairs, values, strict=True)
-        if value >= LEAST_CONFIRMED
+        if abs(value) >= LEAST_CONFIRMED
     ]
     return tuple(sorted(kept, key=lambda pair: (pair.first, pair.second)))
 
