@@ -19,7 +19,7 @@ LABELS = {
     "optuna": "Optuna loop",
     "strong": "strong (images in memory, warm processes)",
 }
-ORDER = ("sweep_speed", "cut_gains", "compiled_steps", "pixel_reader", "many_trials", "audit_speed")
+ORDER = ("sweep_speed", "cut_gains", "compiled_steps", "audit_speed", "pixel_reader", "many_trials")
 PREFACE = """\
 # Measured
 
@@ -49,9 +49,9 @@ python benchmarks/measure_rates.py --data DIR --weights FILE --out rates.json   
 python benchmarks/sweep_speed.py --data DIR --weights FILE --rates rates.json --baseline-trials 2 --baseline-epochs 3
 python benchmarks/cut_gains.py --data DIR --weights FILE --out benchmarks/results
 python benchmarks/compiled_steps.py --data DIR --weights FILE --out benchmarks/results
+python benchmarks/audit_speed.py
 python benchmarks/pixel_reader.py --data DIR
 python benchmarks/many_trials.py
-python benchmarks/audit_speed.py
 python benchmarks/sweep_speed.py --render benchmarks/results > benchmarks/RESULTS.md
 ```
 """
@@ -75,9 +75,9 @@ def render_one(result: Result) -> str:
         "sweep_speed": _sweep_speed,
         "cut_gains": _cut_gains,
         "compiled_steps": _compiled_steps,
+        "audit_speed": _audit_speed,
         "pixel_reader": _pixel_reader,
         "many_trials": _many_trials,
-        "audit_speed": _audit_speed,
     }
     return "\n\n".join([*kinds[result["kind"]](result), _environment(result["environment"])])
 
@@ -233,35 +233,6 @@ def _compiled_steps(result: Result) -> list[str]:
     ]
 
 
-def _pixel_reader(result: Result) -> list[str]:
-    rows = [[row["name"], f"{row['images_per_second']:,.0f}"] for row in result["rows"]]
-    how = f"Images a second, median of {result['repeats']} passes over {result['images']} images, files in page cache."
-    return [f"## Reading pixels, {result['side']} px", how, table(["reader", "images per second"], rows)]
-
-
-def _many_trials(result: Result) -> list[str]:
-    header = ["trials", "seconds", "until the last trial ended", "seconds per trial", "start-up, seconds"]
-    header += ["driver's peak memory, MiB"]
-    rows = [
-        [
-            str(row["trials"]),
-            _seconds(row["seconds"]),
-            _seconds(row["search_seconds"]),
-            f"{row['seconds'] / row['trials']:.3f}",
-            _seconds(row["startup_seconds"]),
-            _mib(row["driver_bytes"]),
-        ]
-        for row in result["rows"]
-    ]
-    exponent = result["growth_exponent"]
-    grown = NOT_MEASURED if exponent is None else f"{exponent:.2f} (1 is linear)"
-    how = (
-        f"Trials that train nothing, {result['epochs']} epochs each, on {result['workers']} workers, through Ray, "
-        "Optuna's TPE, the record and MLflow. Seconds count until MLflow has everything; start-up comes on top."
-    )
-    return ["## Many trials", how, table(header, rows), f"Total seconds grow with the trials to the power {grown}."]
-
-
 def _audit_speed(result: Result) -> list[str]:
     """Processor seconds of all files; what the loops took for fewer is scaled with files and with pairs."""
     files, share = result["files"], result["files"] / result["looped_files"]
@@ -294,6 +265,35 @@ def _audit_speed(result: Result) -> list[str]:
         "on. Processor seconds are of all threads together; other programs may have slowed the wall time.",
         table(header, rows),
     ]
+
+
+def _pixel_reader(result: Result) -> list[str]:
+    rows = [[row["name"], f"{row['images_per_second']:,.0f}"] for row in result["rows"]]
+    how = f"Images a second, median of {result['repeats']} passes over {result['images']} images, files in page cache."
+    return [f"## Reading pixels, {result['side']} px", how, table(["reader", "images per second"], rows)]
+
+
+def _many_trials(result: Result) -> list[str]:
+    header = ["trials", "seconds", "until the last trial ended", "seconds per trial", "start-up, seconds"]
+    header += ["driver's peak memory, MiB"]
+    rows = [
+        [
+            str(row["trials"]),
+            _seconds(row["seconds"]),
+            _seconds(row["search_seconds"]),
+            f"{row['seconds'] / row['trials']:.3f}",
+            _seconds(row["startup_seconds"]),
+            _mib(row["driver_bytes"]),
+        ]
+        for row in result["rows"]
+    ]
+    exponent = result["growth_exponent"]
+    grown = NOT_MEASURED if exponent is None else f"{exponent:.2f} (1 is linear)"
+    how = (
+        f"Trials that train nothing, {result['epochs']} epochs each, on {result['workers']} workers, through Ray, "
+        "Optuna's TPE, the record and MLflow. Seconds count until MLflow has everything; start-up comes on top."
+    )
+    return ["## Many trials", how, table(header, rows), f"Total seconds grow with the trials to the power {grown}."]
 
 
 def _environment(facts: Result) -> str:

@@ -269,7 +269,7 @@ def _left_out_files(manifest: Manifest) -> Iterator[Finding]:
         if own := [file for file in manifest.unreadable if file.flaw is flaw]:
             yield Finding(
                 name,
-                Severity.WARNING,
+                Severity.NOTE,
                 f"{_counted(len(own), 'file')} of {len(manifest.records) + len(manifest.unreadable):,} "
                 f"{'is' if len(own) == 1 else 'are'} {words} and left out.",
                 remedy,
