@@ -19,7 +19,7 @@ LABELS = {
     "optuna": "Optuna loop",
     "strong": "strong (images in memory, warm processes)",
 }
-ORDER = ("sweep_speed", "cut_gains", "compiled_steps", "pixel_reader", "many_trials", "halving")
+ORDER = ("sweep_speed", "cut_gains", "compiled_steps", "audit_speed", "pixel_reader", "many_trials", "halving")
 PREFACE = """\
 # Measured
 
@@ -49,6 +49,7 @@ python benchmarks/measure_rates.py --data DIR --weights FILE --out rates.json   
 python benchmarks/sweep_speed.py --data DIR --weights FILE --rates rates.json --baseline-trials 2 --baseline-epochs 3
 python benchmarks/cut_gains.py --data DIR --weights FILE --out benchmarks/results
 python benchmarks/compiled_steps.py --data DIR --weights FILE --out benchmarks/results
+python benchmarks/audit_speed.py
 python benchmarks/pixel_reader.py --data DIR
 python benchmarks/many_trials.py
 python benchmarks/halving.py   # a simulation; needs no data
@@ -75,6 +76,7 @@ def render_one(result: Result) -> str:
         "sweep_speed": _sweep_speed,
         "cut_gains": _cut_gains,
         "compiled_steps": _compiled_steps,
+        "audit_speed": _audit_speed,
         "pixel_reader": _pixel_reader,
         "many_trials": _many_trials,
         "halving": _halving,
@@ -230,6 +232,40 @@ def _compiled_steps(result: Result) -> list[str]:
         table(
             ["images in a batch", "images a second"], [[n, f"{rate:.0f}"] for n, rate in result["inference"].items()]
         ),
+    ]
+
+
+def _audit_speed(result: Result) -> list[str]:
+    """Processor seconds of all files; what the loops took for fewer is scaled with files and with pairs."""
+    files, share = result["files"], result["files"] / result["looped_files"]
+
+    def seconds(way: str, steps: Mapping[str, float]) -> list[str]:
+        own = [factor * result["seconds"][f"{way}: {step}"]["processor"] for step, factor in steps.items()]
+        return [_seconds(sum(own)), f"{files / sum(own):,.0f}"]
+
+    steps = ("read", "compare", "judge")
+    rows = []
+    for run in ("cold", "cached"):
+        wall = sum(result["seconds"][f"{run}: {step}"]["wall"] for step in steps)
+        found = result["audit"]
+        rows.append([f"the audit, {run}", f"{files:,}", _seconds(wall), *seconds(run, dict.fromkeys(steps, 1.0))])
+        rows[-1] += [f"{found['found']} of {result['planted']}", str(found["false"])]
+    for name, found in result["loops"].items():
+        way = "hashes" if "phash" in name else "pixels"
+        wall = sum(result["seconds"][f"{way}: {step}"]["wall"] for step in ("read", "compare"))
+        rows.append([name, f"{result['looped_files']:,}", _seconds(wall)])
+        rows[-1] += [*seconds(way, {"read": share, "compare": share**2})]
+        rows[-1] += [f"{found['found']} of {result['planted_looped']}", f"{found['false']:,}"]
+    header = ["program", "files it ran on", "wall seconds of that", f"processor seconds for {files:,} files"]
+    header += ["images per second of these", "planted copies found", "false pairs"]
+    return [
+        "## The audit of a data set",
+        f"{result['images']:,} drawn chests of different patients, 299 px PNG, and a changed copy of one in a hundred. "
+        "The audit also measures what the class follows from and cuts the split; the loops only look for copies. They "
+        "ran on fewer files: their processor seconds are scaled, reading with the files, comparing with the pairs. "
+        f"ImageHash {result['imagehash']}. False pairs are different patients taken for one image, of the files it ran "
+        "on. Processor seconds are of all threads together; other programs may have slowed the wall time.",
+        table(header, rows),
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cxr_models.dataset import ImageRecord, Manifest, Progress, check_classes, read_manifest
-from cxr_models.listing import Unreadable, data_error, nearest
+from cxr_models.listing import data_error, nearest
 
 ClassMap = Mapping[str, str | None]
 """Name found in the data -> name to use, or None to leave the class out; a class that is not in it keeps its name."""
@@ -69,7 +69,7 @@ def read_cohort(
         )
         manifests.append(rename_classes(manifest, source.classes, str(source.path)))
     paths = ", ".join(str(source.path) for source in sources)
-    cohort = manifests[0] if len(manifests) == 1 else _joined(manifests, _names(sources))
+    cohort = manifests[0] if len(manifests) == 1 else _joined(manifests, _names(sources), classes or {})
     cohort = rename_classes(cohort, classes or {}, paths)
     check_classes(cohort, paths, least_classes)
     return take_subset(cohort, subset, seed)
@@ -107,6 +107,7 @@ def rename_classes(manifest: Manifest, classes: ClassMap, source: str) -> Manife
             if (new := classes.get(record.label, record.label)) is not None
         ),
         notes=(*manifest.notes, *([f"left out as the class map says: {', '.join(told)}"] if told else ())),
+        excluded=manifest.excluded + left_out.total(),
     )
 
 
@@ -170,34 +171,42 @@ def _names(sources: Sequence[Source]) -> list[str]:
     return names
 
 
-def _joined(manifests: Sequence[Manifest], names: Sequence[str]) -> Manifest:
+def _joined(manifests: Sequence[Manifest], names: Sequence[str], classes: ClassMap) -> Manifest:
+    """The manifests as one; `classes` is yet to be applied, and only tells which labels will be the same."""
     root = Path(os.path.commonpath([manifest.root for manifest in manifests]))
     records: list[ImageRecord] = []
-    first: dict[str, tuple[str, str]] = {}  # contents -> the data set that has them first, and their label there
-    twice, contrary = 0, 0
+    first: dict[str, tuple[str, ImageRecord]] = {}  # contents -> the data set that has them first, and its record
+    repeated, contrary = 0, []
     for manifest, name in zip(manifests, names, strict=True):
         for record in manifest.records:
-            owner, label = first.setdefault(record.sha256, (name, record.label))
-            if owner != name:
-                twice += 1
-                contrary += label != record.label
+            moved = _moved(record, manifest.root, root, name)
+            owner, stays = first.setdefault(record.sha256, (name, moved))
+            if owner == name:
+                records.append(moved)
                 continue
-            records.append(_moved(record, manifest.root, root, name))
+            repeated += 1
+            if len({classes.get(label, label) for label in (stays.label, record.label)} - {None}) == 2:
+                contrary.append((stays.path, moved.path))
     notes = [f"{name}: {note}" for manifest, name in zip(manifests, names, strict=True) for note in manifest.notes]
-    if twice:
-        other = f", {contrary:,} of them with another label" if contrary else ""
-        notes.append(f"images that an earlier data set has too, byte for byte, and that are left out: {twice:,}{other}")
+    if repeated:
+        other = f", {len(contrary):,} of them with another label" if contrary else ""
+        notes.append(
+            f"images that an earlier data set has too, byte for byte, and that are left out: {repeated:,}{other}"
+        )
     return Manifest(
         root,
         " + ".join(f"{name}: {manifest.layout}" for manifest, name in zip(manifests, names, strict=True)),
         tuple(sorted(records, key=lambda record: record.path)),
         tuple(
-            Unreadable(_path(bad.path, manifest.root, root), bad.reason)
+            replace(bad, path=_path(bad.path, manifest.root, root))
             for manifest in manifests
             for bad in manifest.unreadable
         ),
         sum(manifest.ignored for manifest in manifests),
         tuple(notes),
+        excluded=sum(manifest.excluded for manifest in manifests),
+        repeated=repeated,
+        contrary=tuple(contrary),
     )
 
 

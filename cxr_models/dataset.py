@@ -9,7 +9,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxr_models.images import ImageFacts, examine
+from cxr_models.images import Fault, ImageFacts, examine
 from cxr_models.layouts import ONLY_CLASS, list_images
 from cxr_models.listing import DataError as DataError
 from cxr_models.listing import Listing, data_error
@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # (done, total)
 
-FACTS_VERSION = 2  # raise it when `ImageFacts` or their meaning changes: cached ones are then read anew
+FACTS_VERSION = 3  # raise it when `ImageFacts` or their meaning changes: cached ones are then read anew
 
 SPLIT_VERSION = 1  # raise it when `assign_splits` would cut the same manifest in another way
 
@@ -58,6 +58,9 @@ class ImageRecord:
         width, height: in pixels, upright.
         mode: Pillow's, of the file; of a DICOM file its own.
         grey: whether all colour channels are equal.
+        format: of the file, such as `PNG` or `DICOM`.
+        pixels: digest of the picture, the same in every file format; "" if unknown.
+        thumbnail: a small picture as `fingerprints.thumbnail` writes it; "" if unknown.
     """
 
     path: str
@@ -71,6 +74,9 @@ class ImageRecord:
     height: int
     mode: str
     grey: bool
+    format: str = ""
+    pixels: str = ""
+    thumbnail: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,10 @@ class Manifest:
         ignored: files that are no images, are hidden, or lie where the layout has no images.
         notes: what a person should know of how the data were read, a sentence each.
         spared: readable images that a subset left out.
+        excluded: those that a class map left out.
+        unmasked: those that were left out since they have no mask.
+        repeated: those that an earlier data set of a cohort has too, byte for byte, and that are left out.
+        contrary: (path that stays, path that is left out) of those among them that had another label.
     """
 
     root: Path
@@ -93,6 +103,10 @@ class Manifest:
     ignored: int
     notes: tuple[str, ...] = ()
     spared: int = 0
+    excluded: int = 0
+    unmasked: int = 0
+    repeated: int = 0
+    contrary: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -171,6 +185,9 @@ def read_manifest(
             height=known.height,
             mode=known.mode,
             grey=known.grey,
+            format=known.format,
+            pixels=known.pixels,
+            thumbnail=known.thumbnail,
         )
         for image in listing.images
         if (known := facts.get(image.path))
@@ -186,7 +203,7 @@ def in_threads(work: Callable[[Item], Result], items: Sequence[Item], progress: 
     results: list[Result] = []
     pool = ThreadPoolExecutor()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is images.MAX_PIXELS
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is sizes.MAX_PIXELS
         try:
             for result in pool.map(work, items):
                 results.append(result)
@@ -208,8 +225,8 @@ def _read_facts(
     for path, facts in zip(
         unread, in_threads(lambda path: examine(listing.root / path), unread, progress), strict=True
     ):
-        if isinstance(facts, str):
-            unreadable.append(Unreadable(path, facts))  # not cached: it may be mended without a change of its stamp
+        if isinstance(facts, Fault):  # not cached: the file may be mended without a change of its stamp
+            unreadable.append(Unreadable(path, facts.reason, facts.flaw))
         else:
             current[path] = _Known(*stamps[path], facts)
     if cache and current != known:
@@ -271,16 +288,21 @@ def check_classes(manifest: Manifest, source: str, least: int) -> None:
 
 
 def assign_splits(
-    manifest: Manifest, *, seed: int, shares: tuple[float, float, float] = DEFAULT_SHARES
+    manifest: Manifest,
+    *,
+    seed: int,
+    shares: tuple[float, float, float] = DEFAULT_SHARES,
+    groups: Sequence[str] | None = None,
 ) -> tuple[str, ...]:
     """Give every record its part: `train`, `val` or `test`.
 
     A given split is kept; records without a part count as train. Whichever of val and test was not given is cut from
-    train: no patient stands on two sides of the cut, each part gets its share of every class, and the same manifest
+    train: no group stands on two sides of the cut, each part gets its share of every class, and the same manifest
     and seed give the same parts. With a share of 0 for test, there is no test part unless one is given.
 
     Args:
         manifest: its patients must be right; what follows can be no better.
+        groups: of every record, what must stay on one side: `Duplicates.groups`; None for the patients.
         seed: another one shuffles the patients anew.
         shares: of train, val and test, the first two above 0, with sum 1; where test was given, val gets
             val / (train + val) of what is cut. They are met to about 1/20, less closely where a class has fewer than
@@ -298,7 +320,8 @@ def assign_splits(
         whole = shares[0] + sum(wanted.values())
         pool = np.flatnonzero(parts == TRAIN)
         cut_shares = {part: share / whole for part, share in wanted.items()}
-        parts[pool] = _cut(manifest, pool, cut_shares, seed)
+        owners = [record.patient for record in manifest.records] if groups is None else groups
+        parts[pool] = _cut(manifest, pool, cut_shares, seed, owners)
     for part in SPLITS if TEST in parts else (TRAIN, VAL):
         absent = set(manifest.classes) - {manifest.classes[label] for label in manifest.labels[parts == part]}
         if absent:
@@ -331,10 +354,12 @@ def write_split_csv(path: Path, manifest: Manifest, splits: Sequence[str]) -> No
         writer.writerows([("path", "label", "patient", "split"), *rows])
 
 
-def _cut(manifest: Manifest, pool: NDArray[np.int64], shares: Mapping[str, float], seed: int) -> NDArray[np.object_]:
+def _cut(
+    manifest: Manifest, pool: NDArray[np.int64], shares: Mapping[str, float], seed: int, owners: Sequence[str]
+) -> NDArray[np.object_]:
     """Cut the parts named in `shares` from the records in `pool`; what remains is train."""
     labels = manifest.labels[pool]
-    _, patients = np.unique([manifest.records[i].patient for i in pool], return_inverse=True)
+    _, patients = np.unique([owners[i] for i in pool], return_inverse=True)
     counts = np.zeros((patients.max(initial=-1) + 1, len(manifest.classes)), dtype=np.int64)
     np.add.at(counts, (patients, labels), 1)
     patients_of_class = (counts > 0).sum(axis=0)

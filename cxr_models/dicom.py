@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxr_models.sizes import check_large
+
 PREAMBLE = 128  # bytes in front of the magic
 MAGIC = b"DICM"
 INVERTED = "MONOCHROME1"  # the smallest value is shown white
@@ -19,11 +21,13 @@ class Decoded(NamedTuple):
         picture: mode L or RGB, 8 bits a channel, as a viewer shows it: bones white.
         mode: photometric interpretation and bits stored, such as `MONOCHROME1/12`.
         patient: PatientID, "" if the file gives none.
+        format: of the file, Pillow's name of it or `DICOM`.
     """
 
     picture: Image.Image
     mode: str
     patient: str
+    format: str
 
 
 def is_dicom(file: BinaryIO) -> bool:
@@ -33,14 +37,14 @@ def is_dicom(file: BinaryIO) -> bool:
     return found
 
 
-def read_dicom(file: BinaryIO, most_pixels: int) -> Decoded:
+def read_dicom(file: BinaryIO) -> Decoded:
     """Read a DICOM file's only frame.
 
     Rescale slope and intercept are applied, then the VOI LUT or the first window where the file has one; without,
     the smallest and the largest value become 0 and 255. MONOCHROME1 is inverted.
 
     Raises:
-        ValueError: no pixels, several frames, more than `most_pixels`, an unknown photometric interpretation, or a
+        ValueError: no pixels, several frames, more than `sizes.MAX_PIXELS`, an unknown photometric interpretation, or a
             transfer syntax that needs an absent decoder; in a few words.
     """
     import pydicom
@@ -51,8 +55,7 @@ def read_dicom(file: BinaryIO, most_pixels: int) -> Decoded:
         raise ValueError("a DICOM file without pixels")
     if (frames := int(dataset.get("NumberOfFrames") or 1)) != 1:
         raise ValueError(f"a DICOM file of {frames} frames; expected one")
-    if dataset.Rows * dataset.Columns > most_pixels:
-        raise ValueError(f"{dataset.Columns} x {dataset.Rows} pixels, more than {most_pixels // 1_000_000} megapixels")
+    check_large(dataset.Columns, dataset.Rows)
     meaning = str(dataset.PhotometricInterpretation)
     try:
         values = pixel_array(dataset)
@@ -66,7 +69,8 @@ def read_dicom(file: BinaryIO, most_pixels: int) -> Decoded:
         picture = Image.fromarray(np.rint((1.0 - shares if meaning == INVERTED else shares) * 255.0).astype(np.uint8))
     else:
         raise ValueError(f"DICOM pixels of {meaning} in {values.dtype}; expected MONOCHROME1, MONOCHROME2 or 8-bit RGB")
-    return Decoded(picture, f"{meaning}/{dataset.BitsStored}", str(dataset.get("PatientID") or "").strip())
+    patient = str(dataset.get("PatientID") or "").strip()
+    return Decoded(picture, f"{meaning}/{dataset.BitsStored}", patient, format="DICOM")
 
 
 def _displayed(stored: NDArray[Any], dataset: Any) -> NDArray[np.float64]:

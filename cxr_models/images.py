@@ -1,6 +1,7 @@
 """One image file: whether it can be read, what it is, and its picture in 8 bits."""
 
 import hashlib
+from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -8,12 +9,15 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cxr_models.dicom import Decoded, is_dicom, read_dicom
+from cxr_models.fingerprints import pixel_digest, thumbnail
+from cxr_models.sizes import AbsurdSizeError, check_large, check_small
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *DICOM_SUFFIXES)
 # What may lie behind those names. Pillow's other readers are never tried: that of EPS starts another program.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
-MAX_PIXELS = 100_000_000
+# Words of Pillow's and pydicom's readers about a file that ends too early.
+CUT_SHORT = ("truncated", "broken png", "end of file", "less than expected")
 GREY_BIT_DEPTHS = (8, 10, 12, 14, 16)  # as X-ray detectors write them, mostly into 16-bit files
 
 
@@ -26,6 +30,9 @@ class ImageFacts(NamedTuple):
         mode: Pillow's, of the file; of a DICOM file its own, such as `MONOCHROME1/12`.
         grey: whether the colour channels are equal in every pixel.
         patient: DICOM's PatientID; "" for none.
+        format: of the file, such as `PNG` or `DICOM`.
+        pixels: `fingerprints.pixel_digest` of the upright picture in 8 bits.
+        thumbnail: `fingerprints.thumbnail` of it.
     """
 
     sha256: str
@@ -33,31 +40,62 @@ class ImageFacts(NamedTuple):
     height: int
     mode: str
     grey: bool
-    patient: str = ""
+    patient: str
+    format: str
+    pixels: str
+    thumbnail: str
 
 
-def examine(path: Path) -> ImageFacts | str:
+class Flaw(StrEnum):
+    """What is wrong with a file that is left out."""
+
+    EMPTY = "empty"
+    TRUNCATED = "truncated"
+    SIZE = "size"
+    MASK = "mask"  # a lung mask that a table names and that is not there
+    UNREADABLE = "unreadable"
+
+
+class Fault(NamedTuple):
+    """Why a file is left out, in kind and in a few words."""
+
+    flaw: Flaw
+    reason: str
+
+
+def examine(path: Path) -> ImageFacts | Fault:
     """Read and decode the whole file.
 
     Returns:
-        The facts, or in a few words why there is no picture in the file.
+        The facts, or why there is no X-ray in the file.
     """
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             if file.tell() == 0:
-                return "the file is empty (0 bytes)"
+                return Fault(Flaw.EMPTY, "the file is empty (0 bytes)")
             file.seek(0)
-            picture, mode, patient = _decoded(file)
+            picture, mode, patient, file_format = _decoded(file)
+        check_small(*picture.size)
     except UnidentifiedImageError:
-        return f"no picture of the formats {', '.join((*FORMATS, 'DICOM'))}"
+        return Fault(Flaw.UNREADABLE, f"no picture of the formats {', '.join((*FORMATS, 'DICOM'))}")
+    except AbsurdSizeError as error:
+        return Fault(Flaw.SIZE, str(error))
     except OSError as error:
-        return error.strerror or str(error)
+        return _fault(error.strerror or str(error))
     except (
         Exception
     ) as error:  # broken files make Pillow's readers raise nearly anything: SyntaxError, struct.error ...
-        return f"{type(error).__name__}: {error}"
-    return ImageFacts(sha256, *picture.size, mode, _is_grey(picture), patient)
+        return _fault(f"{type(error).__name__}: {error}")
+    grey = _is_grey(picture)
+    known = (sha256, *picture.size, mode, grey, patient, file_format)
+    return ImageFacts(*known, pixel_digest(picture, grey), thumbnail(picture))
+
+
+def _fault(reason: str) -> Fault:
+    """Of what a reader raised."""
+    cut = any(words in reason.lower() for words in CUT_SHORT)
+    return Fault(Flaw.TRUNCATED if cut else Flaw.UNREADABLE, reason)
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -69,7 +107,7 @@ def read_picture(path: Path) -> Image.Image:
 
     Raises:
         OSError: the file is missing, truncated or no picture.
-        ValueError: more than `MAX_PIXELS`, float pixels, or grey values outside 16 bits.
+        ValueError: more than `sizes.MAX_PIXELS`, float pixels, or grey values outside 16 bits.
     """
     with path.open("rb") as file:
         return _decoded(file).picture
@@ -77,12 +115,11 @@ def read_picture(path: Path) -> Image.Image:
 
 def _decoded(file: BinaryIO) -> Decoded:
     if is_dicom(file):
-        return read_dicom(file, MAX_PIXELS)
+        return read_dicom(file)
     with Image.open(file, formats=FORMATS) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} megapixels")
-        return Decoded(_in_eight_bits(ImageOps.exif_transpose(image)), image.mode, patient="")
+        check_large(*image.size)
+        picture = _in_eight_bits(ImageOps.exif_transpose(image))
+        return Decoded(picture, image.mode, patient="", format=image.format or "")
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:

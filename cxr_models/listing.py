@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cxr_models.images import SUFFIXES
+from cxr_models.images import SUFFIXES, Flaw
 from cxr_models.trial import TEST, TRAIN, VAL
 
 SPLIT_NAMES: Mapping[str, str] = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
@@ -25,6 +25,7 @@ class Unreadable:
 
     path: str
     reason: str
+    flaw: Flaw = Flaw.UNREADABLE
 
 
 class ListedImage(NamedTuple):

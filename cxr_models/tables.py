@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from cxr_models.images import Flaw
 from cxr_models.listing import (
     SPLIT_NAMES,
     DataError,
@@ -93,7 +94,7 @@ def list_table(file: Path) -> Listing:
         )
     lost = {image.mask for image in images.values() if image.mask and not (file.parent / image.mask).is_file()}
     listed = tuple(image._replace(mask="") if image.mask in lost else image for image in images.values())
-    unreadable += [Unreadable(mask, "the mask is missing") for mask in sorted(lost)]
+    unreadable += [Unreadable(mask, "the mask is missing", Flaw.MASK) for mask in sorted(lost)]
     ignored = len({"/".join(parts) for parts in pictures} - images.keys())
     layout = "CSV of file names" if by_id else "CSV"
     return Listing(file.parent, layout, listed, tuple(dict.fromkeys(unreadable)), ignored, tuple(notes))

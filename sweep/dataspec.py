@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -12,6 +12,7 @@ from sweep.document import Document, Where, shown
 from sweep.section import Section, validated
 
 ClassName = Annotated[str, Field(min_length=1)]
+Leak = Literal["patient_on_two_sides", "duplicate_on_two_sides", "one_image_two_labels"]  # those of `audit.LEAKS`
 
 
 def _checked_pattern(patient: str | None) -> str | None:
@@ -75,6 +76,7 @@ class DataSpec(Section):
         subset: the share of the images to use, chosen by patients.
         patient: how a file name tells the patient: a built-in name or a regular expression.
         seed: of subset and split; the search's if the file gives none.
+        allow: findings of the audit that need not stop the sweep.
     """
 
     source: str = Field(default="", min_length=1)
@@ -84,6 +86,7 @@ class DataSpec(Section):
     subset: float = Field(default=1.0, gt=0, le=1)
     patient: Annotated[str | None, AfterValidator(_checked_pattern)] = None
     seed: int = Field(default=0, ge=0)
+    allow: Annotated[tuple[Leak, ...], Field(strict=False)] = ()
 
     @property
     def name(self) -> str:
@@ -101,8 +104,10 @@ class DataSpec(Section):
 
     def to_yaml(self) -> dict[str, Any]:
         """The section with every default written out; a null in a class map is kept."""
-        return {key: value for key, value in self.model_dump().items() if value not in (None, "", (), {})} | (
-            {"sources": [_given(source) for source in self.sources]} if self.sources else {}
+        return (
+            {key: value for key, value in self.model_dump().items() if value not in (None, "", (), {})}
+            | ({"sources": [_given(source) for source in self.sources]} if self.sources else {})
+            | ({"allow": list(self.allow)} if self.allow else {})
         )
 
 

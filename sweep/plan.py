@@ -3,6 +3,7 @@
 Everything here is checked against the data and the machine, and imports neither Keras, Ray nor MLflow.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +15,15 @@ from typing import Any
 import numpy as np
 
 from cxr_models import network, unet
+from cxr_models.audit import Audit, audit_data
 from cxr_models.backbones import BACKBONES
 from cxr_models.cohort import Source, read_cohort
 from cxr_models.dataset import DEFAULT_SHARES, SPLIT_VERSION, Manifest, Progress, assign_splits
+from cxr_models.duplicates import find_duplicates
 from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import LayerTable, layer_tables
 from cxr_models.phantom import PATIENT_PATTERN, phantom_dataset
+from cxr_models.shortcuts import find_shortcuts
 from cxr_models.storage import written_whole
 from cxr_models.trial import SEGMENT, SPLITS, TEST, TRAIN, UNET, VAL, TrialConfig, TrialData
 from sweep.caching import (
@@ -44,7 +48,6 @@ from sweep.spec import SpecError, SweepSpec
 from sweep.weights import WeightsFile, find_weights, origin_notes
 
 PHANTOM = "phantom"
-SHOWN_UNREADABLE = 20
 
 # The axes that shape a network; a value of each decides its parameters.
 SHAPING = ("backbone", "freeze", "batch_norm", "image_side", "pooling", "taps", "hidden_units", "output", "weights")
@@ -74,6 +77,7 @@ class Plan:
 
     Attributes:
         splits: part of every record of the manifest.
+        audit: what is wrong with the data; with a leak among it, no run may start.
         trials: how many there will be.
         sides: image sides the trials use, in pixels.
         weights: files of pretrained weights, by (backbone, weights, image_side) of a configuration.
@@ -84,6 +88,7 @@ class Plan:
     spec: SweepSpec
     manifest: Manifest
     splits: tuple[str, ...]
+    audit: Audit
     strategies: tuple[Strategy, ...]
     trials: int
     max_epochs: int
@@ -209,7 +214,10 @@ def make_plan(
     mask_notes: tuple[str, ...] = ()
     if spec.task == SEGMENT:
         manifest, mask_notes = with_masks(manifest)
-    splits = stored_splits(manifest, spec.data.seed, cache_dir, spec.data.split.shares)
+    duplicates = find_duplicates(manifest, cache_dir, progress and progress("comparing images"))
+    groups = duplicates.groups(manifest)
+    splits = stored_splits(manifest, spec.data.seed, cache_dir, spec.data.split.shares, groups)
+    shortcuts = find_shortcuts(manifest, groups, cache_dir) if spec.task != SEGMENT else None
     problems: list[str] = []
     everything = _networks(spec)
     networks = [config for config in everything if config.backbone != UNET]
@@ -242,6 +250,7 @@ def make_plan(
         spec=spec,
         manifest=manifest,
         splits=splits,
+        audit=audit_data(manifest, splits, duplicates, shortcuts, allow=spec.data.allow),
         strategies=strategies,
         trials=trials,
         max_epochs=max_epochs,
@@ -296,18 +305,24 @@ def _source(spec: SourceSpec, cache_dir: Path, progress: Callable[[str], Progres
 
 
 def stored_splits(
-    manifest: Manifest, seed: int, cache_dir: Path, shares: tuple[float, float, float] = DEFAULT_SHARES
+    manifest: Manifest,
+    seed: int,
+    cache_dir: Path,
+    shares: tuple[float, float, float] = DEFAULT_SHARES,
+    groups: Sequence[str] | None = None,
 ) -> tuple[str, ...]:
     """The split of a manifest, made once: scikit-learn alone takes longer to import than the rest of a plan."""
+    owners = groups or [record.patient for record in manifest.records]
+    content = hashlib.sha256(json.dumps([manifest.digest, *owners]).encode()).hexdigest()[:16]
     made_by = f"v{SPLIT_VERSION}-sklearn{version('scikit-learn')}"
     cut = "-".join(f"{share:.6g}" for share in shares)
-    stored = cache_dir / "splits" / f"{manifest.digest[:16]}-seed{seed}-{cut}-{made_by}.json"
+    stored = cache_dir / "splits" / f"{content}-seed{seed}-{cut}-{made_by}.json"
     try:
         splits = tuple(json.loads(stored.read_text()))
     except (OSError, ValueError):
         splits = ()
     if len(splits) != len(manifest.records) or not set(splits) <= set(SPLITS):
-        splits = assign_splits(manifest, seed=seed, shares=shares)
+        splits = assign_splits(manifest, seed=seed, shares=shares, groups=owners)
         with written_whole(stored) as scratch:
             scratch.write_text(json.dumps(splits))
     return splits
@@ -392,11 +407,6 @@ def _data_notes(spec: SweepSpec, manifest: Manifest, splits: Sequence[str]) -> I
     yield from manifest.notes
     if TEST not in splits:
         yield "no test part (data.split): figures are validation figures that choices were made on"
-    if manifest.unreadable:
-        yield f"unreadable images that are left out: {len(manifest.unreadable)}"
-        yield from (f"  {bad.path}: {bad.reason}" for bad in manifest.unreadable[:SHOWN_UNREADABLE])
-        if len(manifest.unreadable) > SHOWN_UNREADABLE:
-            yield f"  and {len(manifest.unreadable) - SHOWN_UNREADABLE} more"
     if manifest.patients == len(manifest.records) and patterns:
         named = " or ".join(map(repr, patterns))
         yield f"data.patient {named} gives every image a patient of its own; does it match the names?"

@@ -8,6 +8,7 @@ from cxr_models.cohort import subset_words
 from cxr_models.dataset import patients_on_two_sides
 from cxr_models.storage import size_text
 from cxr_models.trial import TEST
+from sweep.audit_view import render_audit
 from sweep.caching import PhaseCache
 from sweep.plan import Plan
 from sweep.space import Constant
@@ -35,7 +36,9 @@ def render_plan(plan: Plan) -> RenderableType:
         facts.add_row(Text(name, style="bold"), Text(value))
     notes = [Text(f"note: {note}", style="yellow") for note in plan.notes]
     networks = (_unet_table(plan),) if plan.unets else (_strategy_table(plan), *_cache(plan))
-    return Group(facts, _split_table(plan), _axis_table(plan), _constants(plan), *networks, *notes)
+    return Group(
+        facts, _split_table(plan), render_audit(plan.audit), _axis_table(plan), _constants(plan), *networks, *notes
+    )
 
 
 def _final(plan: Plan) -> str:

@@ -109,6 +109,16 @@ class RunFolder:
         return self.path / "unreadable.csv"
 
     @property
+    def audit(self) -> Path:
+        """What is wrong with the data."""
+        return self.path / "audit.json"
+
+    @property
+    def audit_pictures(self) -> Path:
+        """Images that may be one picture, side by side; absent if there are none."""
+        return self.path / "audit"
+
+    @property
     def tracking_database(self) -> Path:
         return self.path / "mlflow.db"
 

@@ -21,6 +21,7 @@ from PIL import Image
 from cxr_models.storage import written_whole
 from cxr_models.trial import NO_MASK, SPLITS, Outcome, TrialConfig
 from sweep import plots
+from sweep.audit_record import pair_pictures, read_audit
 from sweep.readback import Run, read_run
 from sweep.record import RunFolder
 from sweep.reference import compare, plain_name
@@ -68,6 +69,7 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    audit = read_audit(run.folder)
     environment.filters.update(
         setting=_setting,
         duration=partial(duration, tenths=True),
@@ -112,6 +114,8 @@ def render(run: Run) -> str:
         splits=SPLITS,
         split_rows=split_counts(run.split) if run.split is not None else [],
         figures=_figures(run),
+        audit=audit,
+        pairs=list(pair_pictures(run.folder, audit)),
         overlays=overlay_rows(run.folder),
         masked=bool(run.ranking) and run.ranking[0].config.lung_mask != NO_MASK,
         command=f"python -m sweep.run {shlex.quote(str(run.folder.spec))}",

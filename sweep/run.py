@@ -1,6 +1,7 @@
 """`python -m sweep.run SPACE.yaml`: arguments, what is printed, exit status.
 
-Exit status: 0 done; 1 the sweep could not finish; 2 the file, an argument or the data is wrong; 130 interrupted.
+Exit status: 0 done; 1 the sweep could not finish, or its data leak; 2 the file, an argument or the data is
+wrong; 130 interrupted.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from rich.text import Text
 
 from cxr_models.dataset import DataError
 from cxr_models.trial import SPLITS, TEST, Objective, TrialResult
+from sweep.audit_view import AuditRefused
 from sweep.machine import ClusterUnreachable, Machine, this_machine
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
@@ -110,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SpecError, DataError, WeightsError, ClusterUnreachable) as error:
         errors.print(Text(str(error)))
         return WRONG_INPUT
+    except AuditRefused as error:
+        errors.print(Text(str(error)))
+        return UNFINISHED
     except KeyboardInterrupt:
         errors.print("interrupted before the first trial; nothing was begun")
         return INTERRUPTED
@@ -132,6 +137,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         progress=StepProgress(console),
     )
     console.print(render_plan(plan))
+    if plan.audit.leaks:
+        raise AuditRefused(plan.audit)
     if arguments.plan:
         return DONE
     from sweep.session import prepare, run_sweep  # brings pandas and matplotlib, which a plan can do without

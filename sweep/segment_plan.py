@@ -49,7 +49,7 @@ def with_masks(manifest: Manifest) -> tuple[Manifest, tuple[str, ...]]:
             "the column mask of a CSV file"
         )
     notes = (f"images without a mask, which are left out: {missing}",) if missing else ()
-    return replace(manifest, records=found), notes
+    return replace(manifest, records=found, unmasked=missing), notes
 
 
 def unet_rows(configs: Sequence[TrialConfig], channels: int, batch_size: int) -> tuple[UNetRow, ...]:

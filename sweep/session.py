@@ -18,6 +18,7 @@ from cxr_models.dataset import write_split_csv
 from cxr_models.pixels import mask_array, pixel_array
 from cxr_models.storage import written_whole
 from cxr_models.trial import SEGMENT, TEST, TrialData, TrialResult
+from sweep.audit_record import audit_tags, write_audit
 from sweep.evaluation import FinalEvaluation, evaluate_finalists, uninterrupted
 from sweep.finals import FinalTrainings
 from sweep.halving import Halving
@@ -167,10 +168,11 @@ def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, a
 
 
 def write_inputs(plan: Plan, folder: RunFolder) -> None:
-    """The resolved spec and the split, before anything runs."""
+    """The resolved spec, the split and the audit, before anything runs."""
     with written_whole(folder.spec) as scratch:
         scratch.write_text(plan.spec.to_yaml(), encoding="utf-8")
     write_split_csv(folder.split, plan.manifest, plan.splits)
+    write_audit(folder, plan.audit, plan.manifest)
     if plan.manifest.unreadable:
         rows = [asdict(bad) for bad in plan.manifest.unreadable]
         with written_whole(folder.unreadable) as scratch:
@@ -195,7 +197,7 @@ def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
             patients=manifest.patients,
             classes=plan.class_counts(),
         ),
-        inputs=input_tags(plan.lung_masks),
+        inputs={**input_tags(plan.lung_masks), **audit_tags(plan.audit)},
     )
     tracker.opened()
     return tracker
@@ -278,6 +280,6 @@ def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tr
     write_json(folder.summary, summary)
     write_report(folder)
     overlays = sorted(folder.overlays.glob("*.png"))
-    files = (folder.summary, folder.report, folder.trials, folder.predictions, folder.masks, *overlays)
+    files = (folder.summary, folder.report, folder.trials, folder.predictions, folder.masks, folder.audit, *overlays)
     tracker.finished(summary, [path for path in files if path.is_file()], status)
     tracker.close(TRACKING_TIMEOUT_S)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult, best_epoch
+from sweep.audit_record import bar_json, finding_json
 from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
 from sweep.record import best_by_strategy, ranked, strategy_of
@@ -50,6 +51,7 @@ def summarise(
         "inputs": [source.to_json() for source in plan.lung_masks],
         "objective": {"metric": objective.metric, "mode": objective.mode},
         "data": _data(plan),
+        "audit": [finding_json(finding) for finding in plan.audit.findings],
         "trials": {
             "planned": plan.trials,
             "total": len(results),
@@ -101,6 +103,8 @@ def _data(plan: Plan) -> dict[str, Any]:
         "source": plan.spec.data.name,
         "layout": manifest.layout,
         "images": len(manifest.records),
+        "found": plan.audit.found,
+        "bar": bar_json(plan.audit),
         "patients": manifest.patients,
         "classes": list(manifest.classes),
         "digest": manifest.digest,

@@ -9,16 +9,18 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from cxr_models.phantom import CLASSES
 from sweep.halving import Halving, Rungs
 from sweep.spec import read_spec
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # programs, not a package
 
+import audit_speed
 from comparing import compared, full_seconds, mean_accuracies, mean_pause, ratios, trial_seconds
 from halving import CURVES, SCENARIOS, Scenario, draw_trials, play, simulate
 from learning_curves import Strategy, curve, read_measured
 from mixes import BATCH_SIZES, MIXES, Mix, list_trials, listed_values, to_space, trials_for_baselines
-from rendering import NOT_MEASURED, read_results, render
+from rendering import NOT_MEASURED, read_results, render, render_one
 from speed_of_light import read_rates, speed_of_light
 
 MIX = Mix("small", {"all": 4, "none": 2}, 5)
@@ -189,6 +191,44 @@ class TestTrialsForBaselines:
         name = "blocks"
         chosen = trials_for_baselines({name: self.LISTS[name]}, None)
         assert sorted(own.index for own in chosen) == list(range(MIXES[name].trials))
+
+
+class TestAuditSpeed:
+    def test_the_audit_finds_what_the_benchmark_plants(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(audit_speed, "COPY_EVERY", 4)
+        for name in CLASSES:
+            (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(20):  # one of each change
+            audit_speed.write_image(tmp_path / "images", number)
+        watch = audit_speed.Watch()
+        planted = {frozenset((f"{number:05}.png", f"{number:05}-copy.png")) for number in range(0, 20, 4)}
+        for run in ("cold", "cached"):
+            found = audit_speed.audit(tmp_path / "images", tmp_path / "cache", watch, run)
+            assert audit_speed.finds(found, planted) == {"found": 5, "false": 0}
+        assert watch.seconds["cached: read"]["processor"] < watch.seconds["cold: read"]["processor"]
+        files = sorted((tmp_path / "images").rglob("*.png"))
+        (loop,) = audit_speed.all_pairs(files, watch).values()
+        assert audit_speed.finds(loop, planted)["found"] == 5
+
+    def test_loops_over_fewer_files_are_scaled_by_their_pairs(self):
+        steps = [f"{run}: {step}" for run in ("cold", "cached") for step in ("read", "compare", "judge")]
+        steps += [f"{way}: {step}" for way in ("pixels", "hashes") for step in ("read", "compare")]
+        result = {
+            "kind": "audit_speed",
+            "images": 990,
+            "files": 1000,
+            "looped_files": 100,
+            "imagehash": "4.3",
+            "seconds": {step: {"wall": 9.0, "processor": 2.0} for step in steps},
+            "planted": 10,
+            "planted_looped": 3,
+            "audit": {"found": 10, "false": 0},
+            "loops": {"all pairs": {"found": 3, "false": 1}, "ImageHash's phash": {"found": 2, "false": 40}},
+        }
+        page = render_one({**result, "environment": TestPage().result(MIX, 2)["environment"]})
+        assert "| the audit, cold | 1,000 | 27.0 | 6.0 | 167 | 10 of 10 | 0 |" in page
+        assert "| all pairs | 100 | 18.0 | 220.0 | 5 | 3 of 3 | 1 |" in page  # 2 s x 10 to read, 2 s x 100 to compare
+        assert "| ImageHash's phash | 100 | 18.0 | 220.0 | 5 | 2 of 3 | 40 |" in page
 
 
 class TestPage:

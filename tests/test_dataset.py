@@ -22,7 +22,7 @@ from cxr_models.dataset import (
     read_manifest,
     write_split_csv,
 )
-from cxr_models.images import MAX_PIXELS
+from cxr_models.sizes import MAX_PIXELS
 from cxr_models.trial import SPLITS, TEST, TRAIN, VAL
 
 
@@ -31,7 +31,7 @@ def save_images(root: Path, *paths: str) -> None:
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         shade = sum(os.fsencode(path)) % 256
-        Image.fromarray(np.arange(shade, shade + 48).reshape(6, 8).astype(np.uint8)).save(root / path)
+        Image.fromarray(np.arange(shade, shade + 432).reshape(18, 24).astype(np.uint8)).save(root / path)
 
 
 def paths_and_labels(manifest: Manifest) -> list[tuple[str, str]]:
@@ -66,7 +66,7 @@ def test_class_folders(tmp_path: Path) -> None:
     assert manifest.labels.tolist() == [0, 0, 0, 1, 1]
     assert manifest.labels.dtype == np.int32
     assert {(r.width, r.height, r.mode, r.grey, r.mask, r.split) for r in manifest.records} == {
-        (8, 6, "L", True, "", "")
+        (24, 18, "L", True, "", "")
     }
 
 
@@ -221,7 +221,7 @@ def test_a_second_call_reads_nothing_and_a_change_is_noticed(tmp_path: Path, mon
 
     save_images(data, "a/new.png")
     (data / "b/3.png").unlink()
-    Image.new("RGB", (9, 9), "red").save(data / "b/2.png")
+    Image.new("RGB", (18, 18), "red").save(data / "b/2.png")
     changed = read_manifest(data, cache_dir=cache)
     assert sorted(read) == ["2.png", "new.png"]
     assert [record.path for record in changed.records] == ["a/1_x.png", "a/1_y.png", "a/new.png", "b/2.png"]

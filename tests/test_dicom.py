@@ -8,7 +8,7 @@ import pytest
 from pydicom.uid import JPEGLSLossless
 
 from cxr_models.dataset import DataError, assign_splits, read_manifest
-from cxr_models.images import examine, read_picture
+from cxr_models.images import Flaw, examine, read_picture
 from cxr_models.pixels import decode
 from tests import layouts
 
@@ -74,6 +74,7 @@ def test_facts_tell_mode_and_patient(tmp_path, values):
     layouts.save_dicom(tmp_path / "no suffix", values, meaning="MONOCHROME1", patient=" P7 ")
     facts = examine(tmp_path / "no suffix")
     assert (facts.mode, facts.patient, facts.width, facts.grey) == ("MONOCHROME1/12", "P7", layouts.SIDE, True)
+    assert facts.format == "DICOM"
     assert decode(tmp_path / "no suffix", 16, 3).shape == (16, 16, 3)
 
 
@@ -120,7 +121,7 @@ def test_a_file_cut_short_is_unreadable(tmp_path, values):
     layouts.save_dicom(tmp_path / "x.dcm", values)
     whole = (tmp_path / "x.dcm").read_bytes()
     (tmp_path / "x.dcm").write_bytes(whole[: len(whole) // 2])
-    assert isinstance(examine(tmp_path / "x.dcm"), str)
+    assert examine(tmp_path / "x.dcm").flaw is Flaw.TRUNCATED
     (tmp_path / "x.dcm").write_bytes(b"no picture")
     assert "DICOM" in str(examine(tmp_path / "x.dcm"))
 

@@ -19,7 +19,7 @@ def manifest_of(root: Path, masks: int) -> Manifest:
         for kind in ("images", "masks")[: 2 if number < masks else 1]:
             folder = root / "ab"[number % 2] / kind
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.full((9, 9), 40 * number, np.uint8)).save(folder / f"{number}.png")
+            Image.fromarray(np.full((18, 18), 40 * number, np.uint8)).save(folder / f"{number}.png")
     return read_manifest(root)
 
 
@@ -80,7 +80,7 @@ def test_a_sweep_without_masks_asks_nothing(tmp_path):
 
 def test_images_without_a_mask_are_left_out_and_counted(tmp_path):
     manifest, notes = with_masks(manifest_of(tmp_path / "some", 3))
-    assert len(manifest.records) == 3
+    assert (len(manifest.records), manifest.unmasked) == (3, 1)
     assert notes == ("images without a mask, which are left out: 1",)
     with pytest.raises(DataError, match="expected lung masks for task: segment\n  found: 4 images in"):
         with_masks(manifest_of(tmp_path / "none", 0))

@@ -115,7 +115,7 @@ def save_study(root: Path, colour: bool = False) -> None:
         (root / label).mkdir(parents=True)
         for number in range(4):
             shade = 40 * number + (label == "b")
-            Image.new("RGB", (10, 8), (shade, shade, shade + colour)).save(root / label / f"{number}.png")
+            Image.new("RGB", (20, 16), (shade, shade, shade + colour)).save(root / label / f"{number}.png")
 
 
 @pytest.mark.parametrize(("colour", "channels"), [(False, 1), (True, 3)])
@@ -154,7 +154,7 @@ def test_each_content_and_side_is_decoded_once(tmp_path: Path, decoded: list[str
     assert len(decoded) == 8
     assert pixel_array(read_manifest(tmp_path / "data"), 8, tmp_path) != first
     assert len(decoded) == 16
-    Image.new("L", (10, 8), 7).save(tmp_path / "data/a/0.png")
+    Image.new("L", (20, 16), 7).save(tmp_path / "data/a/0.png")
     assert pixel_array(read_manifest(tmp_path / "data"), 16, tmp_path) != first
 
 

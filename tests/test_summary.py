@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from cxr_models.audit import Audit
 from cxr_models.dataset import ImageRecord, Manifest
 from cxr_models.trial import METRICS, Diagnosis, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 from sweep.halving_plan import HalvingPlan
@@ -29,6 +30,7 @@ def plan() -> Any:
         lung_masks=(),
         halving=HalvingPlan(sentence="after epoch 4"),
         manifest=Manifest(Path("/nowhere"), "folders", RECORDS, (), 0),
+        audit=Audit(4, 4, {}, None, ()),
         trials=2,
         machine=SimpleNamespace(cores=2, gpus=0),
         allotment=SimpleNamespace(cpus_per_trial=1, gpus_per_trial=0, concurrency=2, threads=1),

@@ -155,7 +155,11 @@ def test_an_unreadable_image_is_named_and_left_out(on_ray):
     assert left_out["path"] == "COVID/images/broken.png"
     assert left_out["reason"]
     assert "COVID/images/broken.png" in shown
-    assert json.loads((folder / "summary.json").read_text())["data"]["unreadable"] == 1
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["data"]["unreadable"] == 1
+    assert [finding["name"] for finding in summary["audit"]] == ["unreadable_files"]
+    (found,) = json.loads((folder / "audit.json").read_text())["findings"]
+    assert found["examples"][0]["paths"] == ["COVID/images/broken.png"]
     assert "COVID/images/broken.png" not in set(pd.read_csv(folder / "split.csv")["path"])
 
 
