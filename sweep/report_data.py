@@ -101,16 +101,6 @@ def reading_notes(run: Run) -> list[str]:
     return notes
 
 
-def calibrated_rows(run: Run) -> list[Mapping[str, Any]]:
-    """The strategies of `summary.json` that were calibrated."""
-    return [row for row in run.summary.get("strategies", []) if "calibration" in row]
-
-
-def further_figures(run: Run) -> list[str]:
-    """The test figures that only the final evaluation has."""
-    return [name for name in FURTHER_METRICS if name in (run.summary.get("test") or {})]
-
-
 def trial_notes(run: Run) -> list[str]:
     """What the ranked trials themselves say against reading them at face value."""
     unripe = sum(map(_ends_at_its_best, run.ranking))
@@ -186,6 +176,16 @@ def evaluated_rows(run: Run) -> list[Mapping[str, Any]]:
 def evaluated_parts(run: Run) -> list[str]:
     """The parts that there are figures of."""
     return [part for part in SPLITS if any(part in row for row in evaluated_rows(run))]
+
+
+def calibrated_rows(run: Run) -> list[Mapping[str, Any]]:
+    """The strategies of `summary.json` that were calibrated."""
+    return [row for row in run.summary.get("strategies", []) if "calibration" in row]
+
+
+def further_figures(run: Run) -> list[str]:
+    """The test figures that only the final evaluation has."""
+    return [name for name in FURTHER_METRICS if name in (run.summary.get("test") or {})]
 
 
 def recall_intervals(run: Run) -> dict[str, str]:
