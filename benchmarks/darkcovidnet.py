@@ -29,8 +29,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from cxr_models.dataset import Manifest, read_manifest
 from cxr_models.features import FeatureBudget
+from cxr_models.intervals import mean_intervals
 from cxr_models.layer_table import layer_tables
-from cxr_models.metrics import mean_intervals
 from cxr_models.pixels import pixel_array
 from cxr_models.trial import EpochMetrics, Objective, TrialConfig, TrialData
 from sweep.caching import CacheRules, plan_cache

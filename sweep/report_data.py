@@ -132,16 +132,6 @@ def doctor_rows(run: Run) -> list[DoctorRow]:
     return sorted(rows, key=lambda row: (not row.grave, -row.trials))
 
 
-def calibrated_rows(run: Run) -> list[Mapping[str, Any]]:
-    """The strategies of `summary.json` that were calibrated."""
-    return [row for row in run.summary.get("strategies", []) if "calibration" in row]
-
-
-def further_figures(run: Run) -> list[str]:
-    """The test figures that only the final evaluation has."""
-    return [name for name in FURTHER_METRICS if name in (run.summary.get("test") or {})]
-
-
 def overview(run: Run) -> list[str]:
     """The sweep in a few phrases."""
     counts = Counter(result.outcome for result in run.results)
@@ -192,6 +182,16 @@ def evaluated_rows(run: Run) -> list[Mapping[str, Any]]:
 def evaluated_parts(run: Run) -> list[str]:
     """The parts that there are figures of."""
     return [part for part in SPLITS if any(part in row for row in evaluated_rows(run))]
+
+
+def calibrated_rows(run: Run) -> list[Mapping[str, Any]]:
+    """The strategies of `summary.json` that were calibrated."""
+    return [row for row in run.summary.get("strategies", []) if "calibration" in row]
+
+
+def further_figures(run: Run) -> list[str]:
+    """The test figures that only the final evaluation has."""
+    return [name for name in FURTHER_METRICS if name in (run.summary.get("test") or {})]
 
 
 def recall_intervals(run: Run) -> dict[str, str]:
