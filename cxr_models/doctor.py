@@ -21,7 +21,7 @@ from functools import cached_property
 from itertools import groupby
 from statistics import fmean, pvariance
 
-from cxr_models.hopeless import EMPTY_MASKS, recalls, same_answer
+from cxr_models.hopeless import EMPTY_MASKS, is_dead, recalls, same_answer
 from cxr_models.trial import SEGMENT, Diagnosis, EpochMetrics, Objective, TrialConfig, best_epoch
 
 HEAD_SHARE = 0.9  # of all parameters
@@ -192,7 +192,9 @@ def _constant(case: _Case) -> Diagnosis | None:
         f"In {case.name(place)}, every validation image is taken for {answers[place]}; the accuracy, {accuracy:.4f}, "
         f"is the share of that class. All get the same class in {sum(map(bool, answers))} of {len(answers)} epochs."
     )
-    if case.training_learns(len(answers) - 1):
+    if is_dead(case.epochs, case.config):
+        remedy = "Lower the learning rate: the network is dead, every image also gets the same scores."
+    elif case.training_learns(len(answers) - 1):
         remedy = "Training learns and validation does not: set batch_norm to frozen, and lower the learning rate."
     elif all(answers):
         remedy = (

@@ -39,16 +39,18 @@ def is_hopeless(epochs: Sequence[EpochMetrics], config: TrialConfig) -> bool:
     last = len(strategy.phases) - 1
     allowed = strategy.epochs(config.epochs, config.probe_share)[last]
     steady = [metrics for metrics in epochs if metrics.phase == last][math.ceil(config.warmup * allowed) :]
-    dead = steady[-DEAD_EPOCHS:] if config.batch_norm != "train" else []
-    if len(dead) == DEAD_EPOCHS and all(same_answer(metrics) and _same_scores(metrics) for metrics in dead):
+    if is_dead(steady, config):
         return True
     wanted = max(PLATEAU_EPOCHS, math.ceil(PLATEAU_SHARE * allowed))
     plateau = steady[-wanted:]
     return len(plateau) == wanted and all(map(same_answer, plateau)) and not _progresses(plateau)
 
 
-def _same_scores(metrics: EpochMetrics) -> bool:
-    return abs(metrics.val.get("auroc", math.nan) - 0.5) < EQUAL
+def is_dead(epochs: Sequence[EpochMetrics], config: TrialConfig) -> bool:
+    """Whether all validation images got the same answer and scores in the last 3 epochs, see `is_hopeless`."""
+    last = epochs[-DEAD_EPOCHS:]
+    same = [bool(same_answer(each)) and abs(each.val.get("auroc", math.nan) - 0.5) < EQUAL for each in last]
+    return config.batch_norm != "train" and len(last) == DEAD_EPOCHS and all(same)
 
 
 def _progresses(epochs: Sequence[EpochMetrics]) -> bool:

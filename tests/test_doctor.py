@@ -64,7 +64,7 @@ def changed(places: Mapping[int, Mapping[str, float]]) -> list[EpochMetrics]:
 
 
 def all_taken_for(place: int, loss: float = 1.1) -> dict[str, float]:
-    return {**scored(np.full(100, place)), "loss": loss}
+    return {**scored(np.full(100, place)), "loss": loss, "auroc": 0.6}
 
 
 def test_a_training_that_goes_well_has_no_diagnosis():
@@ -80,6 +80,12 @@ class TestConstantPredictor:
         assert "accuracy, 0.5000" in found.evidence
         assert "in 2 of 2 epochs" in found.evidence
         assert "set batch_norm to frozen" in found.remedy, "for training learns"
+
+    def test_of_a_dead_network(self):
+        """Every image also gets the same scores."""
+        val = [{**all_taken_for(1), "auroc": 0.5}] * 3
+        (found, *_) = diagnose(training(val), CONFIG, MACRO_F1, class_counts=COUNTS)
+        assert found.remedy == "Lower the learning rate: the network is dead, every image also gets the same scores."
 
     def test_at_the_end_of_a_training_that_knew_more(self):
         epochs = changed({epoch: all_taken_for(epoch % 2, 1.5) for epoch in (6, 7, 8)})
