@@ -10,6 +10,7 @@
     head_holds_parameters      lesser  the head holds more than nine tenths of all parameters
     still_improving            lesser  the best epoch is one of the last allowed, and the trend goes on
     best_epoch_first           lesser  no epoch was better than the first, nor had a lower validation loss
+    later_phase_unused         lesser  the best epoch comes before the last phase of the freeze strategy
 
 Pure functions of figures: those of our own trials, or a paper's (`curves`).
 """
@@ -84,7 +85,7 @@ def diagnose(
     """
     case = _Case(epochs, config, objective, class_counts or {})
     checks = _mask_checks(case) if objective.task == SEGMENT else _class_checks(case)
-    found = [*checks, *_course_checks(case), *_head_check(config, parameters, head_parameters)]
+    found = [*checks, *_course_checks(case), *_phase_check(case), *_head_check(config, parameters, head_parameters)]
     return tuple(sorted(found, key=lambda diagnosis: not diagnosis.grave))
 
 
@@ -322,6 +323,21 @@ def _course_checks(case: _Case) -> Iterator[Diagnosis]:
         evidence = f"No epoch of {len(values)} has a better {told}."
         remedy = "Lower the learning rate, or train fewer layers: large steps undo what the first epoch learned."
         yield Diagnosis("best_epoch_first", False, evidence, remedy)
+
+
+def _phase_check(case: _Case) -> Iterator[Diagnosis]:
+    """Whether the model that is kept is another strategy's: the one of an earlier phase."""
+    phases = case.config.freeze.split(">")
+    if case.best is None or case.epochs[case.best].phase == len(phases) - 1:
+        return
+    best, allowed = case.epochs[case.best], case.config.epochs
+    evidence = (
+        f"The best epoch, {best.epoch} of {allowed} allowed, lies in phase {best.phase + 1} of {len(phases)}, "
+        f"{phases[best.phase]}: {phases[-1]} has trained nothing of the model that is kept."
+    )
+    kept = ">".join(phases[: best.phase + 1])
+    remedy = f"Read it as a trial of {kept}; a lower phase_rate or more epochs may make {phases[-1]} useful."
+    yield Diagnosis("later_phase_unused", False, evidence, remedy)
 
 
 def _quarter(values: Sequence[float]) -> int:

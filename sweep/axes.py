@@ -60,7 +60,8 @@ def read_point(raw: Any, space: Space, where: Where, document: Document) -> dict
     checked = {name: _checked(name, value, (*where, name), document) for name, value in raw.items() if name in AXES}
     point = {name: value for name, value in checked.items() if value is not None}
     misfits = {name: text for name in point if name in space.axes and (text := _misfit(name, point, space))}
-    narrowed = document.overridden(("space",)) and not document.overridden(where)
+    looked_at = {other for name in misfits for other in space.dependencies(name)}
+    narrowed = any(document.overridden(("space", name)) for name in looked_at) and not document.overridden(where)
     for name, text in misfits.items():
         if not narrowed:
             document.add((*where, name), text)

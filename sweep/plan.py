@@ -45,7 +45,7 @@ from sweep.memory import trial_memory
 from sweep.segment_plan import UNetRow, unet_memory, unet_order, unet_rows, with_masks
 from sweep.space import Range, Space
 from sweep.spec import SpecError, SweepSpec
-from sweep.weights import WeightsFile, find_weights, origin_notes
+from sweep.weights import WeightsFile, bundled_note, find_weights, origin_notes
 
 PHANTOM = "phantom"
 
@@ -219,7 +219,7 @@ def make_plan(
     splits = stored_splits(manifest, spec.data.seed, cache_dir, spec.data.split.shares, groups)
     shortcuts = find_shortcuts(manifest, groups, cache_dir) if spec.task != SEGMENT else None
     problems: list[str] = []
-    everything = _networks(spec)
+    everything = _networks(spec, source)
     networks = [config for config in everything if config.backbone != UNET]
     tables = layer_tables({(config.backbone, config.image_side) for config in networks}, cache_dir)
     weights = find_weights(networks, tables, weights_dir, cache_dir, problems)
@@ -266,6 +266,7 @@ def make_plan(
             *allotment.notes,
             *cache.notes,
             *origin_notes(weights),
+            *bundled_note(weights, phantom=any(source.source == PHANTOM for source in spec.data.all_sources)),
             *mask_notes,
             *(masks.note for masks in lung_masks),
             *_data_notes(spec, manifest, splits),
@@ -352,14 +353,27 @@ def _values(spec: SweepSpec, axis: str) -> Iterator[float]:
         yield from (domain.low, domain.high) if isinstance(domain, Range) else map(float, domain)  # type: ignore[arg-type]
 
 
-def _networks(spec: SweepSpec) -> list[TrialConfig]:
-    """Every network the space can build."""
+def _networks(spec: SweepSpec, source: str) -> list[TrialConfig]:
+    """Every network the space can build.
+
+    Raises:
+        SpecError: values that cannot go together, such as several taps with a flattened feature map.
+    """
     shaping = SHAPING_UNET if spec.task == SEGMENT else SHAPING
     axes = [axis for axis in shaping if axis in spec.space.axes]
     # A range that has no list is left at the default: it only bears on how much is kept.
     axes += [axis for axis in KEEPING if axis in spec.space.axes and _is_listed(spec.space, axis)]
     points = sorted(spec.space.combinations(*axes), key=str)
-    return [TrialConfig.from_json(dict(zip(axes, values, strict=True))) for values in points]
+    networks, problems = [], []
+    for values in points:
+        point = dict(zip(axes, values, strict=True))
+        try:
+            networks.append(TrialConfig.from_json(point))
+        except ValueError as error:
+            problems.append(f"space: {point['backbone']}: {error}; a condition (`when`) can keep them apart")
+    if problems:
+        raise SpecError(source, list(dict.fromkeys(problems)))
+    return networks
 
 
 def _is_listed(space: Space, axis: str) -> bool:
@@ -433,4 +447,4 @@ def _notes(spec: SweepSpec, networks: Sequence[TrialConfig]) -> Iterator[str]:
     if spec.dropped_strategies:
         yield f"too few epochs for the phases of {', '.join(spec.dropped_strategies)}, which are left out"
     if spec.dropped_points:
-        yield f"{spec.dropped_points} fixed points of the file lie outside the space that --set left, and are not run"
+        yield f"{spec.dropped_points} of the fixed points lie outside the space that the command line left; not run"

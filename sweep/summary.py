@@ -137,6 +137,8 @@ def _strategies(
                 "best_val": best.val[metric],
                 "median_val": statistics.median(values),
                 "trial_id": best.trial_id,
+                "outcome": str(best.outcome),
+                "best_epoch": best.best_epoch,
                 "config": best.config.to_json(),
                 "trainable_parameters": best.trainable_parameters,
                 "frozen_parameters": best.frozen_parameters,

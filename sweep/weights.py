@@ -136,6 +136,17 @@ def origin_notes(found: Mapping[tuple[str, str, int], WeightsFile]) -> tuple[str
     )
 
 
+def bundled_note(found: Mapping[tuple[str, str, int], WeightsFile], *, phantom: bool) -> tuple[str, ...]:
+    """What a plan says where real images are to be learned from what was learned from drawings."""
+    backbones = sorted({backbone for backbone, weights, _ in found if weights == "bundled"})
+    if phantom or not backbones:
+        return ()
+    return (
+        f"weights: bundled were pretrained on phantoms, which are drawings: {', '.join(backbones)} may do far better "
+        "on these images with --weights imagenet",
+    )
+
+
 def _find(
     row: Backbone,
     config: TrialConfig,

@@ -217,6 +217,27 @@ class TestStillImproving:
         assert names(diagnose(epochs, CONFIG, LOSS)) == []
 
 
+class TestLaterPhaseUnused:
+    TWO = replace(CONFIG, freeze="all>stages:1", epochs=8)
+
+    def phased(self, best: int) -> list[EpochMetrics]:
+        epochs = changed({best: measured(0.99, 0.01)})
+        return [replace(metrics, phase=int(metrics.epoch > 4)) for metrics in epochs]
+
+    def test_of_a_best_epoch_in_the_probe(self):
+        found = diagnose(self.phased(3), self.TWO, MACRO_F1, class_counts=COUNTS)
+        (found,) = (each for each in found if each.name == "later_phase_unused")
+        assert not found.grave
+        assert (
+            "The best epoch, 3 of 8 allowed, lies in phase 1 of 2, all: stages:1 has trained nothing" in found.evidence
+        )
+        assert found.remedy.startswith("Read it as a trial of all;")
+
+    def test_not_in_the_last_phase_nor_where_there_is_one_only(self):
+        assert "later_phase_unused" not in names(diagnose(self.phased(7), self.TWO, MACRO_F1, class_counts=COUNTS))
+        assert "later_phase_unused" not in names(diagnose(training(), CONFIG, MACRO_F1, class_counts=COUNTS))
+
+
 class TestBestEpochFirst:
     def test_of_three_epochs_or_more(self):
         epochs = changed({1: measured(0.94, 0.29), 2: measured(0.9, 0.3)})

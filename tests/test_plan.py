@@ -10,6 +10,7 @@ from rich.console import Console
 from cxr_models.dataset import DataError, patients_on_two_sides
 from cxr_models.trial import SPLITS, TEST, TRAIN, VAL
 from sweep import plan as planning
+from sweep.document import SpecError
 from sweep.halving import Rungs
 from sweep.machine import Machine
 from sweep.plan import Plan, make_plan, stored_splits
@@ -147,3 +148,16 @@ def test_a_stored_split_is_that_of_its_shares(plan, tmp_path, cache_dir, monkeyp
     assert stored_splits(manifest, 0, cache_dir) != thirds
     monkeypatch.setattr(planning, "assign_splits", None)  # what is stored is not made again
     assert stored_splits(manifest, 0, cache_dir, (0.5, 0.5, 0.0)) == thirds
+
+
+def test_values_that_cannot_go_together_are_told_with_the_backbone(plan, tmp_path):
+    folder = layouts.nested(tmp_path / "x", images=40)
+    with pytest.raises(
+        SpecError, match=r"space: mobilenet_v2_0.35: taps above 1 need pooling average or max, .*`when`"
+    ):
+        plan(str(folder), axes={"taps": "[1, 3]", "pooling": "[average, flatten]"})
+
+
+def test_weights_from_drawings_are_told_beside_real_images(plan, tmp_path):
+    assert "bundled were pretrained on phantoms" in " ".join(plan(str(layouts.nested(tmp_path / "x", images=40))).notes)
+    assert "bundled were pretrained" not in " ".join(plan("phantom").notes)

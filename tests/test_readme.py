@@ -62,7 +62,7 @@ def test_the_worked_example(tmp_path, radiography_folder, cache_dir):
         run_command(command, {"~/COVID-19_Radiography_Dataset": radiography_folder}, tmp_path, cache_dir)
     run = tmp_path / "runs" / "radiography"
     names = [name for name in listed_files() if name not in OF_SEGMENTATIONS]
-    assert len(names) == 10
+    assert len(names) == 12
     assert not [name for name in names if not (run / name).exists()]
 
 
@@ -100,7 +100,7 @@ def test_every_diagnosis_is_told_and_the_doctor_reads_typed_in_curves(capsys):
     }
     rows = re.findall(r"^    (\w+(?:, \w+)?) +(?:grave|lesser) ", doctor.__doc__, re.MULTILINE)
     assert told == {name for row in rows for name in row.split(", ")}
-    assert len(told) == 11
+    assert len(told) == 12
     (example,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     exec(example, {})
     assert "exploding_validation_loss In epoch 3" in capsys.readouterr().out

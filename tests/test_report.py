@@ -122,6 +122,8 @@ STRATEGIES = [
         "backbone": "mobilenet_v2_0.35",
         "freeze": "stages:1",
         "trial_id": "trial-2",
+        "outcome": "completed",
+        "best_epoch": 4,
         "config": {"pooling": "flatten", "hidden_units": [1024]},
         "trainable_parameters": 23456,
         "best_epoch_by_loss": 5,
@@ -130,7 +132,14 @@ STRATEGIES = [
         "val": part(0.8),
         "test": part(0.7),
     },
-    {"backbone": "vanilla_cnn", "freeze": "none", "trial_id": "trial-1", "evaluation_problem": "out of memory"},
+    {
+        "backbone": "vanilla_cnn",
+        "freeze": "none",
+        "trial_id": "trial-1",
+        "outcome": "stopped_early",
+        "best_epoch": 1,
+        "evaluation_problem": "out of memory",
+    },
 ]
 REFERENCE = {
     "source": "a report",
@@ -485,7 +494,8 @@ def test_every_strategy_is_shown_on_every_part_with_both_best_epochs(tmp_path: P
     page = Page(write_report(ended_run(tmp_path, strategies=STRATEGIES)))
     rows = page.tables["evaluation"]
     assert rows[1] == ["loss", "accuracy", *(["train", "val", "test"] * 3)]
-    assert rows[2] == ["mobilenet_v2_0.35", "stages:1", "5", "19", *(["0.900", "0.800", "0.700"] * 3)]
+    assert rows[2] == ["mobilenet_v2_0.35", "stages:1", "4", "5", "19", *(["0.900", "0.800", "0.700"] * 3)]
+    assert rows[3][2] == "1 stopped early"
     assert rows[3][:2] == ["vanilla_cnn", "none"]
     assert rows[3][-1] == "not evaluated: out of memory"
     rows = {row[0]: row for row in page.tables["per-class-1"]}

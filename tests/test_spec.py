@@ -369,6 +369,11 @@ class TestProblems:
         (problem,) = problems(with_fixed(point))
         assert message in problem
 
+    def test_a_fixed_point_is_left_out_only_where_the_command_line_is_why(self, read, problems):
+        assert read(with_fixed("{dropout: 0.1}"), "batch_size=64")
+        with pytest.raises(SpecError, match=r"search.fixed\[0\].batch_size: expected a value of space.batch_size"):
+            read(with_fixed("{batch_size: 64}"), "dropout=0.1")
+
     def test_a_fixed_point_is_checked_although_another_axis_is_broken(self, problems):
         point, broken = problems(with_fixed("{batch_size: 64}").replace("image_side: 96", "image_side: 0"))
         assert "space.batch_size (16, 32), got 64" in point
