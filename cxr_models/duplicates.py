@@ -36,6 +36,10 @@ LEAST_DETAIL = 0.75  # of their details, see `fingerprints.detail_vectors`
 CONFIRMING_SIDE = 64  # in pixels: both files are read again at this size
 LEAST_CONFIRMED = 0.84  # of their details then
 
+# The frames of a film are all alike, and all their pairs would fill the memory: each is paired with so many later ones,
+# which is enough to put all of them into one cluster.
+MOST_PARTNERS = 100
+
 ROWS_AT_ONCE = 256  # of the table of all distances
 PAIRS_AT_ONCE = 4096
 PICTURES_AT_ONCE = 1024
@@ -142,11 +146,16 @@ def _near(manifest: Manifest, places: Sequence[int], progress: Progress | None) 
     thumbnails = read_thumbnails([manifest.records[place].thumbnail for place in places])
     whole, detail = _in_blocks(whole_vectors, thumbnails), _in_blocks(detail_vectors, thumbnails)
     likely = []
+    partners = np.zeros(len(places), np.int64)  # of each image, so far
     for pairs in _candidates(perceptual_hashes(thumbnails), progress):
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             some = pairs[start : start + PAIRS_AT_ONCE]
             some = some[abs(_correlations(whole, some)) >= LEAST_WHOLE]
-            likely.append(some[abs(_correlations(detail, some)) >= LEAST_DETAIL])
+            some = some[abs(_correlations(detail, some)) >= LEAST_DETAIL]
+            first = some[:, 0]  # in order
+            some = some[partners[first] + np.arange(len(first)) - np.searchsorted(first, first) < MOST_PARTNERS]
+            np.add.at(partners, some[:, 0], 1)
+            likely.append(some)
     found = np.concatenate(likely) if likely else np.empty((0, 2), np.int64)
     return _confirmed([manifest.records[place] for place in places], manifest.root, np.asarray(places), found)
 
