@@ -10,7 +10,7 @@ are planted: saved anew, resized, with other brightness or contrast. Then these 
 The two loops run on fewer files; their seconds for all are scaled, reading with the files and comparing with the pairs.
 
 Run:  python benchmarks/audit_speed.py --images 20000 --looped 1000
-Cost: about a minute of one core for 3,000 images to draw, half as much to audit, and three minutes for the loops.
+Cost: on one core a minute for 3,000 images to draw, ten seconds to audit them, and a minute for the loops.
 """
 
 import argparse

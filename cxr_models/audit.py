@@ -38,6 +38,11 @@ class Severity(StrEnum):
     NOTE = "note"  # is worth knowing
 
 
+def readable(text: str) -> str:
+    """Text with file names in it as it can be printed: bytes that are no UTF-8 become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @dataclass(frozen=True)
 class Example:
     """One place where a finding was made.
@@ -53,7 +58,7 @@ class Example:
     def text(self, most: int) -> str:
         """In a line, with `most` of the paths."""
         shown = [*self.paths[:most], *(["..."] if len(self.paths) > most else [])]
-        return ": ".join(filter(None, (", ".join(shown), self.detail)))
+        return readable(": ".join(filter(None, (", ".join(shown), self.detail))))
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,14 @@ LEAST_DETAIL = 0.75  # of their details, see `fingerprints.detail_vectors`
 CONFIRMING_SIDE = 64  # in pixels: both files are read again at this size
 LEAST_CONFIRMED = 0.84  # of their details then
 
+# The frames of a film are all alike, and all their pairs would fill the memory: each is paired with so many later ones,
+# which is enough to put all of them into one cluster.
+MOST_PARTNERS = 100
+
 ROWS_AT_ONCE = 256  # of the table of all distances
 PAIRS_AT_ONCE = 4096
 PICTURES_AT_ONCE = 1024
+DENSE = 0.02  # share of a table of products from which all of it is computed faster than the part
 
 
 @dataclass(frozen=True)
@@ -143,10 +148,10 @@ def _near(manifest: Manifest, places: Sequence[int], progress: Progress | None) 
     whole, detail = _in_blocks(whole_vectors, thumbnails), _in_blocks(detail_vectors, thumbnails)
     likely = []
     for pairs in _candidates(perceptual_hashes(thumbnails), progress):
-        for start in range(0, len(pairs), PAIRS_AT_ONCE):
-            some = pairs[start : start + PAIRS_AT_ONCE]
-            some = some[abs(_correlations(whole, some)) >= LEAST_WHOLE]
-            likely.append(some[abs(_correlations(detail, some)) >= LEAST_DETAIL])
+        some = pairs[abs(_correlations(whole, pairs)) >= LEAST_WHOLE]
+        some = some[abs(_correlations(detail, some)) >= LEAST_DETAIL]
+        first = some[:, 0]  # in order
+        likely.append(some[np.arange(len(first)) - np.searchsorted(first, first) < MOST_PARTNERS])
     found = np.concatenate(likely) if likely else np.empty((0, 2), np.int64)
     return _confirmed([manifest.records[place] for place in places], manifest.root, np.asarray(places), found)
 
@@ -172,8 +177,16 @@ def _in_blocks(
 
 
 def _correlations(vectors: NDArray[np.float16], pairs: NDArray[np.int64]) -> NDArray[np.float32]:
-    first, second = (vectors[side].astype(np.float32) for side in pairs.T)
-    return np.asarray(np.einsum("pv,pv->p", first, second))
+    """(pairs,) scalar products, by a whole table of them where most of it is asked for: the frames of a film."""
+    if not len(pairs):
+        return np.empty(0, np.float32)
+    low, high = int(pairs[:, 0].min()), int(pairs[:, 0].max()) + 1
+    if high - low <= ROWS_AT_ONCE and len(pairs) > DENSE * (high - low) * (len(vectors) - low):
+        table = vectors[low:high].astype(np.float32) @ vectors[low:].astype(np.float32).T
+        return np.asarray(table[pairs[:, 0] - low, pairs[:, 1] - low])
+    parts = (pairs[at : at + PAIRS_AT_ONCE] for at in range(0, len(pairs), PAIRS_AT_ONCE))
+    sides = ((vectors[side].astype(np.float32) for side in part.T) for part in parts)
+    return np.concatenate([np.einsum("pv,pv->p", first, second) for first, second in sides])
 
 
 def _confirmed(
@@ -185,10 +198,7 @@ def _confirmed(
     if not pictures:
         return ()
     rows = np.searchsorted(needed, pairs)
-    detail = _in_blocks(detail_vectors, np.stack(pictures))
-    values = np.concatenate(
-        [_correlations(detail, rows[start : start + PAIRS_AT_ONCE]) for start in range(0, len(rows), PAIRS_AT_ONCE)]
-    )
+    values = _correlations(_in_blocks(detail_vectors, np.stack(pictures)), rows)
     kept = [
         NearPair(int(places[first]), int(places[second]), round(float(value), 4))
         for (first, second), value in zip(pairs, values, strict=True)

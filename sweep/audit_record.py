@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from cxr_models.audit import Audit, Example, Finding, Severity
+from cxr_models.audit import Audit, Example, Finding, Severity, readable
 from cxr_models.dataset import Manifest
 from cxr_models.images import read_picture
 from cxr_models.storage import written_whole
@@ -75,7 +75,16 @@ def write_audit(folder: RunFolder, audit: Audit, manifest: Manifest) -> None:
         with written_whole(path) as scratch:
             _side_by_side([manifest.root / name for name in paths]).save(scratch)
         pictures.append({"file": path.name, "finding": finding.name, "paths": paths, "detail": example.detail})
-    write_json(folder.audit, {**audit.to_json(), "pictures": pictures})
+    write_json(folder.audit, _readable({**audit.to_json(), "pictures": pictures}))
+
+
+def _readable(value: Any) -> Any:
+    """JSON and the report are UTF-8; names of files need not be."""
+    if isinstance(value, Mapping):
+        return {key: _readable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_readable(inner) for inner in value]
+    return readable(value) if isinstance(value, str) else value
 
 
 def _pictured(findings: Sequence[Finding]) -> list[tuple[Finding, Example]]:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -257,6 +259,22 @@ def test_a_picture_of_an_image_that_is_gone_does_not_end_a_sweep(folder, tmp_pat
     )
     with Image.open(folder.audit_pictures / "01.png") as picture:
         assert picture.crop((192, 0, 384, 192)).getextrema() == (0, 0)
+
+
+def test_a_name_that_is_no_utf_8_can_be_printed_and_written(folder, tmp_path):
+    name = os.fsdecode(b"a/caf\xe9.png")
+    shutil.copy(tmp_path / "data/a/0.png", tmp_path / "data" / name)
+    found = finding("exact_duplicates", Severity.NOTE, Example(("a/0.png", name), f"patient {name}"))
+    audit = Audit(2, 2, {}, None, (found,))
+    write_audit(folder, audit, read_manifest(tmp_path / "data"))
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(render_audit(audit))
+    for text in (capture.get(), Page(write_report(folder)).text):
+        assert r"a/0.png, a/caf\udce9.png: patient a/caf\udce9.png" in text
+    with Image.open(folder.audit_pictures / "01.png") as picture:
+        left, right = np.hsplit(np.asarray(picture), 2)
+    assert (left == right).all(), "the picture is that of the file"
 
 
 def test_the_report_shows_bar_findings_and_pairs(folder):

@@ -108,6 +108,21 @@ def test_a_copy_of_a_copy_belongs_to_the_same_picture(folder: Path, chests: list
     assert {manifest.records[place].path for place in cluster} == {"a/00.png", "a/exact.bmp", "b/small.png"}
 
 
+def test_of_very_many_copies_not_every_pair_is_named(folder: Path, chests, monkeypatch) -> None:
+    """The frames of a film: their pairs grow with the square, and a few of each still put them into one cluster."""
+    for side in range(80, 92):
+        chests[4].resize((side, side)).save(folder / f"b/copy-{side}.png")
+    manifest = read_manifest(folder)
+    every = find_duplicates(manifest)
+    assert len(every.near) == 13 * 12 / 2
+    monkeypatch.setattr(duplicates, "MOST_PARTNERS", 2)
+    monkeypatch.setattr(duplicates, "PAIRS_AT_ONCE", 5)
+    some = find_duplicates(manifest)
+    assert len(some.near) == 11 * 2 + 1
+    assert some.clusters(len(manifest.records)) == every.clusters(len(manifest.records))
+    assert set(some.near) < set(every.near)
+
+
 def test_blank_pictures_are_near_nothing(tmp_path: Path) -> None:
     for number, shade in enumerate((0, 7, 255, 128)):
         path = tmp_path / "ab"[number % 2] / f"{number}.png"
