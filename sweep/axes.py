@@ -60,12 +60,21 @@ def read_point(raw: Any, space: Space, where: Where, document: Document) -> dict
     checked = {name: _checked(name, value, (*where, name), document) for name, value in raw.items() if name in AXES}
     point = {name: value for name, value in checked.items() if value is not None}
     misfits = {name: text for name in point if name in space.axes and (text := _misfit(name, point, space))}
-    looked_at = {other for name in misfits for other in space.dependencies(name)}
+    looked_at = {other for name in misfits for other in (name, *_named_in_conditions(name, document))}
     narrowed = any(document.overridden(("space", name)) for name in looked_at) and not document.overridden(where)
     for name, text in misfits.items():
         if not narrowed:
             document.add((*where, name), text)
     return None if misfits else point
+
+
+def _named_in_conditions(name: str, document: Document) -> set[str]:
+    """The axes that the file's conditions of an axis look at, those that an override made void too."""
+    section = document.values.get("space")
+    axis = section.get(name) if isinstance(section, dict) else None
+    cases = axis.get("when") if isinstance(axis, dict) else None
+    found = [case.get("if") for case in cases if isinstance(case, dict)] if isinstance(cases, list) else []
+    return {other for conditions in found if isinstance(conditions, dict) for other in conditions}
 
 
 def _misfit(name: str, point: Mapping[str, Value], space: Space) -> str:
