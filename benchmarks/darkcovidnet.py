@@ -85,7 +85,13 @@ def main() -> None:
                 found = list(folds(manifest, grouping, arguments, Path(scratch)))
                 rows.append({"task": task, "grouping": grouping, "published": published, **_summary(manifest, found)})
                 print(json.dumps({key: value for key, value in rows[-1].items() if key != "folds"}), flush=True)
-    result = {"kind": "darkcovidnet", "environment": environment(own_command()), "side": arguments.side, "rows": rows}
+    result = {
+        "kind": "darkcovidnet",
+        "environment": environment(own_command()),
+        "side": arguments.side,
+        "candidates": len(candidates(arguments.side, arguments.epochs, arguments.seed)[: arguments.candidates]),
+        "rows": rows,
+    }
     write_result(result, arguments.out / "darkcovidnet.json")
 
 

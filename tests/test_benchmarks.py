@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from cxr_models.dataset import ImageRecord, Manifest
 from cxr_models.phantom import CLASSES
 from sweep.halving import Halving, Rungs
 from sweep.spec import read_spec
@@ -16,6 +17,7 @@ from sweep.spec import read_spec
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # programs, not a package
 
 import audit_speed
+import darkcovidnet
 from comparing import compared, full_seconds, mean_accuracies, mean_pause, ratios, trial_seconds
 from halving import CURVES, SCENARIOS, Scenario, draw_trials, play, simulate
 from learning_curves import Strategy, curve, read_measured
@@ -376,3 +378,33 @@ class TestHalvingSimulation:
             "| `none` | 1 | 0.20 (0.20 to 0.20) | 0.950 (0.950 to 0.950) | 10.0 (10.0 to 10.0) | 0 | 0.000 | 1.00 |"
             in page
         )
+
+
+class TestDarkCovidNet:
+    def manifest(self) -> Manifest:
+        records = [
+            ImageRecord(f"{number}.png", "ab"[number % 2], f"p{number // 4}", "", "", "", "", 8, 8, "L", True)
+            for number in range(80)
+        ]
+        return Manifest(Path("/nowhere"), "folders", tuple(records), (), 0)
+
+    @pytest.mark.parametrize("grouping", darkcovidnet.GROUPINGS)
+    def test_every_image_is_held_out_once_and_patients_only_where_they_should(self, grouping):
+        manifest, everything = self.manifest(), np.arange(80)
+        held_out, astray = [], 0
+        for rest, fold in darkcovidnet.cut(manifest, everything, grouping, 5, seed=0):
+            assert {*rest} | {*fold} == {*everything}
+            assert not {*rest} & {*fold}
+            patients = [{manifest.records[index].patient for index in part} for part in (rest, fold)]
+            astray += len(patients[0] & patients[1])
+            held_out.extend(fold)
+        assert sorted(held_out) == everything.tolist()
+        assert (astray == 0) == (grouping == "patient")
+
+    def test_the_best_mean_accuracy_is_chosen_and_the_lower_loss_of_equals(self):
+        first, second = darkcovidnet.candidates(32, 3, 0)[:2]
+        curves = {
+            first: (np.array([0.5, 0.8, 0.7]), np.array([1.0, 0.6, 0.5])),
+            second: (np.array([0.5, 0.7, 0.8]), np.array([1.0, 0.6, 0.5])),
+        }
+        assert darkcovidnet.chosen(curves) == (second, 2)
