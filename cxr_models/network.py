@@ -127,9 +127,10 @@ class Network:
         inputs = keras.Input(self.scaled.input_shape[1:])
         found = dict(zip(names, stages(self.scaled(inputs)), strict=True))
         outputs = []
-        for cut, layers in wanted.items():
+        for place, (cut, layers) in enumerate(wanted.items(), start=1):
             maps = [found[name] for name in layers]
-            outputs.append(_pooled(cut.pooling, maps) if cut.pooling else maps[0])
+            # A model of its own for each cut: in one model the layers' names, alike for all cuts, would be taken.
+            outputs.append(_joined_pooling(cut.pooling, maps, f"cut_{place}")(maps) if cut.pooling else maps[0])
         return keras.Model(inputs, outputs)
 
     def suffix(self, cut: Cut | None) -> keras.Model:
@@ -317,12 +318,12 @@ def _pooling(name: str, layer: str = "features") -> keras.Layer:
     return kinds[name](name=layer)
 
 
-def _joined_pooling(name: str, maps: Sequence[keras.KerasTensor]) -> keras.Model:
-    """Several feature maps -> one vector; each part has mean 0 and deviation 1, because depths differ in scale."""
+def _joined_pooling(name: str, maps: Sequence[keras.KerasTensor], own_name: str = "features") -> keras.Model:
+    """Feature maps -> one vector; of several, each part has mean 0 and deviation 1, because depths differ in scale."""
     import keras
 
     inputs = [keras.Input(one.shape[1:]) for one in maps]
-    return keras.Model(inputs, _pooled(name, inputs), name="features")
+    return keras.Model(inputs, _pooled(name, inputs), name=own_name)
 
 
 def _pooled(name: str, maps: Sequence[keras.KerasTensor]) -> keras.KerasTensor:

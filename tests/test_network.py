@@ -13,6 +13,7 @@ from cxr_models.backbones import (
     build_backbone,
     load_backbone_weights,
 )
+from cxr_models.cuts import choose_cut
 from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import PACKAGED, LayerTable, layer_tables, read_table, weight_problems
 from cxr_models.network import build_network, export_model
@@ -200,3 +201,22 @@ def test_imagenet_efficientnet_is_the_function_keras_builds(tmp_path, monkeypatc
     load_backbone_weights(row, ours, file)
     images = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype(np.float32)
     np.testing.assert_allclose(ours.predict(images, verbose=0), theirs.predict(images, verbose=0), rtol=1e-3, atol=1e-4)
+
+
+def test_one_pass_stores_cuts_of_several_taps_and_poolings():
+    """In one sweep they may all be wanted; each has to be what it is when it is computed alone."""
+    config = TrialConfig("mobilenet_v2_0.35", image_side=32)
+    network = build_network(config, classes=3, channels=1)
+    row, table, phases = BACKBONES[config.backbone], network.table, parse_strategy("all").phases
+    cuts = [
+        choose_cut(phases, row, table, pooling=pooling, taps=taps, head_parameters=100)
+        for pooling in ("average", "max")
+        for taps in (1, 3, 5)
+    ]
+    assert len({cut.name for cut in cuts}) == 6
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 1)).astype(np.float32)
+    together = network.prefix(cuts)(pixels, training=False)
+    for cut, found in zip(cuts, together, strict=True):
+        assert found.shape == (8, *cut.shape)
+        (alone,) = keras.tree.flatten(network.prefix([cut])(pixels, training=False))
+        np.testing.assert_array_equal(found.numpy(), alone.numpy(), err_msg=cut.name)
