@@ -356,7 +356,7 @@ def _darkcovidnet(result: Result) -> list[str]:
     return [
         "## The images of DarkCovidNet",
         "Mean accuracy over five held-out folds, beside that of Ozturk et al. 2020, whose folds are by image. The "
-        f"configuration of each fold, one of {result['candidates']} linear probes of a frozen MobileNetV2 0.35, and "
+        f"configuration of each fold, one of {result['candidates']} heads on a frozen MobileNetV2 0.35, and "
         "its epochs were chosen by inner folds alone; the inner figure is that of the chosen ones, and optimistic. "
         f"Intervals are by bootstrap over the patients of all held-out images. {minutes:.0f} minutes in all.",
         table(header, rows),
