@@ -6,9 +6,9 @@ images of one patient stand on both sides; here that is repeated, and done by pa
 
 In each fold a configuration and its number of epochs are chosen by inner folds, cut as the outer ones, of what is not
 held out; it is then trained again on all of that, once, and tested on the held-out images. No figure printed here has
-been used to choose anything. The candidates are heads on a frozen MobileNetV2 0.35, on its last layer or on seven depths
-(after Head2Toe: Evci et al., ICML 2022), whose features are computed once for all of them. The list of candidates was
-drawn up with a look at the inner folds of one outer fold of the three classes, never at its held-out images.
+been used to choose anything. The candidates are heads on a frozen MobileNetV2 0.35, on its last layer or on seven
+depths (after Head2Toe: Evci et al., ICML 2022), whose features are computed once for all of them. Their list was drawn
+up with a look at the inner folds of one outer fold of the three classes, never at its held-out images.
 
     python benchmarks/darkcovidnet.py --data DIR --weights FILE       # under an hour on 2 cores
 """

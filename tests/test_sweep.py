@@ -249,14 +249,14 @@ def test_the_verdict_is_about_the_predictions_and_shown(on_ray):
     (comparison,) = verdict["comparisons"]
     difference = comparison["differences"][verdict["metric"]]["value"]
     assert difference == pytest.approx(first["test"][verdict["metric"]] - second["test"][verdict["metric"]])
-    right = [(found["true"] == found["predicted"]).to_numpy() for found in tested(folder, first, second)]
+    right = [(found["true"] == found["predicted"]).to_numpy() for found in on_test_images(folder, first, second)]
     assert comparison["mcnemar"]["first"] == (right[0] & ~right[1]).sum()
     assert comparison["mcnemar"]["second"] == (right[1] & ~right[0]).sum()
     assert verdict["optimism"]["best"] == pytest.approx(summary["best"]["val"][verdict["metric"]])
     assert first["calibration"]["before"]["loss"] == pytest.approx(first["test"]["loss"])
 
 
-def tested(folder: Path, *rows: dict) -> list[pd.DataFrame]:
+def on_test_images(folder: Path, *rows: dict) -> list[pd.DataFrame]:
     return [predictions(folder, row["trial_id"], "test") for row in rows]
 
 
