@@ -26,6 +26,7 @@ from sweep.readback import Run, read_run
 from sweep.record import RunFolder
 from sweep.reference import compare, plain_name
 from sweep.report_data import (
+    axis_rows,
     calibrated_rows,
     class_rows,
     contradictions,
@@ -94,6 +95,7 @@ def render(run: Run) -> str:
         strategies=strategy_rows(run),
         axes=AXES_OF[run.objective.task],
         varied=run.varied,
+        axis_rows=axis_rows(run),
         constants=[axis for axis in AXES_OF[run.objective.task] if axis not in run.varied],
         failed=[result for result in run.results if result.outcome is Outcome.FAILED],
         unranked=[result for result in run.results if result.outcome is not Outcome.FAILED and not result.best_epoch],

@@ -38,6 +38,22 @@ class StrategyRow:
 
 
 @dataclass(frozen=True)
+class AxisRow:
+    """The ranked trials with one value of an axis.
+
+    Attributes:
+        value: as `TrialConfig` has it.
+        best, median: of the validation objective.
+    """
+
+    axis: str
+    value: Any
+    trials: int
+    best: float
+    median: float
+
+
+@dataclass(frozen=True)
 class ClassRow:
     """A class on the test images, or an average over classes."""
 
@@ -98,6 +114,24 @@ def contradictions(run: Run) -> list[str]:
             f"summary.json names {run.summary['best']['trial_id']}, the predictions are of {run.test.trial_id}."
         )
     return found
+
+
+def axis_rows(run: Run) -> tuple[AxisRow, ...]:
+    """The values of each axis that strategies do not tell apart, in which several ranked trials agree; the best first.
+
+    An axis of which nearly every trial has a value of its own, such as a learning rate, has no rows.
+    """
+    metric, mode = run.objective.metric, run.objective.mode
+    rows: list[AxisRow] = []
+    for axis in run.varied:
+        found: dict[Any, list[float]] = {}
+        for result in run.ranking:  # the best comes first
+            found.setdefault(getattr(result.config, axis), []).append(result.val[metric])
+        if axis in ("backbone", "freeze", "seed") or not 1 < len(found) <= len(run.ranking) / 2:
+            continue
+        pick = max if mode == "max" else min
+        rows += [AxisRow(axis, value, len(values), pick(values), median(values)) for value, values in found.items()]
+    return tuple(rows)
 
 
 def reading_notes(run: Run) -> list[str]:

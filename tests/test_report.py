@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,20 @@ def test_only_the_axes_that_vary_are_columns_and_the_others_stand_once(folder: R
     assert page.tables["ranking"][0][7:10] == ["backbone", "freeze", "learning_rate"]
     assert "dropout" not in page.tables["ranking"][0]
     assert re.search(r"The same in every trial .*\bdropout 0\b", page.text)
+
+
+def test_axes_that_strategies_do_not_tell_apart_are_shown_by_value(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "axes", exactly=True)
+    plain = TrialConfig("vanilla_cnn", freeze="none", epochs=4)
+    values = [(0.9, "none"), (0.7, "dataset"), (0.6, "none"), (0.5, "dataset")]
+    configs = [replace(plain, lung_mask=mask, learning_rate=10.0**-place) for place, (_, mask) in enumerate(values)]
+    results = [result(place, value, config=configs[place]) for place, (value, _) in enumerate(values)]
+    folder.spec.write_text(SPEC, encoding="utf-8")
+    record(folder, results)
+    assert Page(write_report(folder)).tables["axes"][1:] == [
+        ["lung_mask", "none", "2", "0.900", "0.750"],
+        ["", "dataset", "2", "0.700", "0.600"],
+    ]
 
 
 def test_a_strategy_counts_all_its_trials_but_takes_the_median_of_those_that_rank(folder: RunFolder) -> None:
