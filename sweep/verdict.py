@@ -224,6 +224,14 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
         if finding["severity"] != "note"
     ]
     lines += [f"The best trial ({each['name']}): {each['evidence']}" for each in best.get("doctor", [])]
+    # A strategy may lose because its training went wrong, which says little about the strategy.
+    names = {trial_id: name for name, trial_id in verdict.get("strategies", {}).items()}
+    lines += [
+        f"`{names[row['trial_id']]}` stands for a trial that went wrong ({each['name']}): {each['evidence']}"
+        for row in summary.get("strategies", [])
+        for each in row.get("doctor", [])
+        if each["grave"] and names.get(row["trial_id"], verdict.get("reference")) != verdict.get("reference")
+    ]
     if verdict["comparisons"] and verdict["patients"] < FEW_PATIENTS:
         lines.append(f"The test set has {count(verdict['patients'], 'patient')} only: its intervals are rough.")
     return lines

@@ -240,14 +240,20 @@ def test_findings_of_the_audit_and_the_doctor_stand_beside_the_sentence():
             {"name": "mixed_patients", "severity": "note", "evidence": "21 patients have two classes."},
         ],
     }
+    grave, lesser = ({"name": name, "grave": name == "dead", "evidence": f"It is {name}."} for name in ("dead", "late"))
+    summary["strategies"] = [
+        {"trial_id": found["strategies"][found["reference"]], "doctor": [grave]},  # told as that of the best trial
+        {"trial_id": found["strategies"]["all"], "doctor": [grave, lesser]},
+        {"trial_id": "not compared", "doctor": [grave]},
+    ]
     lines = cautions(summary)
-    assert lines[:2] == [
+    assert lines == [
         "The data's audit: The source alone gives 65 %.",
         "The best trial (class_never_predicted): Normal has recall 0.",
+        "`all` stands for a trial that went wrong (dead): It is dead.",
+        "The test set has 20 patients only: its intervals are rough.",
     ]
-    assert lines[2] == "The test set has 20 patients only: its intervals are rough."
-    assert len(lines) == 3
-    assert verdict_notes({**found, "warnings": lines, "optimism": None})[:3] == lines
+    assert verdict_notes({**found, "warnings": lines, "optimism": None})[:4] == lines
 
 
 def test_the_terminal_shows_the_sentence_and_the_reference_beside_the_others():
