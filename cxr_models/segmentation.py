@@ -66,18 +66,7 @@ def run_segmentation(
 def train_again(
     trial_id: str, config: TrialConfig, data: TrialData, folder: Path, val_losses: Sequence[float]
 ) -> Generator[EpochMetrics, bool, None]:
-    """Train a U-Net once more; arguments and answers as in `training.train_again`.
-
-    Args:
-        trial_id: of this training.
-        config: of the earlier training; the seed may differ.
-        data: `train` is what it is trained on.
-        folder: gets the weights as they are after the last epoch.
-        val_losses: of the earlier training, up to its best epoch.
-
-    Raises:
-        DivergedError: a loss is not finite.
-    """
+    """Train a U-Net once more; arguments, answers and errors are those of `training.train_again`."""
     begun = time.perf_counter()
     moved = MovedWeights(folder)
     loop = _first_epoch(trial_id, config, data, moved)

@@ -144,7 +144,7 @@ def reading_notes(run: Run) -> list[str]:
             f"The leading validation score is the best of {len(run.ranking):,} on the same images and therefore "
             "optimistic; "
             + (
-                "the test figures of the leading trial are free of that choice."
+                "the test figures of its final model are free of that choice."
                 if run.has_test_part
                 else "without a test part, no figure here is free of that choice."
             )

@@ -246,6 +246,7 @@ def test_the_answer_names_the_leading_trial_and_its_test_figures_with_intervals(
         assert f"{value} {low} to {high}" in page.text
     assert "opened once, after the search, when validation had chosen this configuration" in page.text
     assert "on training and validation images together: 24 images of 12 patients" in page.text
+    assert "From the predictions of the final model of trial-2 on 24 test images" in page.text
     append_line(folder.test_openings, {"opened": "2026-01-02", "trials": ["trial-2"], "models": 1})
     assert "The test set was opened 2 times" in Page(write_report(folder)).text
 
