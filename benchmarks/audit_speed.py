@@ -30,10 +30,11 @@ from PIL import Image, ImageEnhance
 from rendering import render_one
 
 from cxr_models.audit import audit_data
-from cxr_models.dataset import Manifest, assign_splits, read_manifest
+from cxr_models.dataset import Manifest, read_manifest
 from cxr_models.duplicates import find_duplicates
 from cxr_models.phantom import CLASSES, draw, patient_drawings
 from cxr_models.shortcuts import find_shortcuts
+from cxr_models.splits import assign_splits
 
 RESULTS = Path(__file__).parent / "results"
 SIDE = 299

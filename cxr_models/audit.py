@@ -126,7 +126,7 @@ def audit_data(
 
     Args:
         manifest: the images.
-        splits: part of each, as `dataset.assign_splits` gives them; a given one may leak.
+        splits: part of each, as `splits.assign_splits` gives them; a given one may leak.
         duplicates: of the same manifest.
         shortcuts: likewise; None if classes do not matter, as for a segmentation.
         allow: names in `LEAKS` that may pass.

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from cxr_models.dataset import DEFAULT_SHARES, SHARES_TOLERANCE
+from cxr_models.splits import DEFAULT_SHARES, SHARES_TOLERANCE
 from cxr_models.trial import SPLITS
 from sweep.document import Document, Where, shown
 from sweep.section import Section, validated

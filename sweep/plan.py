@@ -18,12 +18,13 @@ from cxr_models import network, unet
 from cxr_models.audit import Audit, audit_data
 from cxr_models.backbones import BACKBONES
 from cxr_models.cohort import Source, read_cohort
-from cxr_models.dataset import DEFAULT_SHARES, SPLIT_VERSION, Manifest, Progress, assign_splits
+from cxr_models.dataset import Manifest, Progress
 from cxr_models.duplicates import find_duplicates
 from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import LayerTable, layer_tables
 from cxr_models.phantom import PATIENT_PATTERN, phantom_dataset
 from cxr_models.shortcuts import find_shortcuts
+from cxr_models.splits import DEFAULT_SHARES, SPLIT_VERSION, assign_splits
 from cxr_models.storage import written_whole
 from cxr_models.trial import SEGMENT, SPLITS, TEST, TRAIN, UNET, VAL, TrialConfig, TrialData
 from sweep.caching import (

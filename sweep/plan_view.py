@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cxr_models.cohort import subset_words
-from cxr_models.dataset import patients_on_two_sides
+from cxr_models.splits import patients_on_two_sides
 from cxr_models.storage import size_text
 from cxr_models.trial import TEST
 from sweep.audit_view import render_audit

@@ -14,8 +14,8 @@ import pandas as pd
 from rich.console import Console
 
 from cxr_models.backbones import BACKBONES
-from cxr_models.dataset import write_split_csv
 from cxr_models.pixels import mask_array, pixel_array
+from cxr_models.splits import write_split_csv
 from cxr_models.storage import written_whole
 from cxr_models.trial import SEGMENT, TEST, TrialData, TrialResult
 from sweep.audit_record import audit_tags, write_audit

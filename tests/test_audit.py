@@ -12,9 +12,10 @@ from PIL import Image
 
 from cxr_models.audit import LEAKS, Audit, Severity, audit_data
 from cxr_models.cohort import Source, read_cohort
-from cxr_models.dataset import Manifest, assign_splits, read_manifest
+from cxr_models.dataset import Manifest, read_manifest
 from cxr_models.duplicates import find_duplicates
 from cxr_models.shortcuts import find_shortcuts
+from cxr_models.splits import assign_splits
 from tests import layouts
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cxr_models.cohort import Source, read_cohort, subset_words, take_subset
-from cxr_models.dataset import DataError, ImageRecord, Manifest, assign_splits, patients_on_two_sides
+from cxr_models.dataset import DataError, ImageRecord, Manifest
+from cxr_models.splits import assign_splits, patients_on_two_sides
 from tests import layouts
 
 

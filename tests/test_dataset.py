@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +12,10 @@ import pytest
 from PIL import Image
 
 from cxr_models import dataset
-from cxr_models.dataset import (
-    DataError,
-    ImageRecord,
-    Manifest,
-    assign_splits,
-    patients_on_two_sides,
-    read_manifest,
-    write_split_csv,
-)
+from cxr_models.dataset import DataError, Manifest, read_manifest
 from cxr_models.sizes import MAX_PIXELS
-from cxr_models.trial import SPLITS, TEST, TRAIN, VAL
+from cxr_models.splits import assign_splits, patients_on_two_sides, write_split_csv
+from cxr_models.trial import TEST, TRAIN, VAL
 
 
 def save_images(root: Path, *paths: str) -> None:
@@ -36,15 +28,6 @@ def save_images(root: Path, *paths: str) -> None:
 
 def paths_and_labels(manifest: Manifest) -> list[tuple[str, str]]:
     return [(record.path, record.label) for record in manifest.records]
-
-
-def manifest_of(rows: Iterable[tuple[str, str, str]]) -> Manifest:
-    """A manifest of (patient, label, given split) without files."""
-    records = tuple(
-        ImageRecord(f"{i:05}.png", label, patient, "", split, "", f"{i:064x}", 8, 8, "L", True)
-        for i, (patient, label, split) in enumerate(rows)
-    )
-    return Manifest(Path(), "CSV", records, (), 0)
 
 
 # Layouts
@@ -323,132 +306,6 @@ def test_a_bad_pattern_says_where(tmp_path: Path) -> None:
     save_images(tmp_path, "a/1.png", "b/1.png")
     with pytest.raises(DataError, match=r"one of nih, kermany, none or .*\n.*unterminated subpattern at position 3"):
         read_manifest(tmp_path, patient=r"^\d(x")
-
-
-# Splits
-
-
-def study(seed: int) -> Manifest:
-    """90 patients with 1 to 5 images, some in two classes of three, the third one rare."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for patient in range(90):
-        label = "a" if patient < 50 else "b" if patient < 80 else "c"
-        rows += [(f"P{patient}", label, "")] * int(rng.integers(1, 6))
-        rows += [(f"P{patient}", "b", "")] * int(patient % 10 == 0)
-    return manifest_of(rows)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_splits_share_no_patient_and_meet_the_shares_in_every_class(seed: int) -> None:
-    manifest = study(seed)
-    splits = assign_splits(manifest, seed=seed)
-    assert patients_on_two_sides(manifest, splits) == ()
-    for label in manifest.classes:
-        parts = Counter(part for part, record in zip(splits, manifest.records, strict=True) if record.label == label)
-        images = sum(parts.values())
-        one_patient = 5 / images
-        assert parts[TRAIN] / images == pytest.approx(0.70, abs=0.03 + one_patient)
-        assert parts[VAL] / images == pytest.approx(0.15, abs=0.03 + one_patient)
-        assert parts[TEST] / images == pytest.approx(0.15, abs=0.03 + one_patient)
-
-
-def test_shares_are_the_users() -> None:
-    manifest = manifest_of((f"P{i}", "ab"[i % 2], "") for i in range(2000))
-    parts = Counter(assign_splits(manifest, seed=0, shares=(0.5, 0.2, 0.3)))
-    assert [parts[part] / 2000 for part in SPLITS] == pytest.approx([0.5, 0.2, 0.3], abs=0.01)
-
-
-def test_splits_depend_on_the_seed_alone() -> None:
-    manifest = study(0)
-    first = assign_splits(manifest, seed=3)
-    assert assign_splits(study(0), seed=3) == first
-    assert assign_splits(manifest, seed=4) != first
-
-
-@pytest.mark.parametrize("patients", range(3, 9))
-def test_every_part_has_every_class_however_rare(patients: int) -> None:
-    rows = [(f"P{i}", "common", "") for i in range(60)] + [(f"P{i}", "rare", "") for i in range(patients)]
-    manifest = manifest_of(rows)
-    for seed in range(5):
-        splits = assign_splits(manifest, seed=seed)
-        both = {(record.label, part) for record, part in zip(manifest.records, splits, strict=True)}
-        assert len(both) == 6
-        assert patients_on_two_sides(manifest, splits) == ()
-
-
-def test_a_given_test_is_not_touched_and_val_is_cut_from_train() -> None:
-    rows = [(f"P{i}", "ab"[i % 2], TEST if i < 100 else TRAIN if i < 600 else "") for i in range(1100)]
-    manifest = manifest_of(rows)
-    splits = assign_splits(manifest, seed=0)
-    assert [part == TEST for part in splits] == [record.split == TEST for record in manifest.records]
-    assert splits.count(VAL) / 1000 == pytest.approx(0.15 / 0.85, abs=0.01)
-
-
-def test_a_given_val_is_kept_and_test_is_cut_from_train() -> None:
-    manifest = manifest_of((f"P{i}", "ab"[i % 2], VAL if i < 10 else TRAIN) for i in range(1010))
-    splits = assign_splits(manifest, seed=0)
-    assert [part == VAL for part in splits] == [record.split == VAL for record in manifest.records]
-    assert splits.count(TEST) / 1000 == pytest.approx(0.15 / 0.85, abs=0.01)
-
-
-def test_a_whole_given_split_is_kept_and_its_torn_patients_are_named() -> None:
-    rows = [(f"P{i % 5}", "ab"[i % 2], SPLITS[i // 10]) for i in range(30)]
-    rows += [("Q1", "a", TRAIN), ("Q1", "b", TRAIN)]
-    manifest = manifest_of(rows)
-    splits = assign_splits(manifest, seed=0)
-    assert splits == tuple(record.split for record in manifest.records)
-    assert patients_on_two_sides(manifest, splits) == ("P0", "P1", "P2", "P3", "P4")
-
-
-def test_too_few_patients_are_refused() -> None:
-    rows = [(f"P{i}", "a", "") for i in range(9)]
-    two = manifest_of([*rows, ("Q", "X", ""), ("Q", "X", ""), ("R", "X", "")])
-    with pytest.raises(
-        DataError, match="class 'X' has 2 patients; at least 3 are needed, one for each of train, val and test"
-    ):
-        assign_splits(two, seed=0)
-    one = manifest_of([*rows, ("Q", "X", ""), ("S", "X", TEST), ("S", "a", TEST)])
-    with pytest.raises(
-        DataError, match="class 'X' has 1 patients; at least 2 are needed, one for each of train and val"
-    ):
-        assign_splits(one, seed=0)
-
-
-def test_parts_that_no_deal_can_fill_are_refused() -> None:
-    lines = ("012", "034", "056", "135", "146", "236", "245")  # of the Fano plane: some line is always of two colours
-    rows = [(f"P{point}", f"class {line}", "") for line in lines for point in line]
-    with pytest.raises(DataError, match="none of the deals tried"):
-        assign_splits(manifest_of(rows), seed=0)
-
-
-def test_a_given_part_without_a_class_is_refused() -> None:
-    rows = [(f"P{i}", "ab"[i % 2], TRAIN) for i in range(20)] + [("Q", "a", TEST)]
-    with pytest.raises(DataError, match="the given test split has none of class 'b'"):
-        assign_splits(manifest_of(rows), seed=0)
-
-
-def test_shares_must_add_up() -> None:
-    for shares in ((0.8, 0.2, 0.1), (0.8, 0.0, 0.2), (0.0, 0.5, 0.5), (0.8, 0.3, -0.1)):
-        with pytest.raises(ValueError, match=r"shares must be above 0 \(test: or 0\) with sum 1"):
-            assign_splits(study(0), seed=0, shares=shares)
-
-
-@pytest.mark.parametrize("shares", [(0.70, 0.30, 0.0), (0.5, 0.25, 0.25), (0.96, 0.02, 0.02), (0.1, 0.45, 0.45)])
-def test_any_shares_are_met_in_every_class(shares: tuple[float, float, float]) -> None:
-    manifest = manifest_of((f"P{i}", "aab"[i % 3], "") for i in range(3000))
-    splits = assign_splits(manifest, seed=0, shares=shares)
-    assert patients_on_two_sides(manifest, splits) == ()
-    for label in manifest.classes:
-        own = [part for part, record in zip(splits, manifest.records, strict=True) if record.label == label]
-        assert [own.count(part) / len(own) for part in SPLITS] == pytest.approx(shares, abs=0.01)
-
-
-def test_without_a_test_share_a_given_test_is_still_kept() -> None:
-    manifest = manifest_of((f"P{i}", "ab"[i % 2], TEST if i < 100 else "") for i in range(1100))
-    splits = assign_splits(manifest, seed=0, shares=(0.7, 0.3, 0.0))
-    assert [part == TEST for part in splits] == [record.split == TEST for record in manifest.records]
-    assert splits.count(VAL) / 1000 == pytest.approx(0.3, abs=0.01)
 
 
 def test_odd_file_names_survive_the_split_file(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import pydicom
 import pytest
 from pydicom.uid import JPEGLSLossless
 
-from cxr_models.dataset import DataError, assign_splits, read_manifest
+from cxr_models.dataset import DataError, read_manifest
 from cxr_models.images import Flaw, examine, read_picture
 from cxr_models.pixels import decode
+from cxr_models.splits import assign_splits
 from tests import layouts
 
 

@@ -11,9 +11,10 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from cxr_models import duplicates
 from cxr_models.cohort import Source, read_cohort
-from cxr_models.dataset import DataError, Manifest, assign_splits, patients_on_two_sides, read_manifest
+from cxr_models.dataset import DataError, Manifest, read_manifest
 from cxr_models.duplicates import Duplicates, NearPair, find_duplicates
 from cxr_models.phantom import draw, patient_drawings
+from cxr_models.splits import assign_splits, patients_on_two_sides
 from tests import layouts
 
 SIDE = 128

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from cxr_models import tables
-from cxr_models.dataset import DataError, assign_splits, patients_on_two_sides, read_manifest
+from cxr_models.dataset import DataError, read_manifest
 from cxr_models.patients import PATIENT_PATTERNS
+from cxr_models.splits import assign_splits, patients_on_two_sides
 from cxr_models.trial import TEST, TRAIN, VAL
 from tests import layouts
 

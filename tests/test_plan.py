@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cxr_models.dataset import DataError, patients_on_two_sides
+from cxr_models.dataset import DataError
+from cxr_models.splits import patients_on_two_sides
 from cxr_models.trial import SPLITS, TEST, TRAIN, VAL
 from sweep import plan as planning
 from sweep.document import SpecError
