@@ -1,9 +1,10 @@
 """What the trials of every task share: an optimizer, the batches of an epoch, and the weights of the best one."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import keras
 import numpy as np
@@ -121,13 +122,20 @@ class MovedWeights:
 
     Args:
         folder: for them; it is made.
+        scores_only: nothing but validation scores is kept: with folds, a trial has no weights of its own.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, scores_only: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        self._scores_only = scores_only
         self._watched: dict[str, keras.Variable] = {}
         self._found: dict[str, Arrays] = {}
+
+    @property
+    def watched(self) -> Mapping[str, keras.Variable]:
+        """By their paths."""
+        return self._watched
 
     def watch(self, weights: Iterable[keras.Variable]) -> None:
         """Keep these too, by their paths."""
@@ -135,7 +143,9 @@ class MovedWeights:
 
     def note(self, scores: Arrays | None = None) -> None:
         """Note the weights as they are now, and the validation scores they gave."""
-        self._found = {BEST_WEIGHTS: {path: weight.numpy() for path, weight in self._watched.items()}}
+        self._found = {}
+        if not self._scores_only:
+            self._found[BEST_WEIGHTS] = {path: weight.numpy() for path, weight in self._watched.items()}
         if scores is not None:
             self._found[VALIDATION_SCORES] = scores
 
@@ -145,6 +155,70 @@ class MovedWeights:
             with written_whole(self._folder / name) as scratch, scratch.open("wb") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
         self._found = {}
+
+
+class Turns:
+    """Lets several trainings, one for each fold, take one network and one optimizer in turn.
+
+    A single training keeps them to itself, and nothing is copied.
+
+    Args:
+        trainings: how many.
+    """
+
+    def __init__(self, trainings: int) -> None:
+        self._weights: list[dict[str, NDArray[np.generic]]] = [{} for _ in range(trainings)]
+        self._states: list[list[NDArray[np.generic]]] = [[] for _ in range(trainings)]
+        self._watched: Mapping[str, keras.Variable] = {}
+        self._optimizer: Sequence[keras.Variable] = ()
+
+    def enter(self, watched: Mapping[str, keras.Variable], optimizer: Sequence[keras.Variable]) -> None:
+        """Begin a phase; weights that now begin to move, and the optimizer, are the same for every training.
+
+        Args:
+            watched: every weight that has moved or will move in the phase, by its path.
+            optimizer: its state.
+        """
+        self._watched, self._optimizer = watched, optimizer
+        for weights, state in zip(self._weights, self._states, strict=True):
+            weights |= {path: weight.numpy() for path, weight in watched.items() if path not in weights}
+            state[:] = [variable.numpy() for variable in optimizer]
+
+    def each(self) -> Iterator[int]:
+        """The number of each training, whose turn lasts until the next number is asked for."""
+        if len(self._weights) == 1:
+            yield 0
+            return
+        for number, (weights, state) in enumerate(zip(self._weights, self._states, strict=True)):
+            for path, weight in self._watched.items():
+                weight.assign(weights[path])
+            for variable, value in zip(self._optimizer, state, strict=True):
+                variable.assign(value)
+            yield number
+            weights |= {path: weight.numpy() for path, weight in self._watched.items()}
+            state[:] = [variable.numpy() for variable in self._optimizer]
+
+
+def mean_epoch(epochs: Sequence[EpochMetrics]) -> EpochMetrics:
+    """One epoch of every fold as an epoch of the trial; a single one is itself."""
+    first = epochs[0]
+    if len(epochs) == 1:
+        return first
+    seconds = [each.seconds for each in epochs]
+    return replace(
+        first,
+        train=_means([each.train for each in epochs]),
+        val=_means([each.val for each in epochs]),
+        seconds=sum(seconds),
+        images_per_second=len(epochs) / sum(1 / each.images_per_second for each in epochs),
+        features_seconds=sum(each.features_seconds for each in epochs),
+        trial_seconds=epochs[-1].trial_seconds,
+        folds=tuple(each.val for each in epochs),
+    )
+
+
+def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: fmean(each[name] for each in figures) for name in figures[0]}
 
 
 class BestEpoch:

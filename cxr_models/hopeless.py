@@ -65,9 +65,15 @@ def _progresses(epochs: Sequence[EpochMetrics]) -> bool:
 def same_answer(metrics: EpochMetrics) -> str:
     """What every validation image was taken for in an epoch: a class, `EMPTY_MASKS` or `FULL_MASKS`.
 
-    "" where images got different answers, or the metrics do not tell.
+    "" where images got different answers, or the metrics do not tell. With folds, each training has an answer of its
+    own: they may differ, and are then joined by `or`.
     """
-    val = metrics.val
+    answers = {_answer(val) for val in metrics.folds or (metrics.val,)}
+    return "" if "" in answers else " or ".join(sorted(answers))
+
+
+def _answer(val: Mapping[str, float]) -> str:
+    """What every image was taken for in one validation."""
     if "dice" in val and "iou" in val:
         return _same_mask(val["dice"], val["iou"], val.get("pixel_accuracy", math.nan))
     found = recalls(val)

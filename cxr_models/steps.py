@@ -160,6 +160,11 @@ class Steps:
         """How many there are; each takes two numbers in a step."""
         return len(self._dropout_seeds)
 
+    @property
+    def optimizer_state(self) -> list[keras.Variable]:
+        """What the optimizer remembers of the steps so far."""
+        return list(self._optimizer.variables)
+
     def begin(self, settings: Settings) -> None:
         """Start a phase of a trial with a fresh optimizer."""
         for variable in self._optimizer.variables:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +14,17 @@ from numpy.typing import NDArray
 from cxr_models import steps
 from cxr_models.backbones import BACKBONES
 from cxr_models.cuts import Cut, choose_cut
-from cxr_models.epochs import Batches, BestEpoch, MovedWeights, check_finite, make_optimizer, steps_of_epoch
+from cxr_models.epochs import (
+    Arrays,
+    Batches,
+    BestEpoch,
+    MovedWeights,
+    Turns,
+    check_finite,
+    make_optimizer,
+    mean_epoch,
+    steps_of_epoch,
+)
 from cxr_models.features import NoRoomError
 from cxr_models.freezing import Phase, parse_strategy, stage_depths
 from cxr_models.hopeless import is_hopeless
@@ -46,6 +57,10 @@ def run_trial(
 ) -> Generator[EpochMetrics, bool, None]:
     """Train one configuration, yielding what each epoch measured.
 
+    With folds, each epoch is one of every fold: the trainings take one network in turn, every metric is the mean over
+    them, and schedules and patience go by that mean. The validation scores are those of every fold's own images; there
+    are no weights to keep.
+
     The caller answers each epoch with whether to go on: `send(True)` or `send(False)`. The weights and the validation
     scores of the best epoch are in `folder` when the trial ends, and after each epoch of `decisions`. A hopeless trial
     ends by itself, see `hopeless.is_hopeless`.
@@ -65,7 +80,7 @@ def run_trial(
         DivergedError: a loss is not finite.
     """
     begun = time.perf_counter()
-    moved, epoch, course = MovedWeights(folder), 0, []
+    moved, epoch, course = MovedWeights(folder, scores_only=bool(data.folds)), 0, []
     best = BestEpoch(moved, objective)
     with closing(_phases(trial_id, config, data, moved)) as phases:
         for loop, epochs in phases:
@@ -73,7 +88,7 @@ def run_trial(
             for _ in range(epochs):
                 epoch += 1
                 metrics, scores = loop.run(epoch, begun)
-                best.offer(metrics, {"index": data.val, "labels": data.labels[data.val], "scores": scores})
+                best.offer(metrics, scores)
                 course.append(metrics)
                 ends = patience.is_over(metrics.val["loss"]) or is_hopeless(course, config)
                 if epoch in decisions or epoch == config.epochs or ends:
@@ -133,13 +148,15 @@ def _phases(
     network.reset(config.seed, config.dropout)
     strategy = parse_strategy(config.freeze)
     shares = strategy.epochs(config.epochs, config.probe_share)
+    turns = Turns(len(data.in_turn))
     for index, (phase, epochs) in enumerate(zip(strategy.phases, shares, strict=True)):
         network.enter(phase, config.batch_norm)
         for layer in (*network.backbone.layers, *network.head):
             if layer.trainable or shape[-1] is None:  # no file holds the first weights
                 moved.watch(layer.weights)
-        loop = _EpochLoop(trial_id, config, data, network, strategy.phases[: index + 1], epochs)
+        loop = _EpochLoop(trial_id, config, data, network, strategy.phases[: index + 1], epochs, turns)
         try:
+            turns.enter(moved.watched, loop.optimizer_state)
             yield loop, epochs
         finally:
             loop.close()
@@ -199,6 +216,20 @@ def _warm_steps(
     return steps.Steps(network, cut, make_optimizer(optimizer), reweighted=reweighted, layerwise=layerwise)
 
 
+@dataclass(frozen=True)
+class _Training:
+    """What is its own of each of the trainings that make up a trial.
+
+    Attributes:
+        data: which images it trains and validates on.
+        weights: (classes,) of each class in the loss.
+    """
+
+    data: TrialData
+    weights: NDArray[np.float32]
+    schedule: Schedule
+
+
 class _EpochLoop:
     """Runs the epochs of one phase of a trial."""
 
@@ -210,12 +241,13 @@ class _EpochLoop:
         network: Network,
         phases: Sequence[Phase],
         epochs: int,
+        turns: Turns,
     ) -> None:
         self._trial_id = trial_id
         self._config = config
         self._data = data
+        self._turns = turns
         self._phase = len(phases) - 1
-        self._weights = class_weights(config, data.labels[data.train], len(data.classes))
         self._network = network
         self._moved = len(phases) > 1
         cut = _kept_cut(config, data, network, phases)
@@ -245,34 +277,63 @@ class _EpochLoop:
             self._inputs.close()
             raise
         self._device = steps.device()
-        self._schedule = Schedule(
+        self._trainings = [self._training(own, epochs) for own in data.in_turn]
+
+    @property
+    def optimizer_state(self) -> Sequence[keras.Variable]:
+        """What the optimizer remembers of the steps so far."""
+        return self._steps.optimizer_state
+
+    def _training(self, data: TrialData, epochs: int) -> _Training:
+        config = self._config
+        schedule = Schedule(
             config.in_phase("schedule", self._phase),
             config.rate_in_phase(self._phase),
             steps=steps_of_epoch(config, data),
             epochs=epochs,
             warmup=config.warmup,
         )
+        return _Training(data, class_weights(config, data.labels[data.train], len(data.classes)), schedule)
 
-    def run(self, epoch: int, begun: float, val_loss: float | None = None) -> tuple[EpochMetrics, NDArray[np.float32]]:
-        """One epoch of a trial that began at `begun`; its metrics and validation scores (images, classes).
+    def run(self, epoch: int, begun: float, val_loss: float | None = None) -> tuple[EpochMetrics, Arrays]:
+        """One epoch of a trial that began at `begun`; its metrics and validation scores.
 
-        Where a validation loss is given, it is taken for the epoch's own; there are no metrics and no scores then.
+        The scores are arrays `index`, `labels` and `scores` (images, classes), and with folds `fold`. Where a
+        validation loss is given, it is taken for the epoch's own; there are no metrics and no scores then.
         """
         gather = self._inputs.training(epoch)
         self._moved = True
+        ran = [self._run(self._trainings[number], gather, epoch, begun, val_loss) for number in self._turns.each()]
+        metrics = mean_epoch([each for each, _ in ran])
+        for training in self._trainings:
+            training.schedule.observe(metrics.val["loss"] if val_loss is None else val_loss)
+        if val_loss is not None:
+            return metrics, {}
+        index = np.concatenate([training.data.val for training in self._trainings])
+        scores = np.concatenate([scores for _, scores in ran])
+        found: dict[str, NDArray[np.generic]] = {"index": index, "labels": self._data.labels[index], "scores": scores}
+        if self._data.folds:
+            sizes = [len(training.data.val) for training in self._trainings]
+            found["fold"] = np.repeat(np.arange(len(sizes)), sizes)
+        return metrics, found
+
+    def _run(
+        self, training: _Training, gather: Gather, epoch: int, begun: float, val_loss: float | None
+    ) -> tuple[EpochMetrics, NDArray[np.float32]]:
+        """One epoch of one training, and its validation scores (images, classes)."""
+        data = training.data
         waited, self._inputs.features_seconds = self._inputs.features_seconds, 0.0
         start = time.perf_counter()
-        rates = self._schedule.next_epoch()
-        train = self._train(epoch, gather, rates)
+        rates = training.schedule.next_epoch()
+        train = self._train(training, epoch, gather, rates)
         trained = time.perf_counter()
         val: dict[str, float] = {}
-        scores = np.empty((0, len(self._data.classes)), np.float32)
+        scores = np.empty((0, len(data.classes)), np.float32)
         if val_loss is None:
-            scores = self._steps.predict(self._inputs.validation(), self._data.val)
-            val = evaluate(self._data.labels[self._data.val], scores, self._data.classes)
+            scores = self._steps.predict(self._inputs.validation(), data.val)
+            val = evaluate(data.labels[data.val], scores, data.classes)
             val_loss = val["loss"]
         check_finite(epoch, train["loss"], val_loss, rates.max())
-        self._schedule.observe(val_loss)
         metrics = EpochMetrics(
             trial_id=self._trial_id,
             epoch=epoch,
@@ -281,7 +342,7 @@ class _EpochLoop:
             train=train,
             val=val,
             seconds=time.perf_counter() - start,
-            images_per_second=len(self._data.train) / (trained - start),
+            images_per_second=len(data.train) / (trained - start),
             device=self._device,
             source=self._inputs.source,
             features_seconds=waited,
@@ -300,15 +361,18 @@ class _EpochLoop:
         other.reset(self._config.seed, self._config.dropout)
         return other
 
-    def _train(self, epoch: int, gather: Gather, rates: NDArray[np.float32]) -> Mapping[str, float]:
-        batches = Batches.of_epoch(self._config, self._data, epoch, self._steps.dropout_layers)
-        labels = self._data.labels[batches.rows]
-        weights = self._weights[labels] * batches.weights
+    def _train(
+        self, training: _Training, epoch: int, gather: Gather, rates: NDArray[np.float32]
+    ) -> Mapping[str, float]:
+        data = training.data
+        batches = Batches.of_epoch(self._config, data, epoch, self._steps.dropout_layers)
+        labels = data.labels[batches.rows]
+        weights = training.weights[labels] * batches.weights
         scores = [
             self._steps.train(inputs, labels[some], weights[some], batches.seeds[some], rates[some])
             for some, inputs in batches.gathered(gather)
         ]
-        return evaluate(self._data.labels[batches.images], batches.unfilled(scores), self._data.classes)
+        return evaluate(data.labels[batches.images], batches.unfilled(scores), data.classes)
 
 
 def _rate_scales(network: Network, trained: Sequence[keras.Variable], decay: float) -> list[float]:

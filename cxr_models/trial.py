@@ -307,6 +307,7 @@ class EpochMetrics:
             followed by a colon and the reason where features could not be kept.
         features_seconds: that were spent computing features for this epoch, or waiting for them.
         trial_seconds: from the trial's start in its process to the end of this epoch.
+        folds: `val` of each fold, of which `val` itself is the mean, as `train` is; empty without folds.
     """
 
     trial_id: str
@@ -321,6 +322,7 @@ class EpochMetrics:
     source: str = PIXELS
     features_seconds: float = 0.0
     trial_seconds: float = 0.0
+    folds: Sequence[Mapping[str, float]] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Values that JSON has."""
@@ -360,7 +362,8 @@ class TrialResult:
 
     Attributes:
         best_epoch: epoch with the best objective value, 0 if no epoch finished.
-        val: metrics of that epoch, empty if no epoch finished.
+        val: metrics of that epoch, empty if no epoch finished; with folds the means over them.
+        by_fold: the objective of that epoch in each fold; empty without folds.
         trainable_parameters, frozen_parameters: of the last phase; batch norms' moving statistics are frozen always.
         train_seconds: from the trial's start in its process to its last epoch: building and compiling included, and the
             features that it computed or waited for, which later trials then find.
@@ -381,6 +384,7 @@ class TrialResult:
     error: str = ""
     traceback: str = ""
     doctor: tuple[Diagnosis, ...] = ()
+    by_fold: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.outcome is Outcome.FAILED) != bool(self.error):
@@ -398,7 +402,8 @@ class TrialResult:
         """Read what `to_json` gave."""
         config, outcome = TrialConfig.from_json(values["config"]), Outcome(values["outcome"])
         doctor = tuple(Diagnosis(**each) for each in values.get("doctor", ()))
-        return cls(**{**values, "config": config, "outcome": outcome, "doctor": doctor})
+        by_fold = tuple(values.get("by_fold", ()))
+        return cls(**{**values, "config": config, "outcome": outcome, "doctor": doctor, "by_fold": by_fold})
 
     @property
     def doctor_names(self) -> str:
@@ -414,7 +419,9 @@ class TrialData:
     Attributes:
         classes: class names, sorted; a label is an index into them.
         labels: (images,) label of every image of the data set, -1 for images of the test set.
-        train, val: indices into the pixel array and `labels`.
+        train, val: indices into the pixel array and `labels`. With folds both are all images that are dealt into them.
+        folds: indices of each fold; a trial is trained once for each, on all other images, and validated on it. Empty
+            where there is one validation part.
         channels: 1 where every image of the data set is grey, else 3.
         pixels: image side -> `.npy` file, uint8 (images, side, side, channels).
         weights: (backbone, weights, image_side) of a `TrialConfig` -> file; what starts from scratch is absent.
@@ -435,10 +442,18 @@ class TrialData:
     features: FeatureBudget | None = None
     masks: Mapping[int, Path] = field(default_factory=dict)
     masked: Mapping[tuple[str, int], Path] = field(default_factory=dict)
+    folds: tuple[NDArray[np.int64], ...] = ()
 
     def together(self) -> Self:
         """The same images with those of validation among the training images."""
-        return replace(self, train=np.union1d(self.train, self.val), val=np.empty(0, np.int64))
+        return replace(self, train=np.union1d(self.train, self.val), val=np.empty(0, np.int64), folds=())
+
+    @property
+    def in_turn(self) -> tuple[Self, ...]:
+        """The data of each training that makes up a trial: one for every fold, or one in all."""
+        return tuple(
+            replace(self, train=np.setdiff1d(self.train, fold), val=fold, folds=()) for fold in self.folds
+        ) or (self,)
 
     @property
     def val_counts(self) -> dict[str, int]:

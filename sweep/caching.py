@@ -54,12 +54,17 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class CacheRules:
-    """The sizes that decide what can be kept."""
+    """The sizes that decide what can be kept.
+
+    Attributes:
+        folded: there are folds: the validation images are those that are trained on.
+    """
 
     tables: Mapping[tuple[str, int], LayerTable]
     classes: int
     train_images: int
     val_images: int
+    folded: bool = False
 
     def problem(self, config: TrialConfig) -> str:
         """Why the network of a configuration cannot be built for these classes, or an empty string."""
@@ -83,7 +88,7 @@ class CacheRules:
             if cut is not None:
                 views.setdefault(cut, set()).update(_views(config, index))
                 gains[cut] = max(gains.get(cut, 0.0), self._phase(config, index, cut).gain)
-        return {cut: (self._stored_bytes(cut, len(views[cut])), gain) for cut, gain in gains.items()}
+        return {cut: (self._stored_bytes(cut, views[cut]), gain) for cut, gain in gains.items()}
 
     def _cuts(self, config: TrialConfig) -> list[tuple[int, Cut | None]]:
         phases = parse_strategy(config.freeze).phases
@@ -104,11 +109,12 @@ class CacheRules:
         row, table = BACKBONES[config.backbone], self.tables[config.backbone, config.image_side]
         head = head_parameters(config, table, self.classes)
         found = work(cut, strategy.phases[: index + 1], row, table, head_parameters=head)
-        stored = self._stored_bytes(cut, len(_views(config, index))) if cut else 0
+        stored = self._stored_bytes(cut, _views(config, index)) if cut else 0
         return PhaseCache(cut, stored, found.gain, found.rest)
 
-    def _stored_bytes(self, cut: Cut, views: int) -> int:
-        return (self.val_images + views * self.train_images) * cut.bytes_per_image
+    def _stored_bytes(self, cut: Cut, views: set[int]) -> int:
+        plain = 0 if self.folded and views == {0} else self.val_images
+        return (plain + len(views) * self.train_images) * cut.bytes_per_image
 
 
 def _views(config: TrialConfig, phase: int) -> set[int]:

@@ -11,6 +11,8 @@ from cxr_models.trial import SPLITS
 from sweep.document import Document, Where, shown
 from sweep.section import Section, validated
 
+MOST_FOLDS, MOST_REPEATS = 20, 20
+
 ClassName = Annotated[str, Field(min_length=1)]
 Leak = Literal["patient_on_two_sides", "duplicate_on_two_sides", "one_image_two_labels"]  # those of `audit.LEAKS`
 
@@ -38,7 +40,7 @@ class SourceSpec(Section):
 
 
 class SplitSpec(Section):
-    """Shares of the parts that are cut; a given part of the data is kept.
+    """Shares of the parts that are cut; a given part of the data is kept. With folds, train and val are one.
 
     Attributes:
         test: 0 for no test part, unless one is given.
@@ -75,7 +77,10 @@ class DataSpec(Section):
         split: shares of train, val and test.
         subset: the share of the images to use, chosen by patients.
         patient: how a file name tells the patient: a built-in name or a regular expression.
-        seed: of subset and split; the search's if the file gives none.
+        folds: how many the images outside the test set are dealt into; every trial is trained once for each, and
+            validated on it. None for one validation part.
+        repeats: how often they are dealt anew; a trial is trained that many times `folds`.
+        seed: of subset, split and folds; the search's if the file gives none.
         allow: findings of the audit that need not stop the sweep.
     """
 
@@ -85,8 +90,16 @@ class DataSpec(Section):
     split: SplitSpec = DEFAULT_SPLIT
     subset: float = Field(default=1.0, gt=0, le=1)
     patient: Annotated[str | None, AfterValidator(_checked_pattern)] = None
+    folds: int | None = Field(default=None, ge=2, le=MOST_FOLDS)
+    repeats: int = Field(default=1, ge=1, le=MOST_REPEATS)
     seed: int = Field(default=0, ge=0)
     allow: Annotated[tuple[Leak, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _repeats_need_folds(self) -> Self:
+        if self.repeats > 1 and self.folds is None:
+            raise ValueError(f"repeats {self.repeats} needs folds, such as folds: 5; without them nothing is repeated")
+        return self
 
     @property
     def name(self) -> str:

@@ -26,7 +26,8 @@ from cxr_models.calibration import Calibration, calibrate
 from cxr_models.intervals import patient_intervals
 from cxr_models.metrics import classification_report, confusion_matrix, evaluate_further
 from cxr_models.storage import written_whole
-from cxr_models.trial import METRICS, TEST, TRAIN, VAL, TrialConfig, TrialData, TrialResult
+from cxr_models.trial import METRICS, TEST, TRAIN, VAL, VALIDATION_SCORES, TrialConfig, TrialData, TrialResult
+from sweep.cross_validation import HeldOut
 from sweep.finals import FinalTraining, FinalTrainings
 from sweep.machine import this_machine
 from sweep.plan import Plan
@@ -67,7 +68,8 @@ class FinalEvaluation:
 
     Attributes:
         figures: trial -> part -> its figures, see `part_figures`: on train and validation images those of the trial's
-            own model, on test images those of its first final model.
+            own model, on test images those of its first final model. With folds there is no such model: validation
+            figures are those of `HeldOut.figures`, and training figures there are none.
         by_seed: trial -> the test metrics of each of its final models.
         problems: trial -> why it has no figures.
         test: of the best strategy's first final model, `summary.json`'s `test`; None where the test set stayed sealed
@@ -98,11 +100,22 @@ class FinalEvaluation:
         figures = self.figures.setdefault(result.trial_id, {})
         for part in (TRAIN, VAL):
             figures[part] = self._figures(self.chosen_by[parts == part], scores[parts == part])
-        if tested := self.test_scores.get(result.trial_id):
-            val_labels, _ = self._of(self.chosen_by[parts == VAL])
-            val = val_labels, scores[parts == VAL]
-            self.calibration[result.trial_id] = calibrate(val, (self.test_images[0], tested[0]))
+        val_labels, _ = self._of(self.chosen_by[parts == VAL])
+        self._calibrate(result, val_labels, scores[parts == VAL])
         self._record(result.trial_id, result.config.seed, "train", self.chosen_by, scores)
+
+    def add_held_out(self, result: TrialResult, found: HeldOut) -> None:
+        """Take the predictions of a trial's folds, and write them down."""
+        _, patients = self._of(found.index)
+        self.figures.setdefault(result.trial_id, {})[VAL] = found.figures(self._plan.manifest.classes, patients)
+        self._calibrate(result, found.labels, found.scores)
+        folds = self._plan.spec.data.folds or 1
+        dealt = {"split": VAL, "repeat": found.fold // folds + 1, "fold": found.fold % folds + 1}
+        self._record(result.trial_id, result.config.seed, "other folds", found.index, found.scores, **dealt)
+
+    def _calibrate(self, result: TrialResult, labels: NDArray[np.int32], scores: NDArray[np.float32]) -> None:
+        if tested := self.test_scores.get(result.trial_id):
+            self.calibration[result.trial_id] = calibrate((labels, scores), (self.test_images[0], tested[0]))
 
     @property
     def test_images(self) -> tuple[NDArray[np.int32], list[str]]:
@@ -143,7 +156,13 @@ class FinalEvaluation:
         return manifest.labels[indices], [manifest.records[index].patient for index in indices]
 
     def _record(
-        self, trial_id: str, seed: int, fitted_on: str, indices: NDArray[np.int64], scores: NDArray[np.float32]
+        self,
+        trial_id: str,
+        seed: int,
+        fitted_on: str,
+        indices: NDArray[np.int64],
+        scores: NDArray[np.float32],
+        **dealt: Any,
     ) -> None:
         manifest = self._plan.manifest
         records = [manifest.records[index] for index in indices]
@@ -159,6 +178,7 @@ class FinalEvaluation:
                 "true": [record.label for record in records],
                 "predicted": [manifest.classes[k] for k in scores.argmax(axis=1)],
                 **{f"score:{name}": probabilities[:, k] for k, name in enumerate(manifest.classes)},
+                **dealt,
             }
         )
         self._predictions.append(table)
@@ -203,7 +223,8 @@ def evaluate_finalists(
             record_opening(folder, finalists, tracker, models=len(trainings.done))
         for number, result in enumerate(finalists, start=1):
             best = result is finalists[0]
-            progress.begins(number, len(finalists), result, len(found.chosen_by) + len(found.tested_by))
+            images = len(found.tested_by) + (0 if data.folds else len(found.chosen_by))
+            progress.begins(number, len(finalists), result, images)
             try:
                 _evaluate(plan, result, trainings, folder, data, call, found, best=best)
             except (RuntimeError, TimeoutError) as error:
@@ -255,9 +276,14 @@ def _evaluate(
                 if model:
                     found.add_test(scores)
                 found.add_final(training, scores)
-    scores = scores_of(result.config, result.trial_id, found.chosen_by)
-    with uninterrupted():
-        found.add_trial(result, scores)
+    if data.folds:
+        held_out = HeldOut.read(folder.trial(result.trial_id) / VALIDATION_SCORES)
+        with uninterrupted():
+            found.add_held_out(result, held_out)
+    else:
+        scores = scores_of(result.config, result.trial_id, found.chosen_by)
+        with uninterrupted():
+            found.add_trial(result, scores)
     if problem := trainings.problem(result):
         raise RuntimeError(problem)
 

@@ -3,16 +3,14 @@
 Everything here is checked against the data and the machine, and imports neither Keras, Ray nor MLflow.
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cxr_models import network, unet
 from cxr_models.audit import Audit, audit_data
@@ -24,8 +22,6 @@ from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import LayerTable, layer_tables
 from cxr_models.phantom import PATIENT_PATTERN, phantom_dataset
 from cxr_models.shortcuts import find_shortcuts
-from cxr_models.splits import DEFAULT_SHARES, SPLIT_VERSION, assign_splits
-from cxr_models.storage import written_whole
 from cxr_models.trial import SEGMENT, SPLITS, TEST, TRAIN, UNET, VAL, TrialConfig, TrialData
 from sweep.caching import (
     KEEPING,
@@ -46,6 +42,7 @@ from sweep.memory import trial_memory
 from sweep.segment_plan import UNetRow, unet_memory, unet_order, unet_rows, with_masks
 from sweep.space import Range, Space
 from sweep.spec import SpecError, SweepSpec
+from sweep.splitting import each_fold, split
 from sweep.weights import WeightsFile, bundled_note, find_weights, origin_notes
 
 PHANTOM = "phantom"
@@ -77,7 +74,8 @@ class Plan:
     """Everything a sweep needs to know before its first trial.
 
     Attributes:
-        splits: part of every record of the manifest.
+        splits: part of every record of the manifest; with folds, what is not the test set is train.
+        folds: (repeats, images) fold of every record, -1 for the test set; no rows without folds.
         audit: what is wrong with the data; with a leak among it, no run may start.
         trials: how many there will be.
         sides: image sides the trials use, in pixels.
@@ -89,6 +87,7 @@ class Plan:
     spec: SweepSpec
     manifest: Manifest
     splits: tuple[str, ...]
+    folds: NDArray[np.int16]
     audit: Audit
     strategies: tuple[Strategy, ...]
     trials: int
@@ -163,7 +162,8 @@ class Plan:
             classes=self.manifest.classes,
             labels=labels,
             train=self.indices(TRAIN),
-            val=self.indices(VAL),
+            val=self.indices(TRAIN if len(self.folds) else VAL),
+            folds=each_fold(self.folds),
             channels=self.channels,
             pixels=pixels,
             weights=weights,
@@ -217,7 +217,7 @@ def make_plan(
         manifest, mask_notes = with_masks(manifest)
     duplicates = find_duplicates(manifest, cache_dir, progress and progress("comparing images"))
     groups = duplicates.groups(manifest)
-    splits = stored_splits(manifest, spec.data.seed, cache_dir, spec.data.split.shares, groups)
+    splits, folds = split(spec.data, manifest, groups, cache_dir)
     shortcuts = find_shortcuts(manifest, groups, cache_dir) if spec.task != SEGMENT else None
     problems: list[str] = []
     everything = _networks(spec, source)
@@ -226,7 +226,8 @@ def make_plan(
     weights = find_weights(networks, tables, weights_dir, cache_dir, problems)
     lung_masks = find_lung_masks(spec.space, manifest, problems)
     counts = Counter(splits)
-    rules = CacheRules(tables, len(manifest.classes), counts[TRAIN], counts[VAL])
+    folded = bool(len(folds))
+    rules = CacheRules(tables, len(manifest.classes), counts[TRAIN], counts[TRAIN if folded else VAL], folded)
     max_epochs = max(int(epochs) for epochs in _values(spec, "epochs"))
     limit = default_limit_bytes(cache_dir) if cache_bytes is None else cache_bytes
     longest = [replace(config, epochs=max_epochs) for config in networks]
@@ -246,11 +247,13 @@ def make_plan(
         raise SpecError(source, list(dict.fromkeys(problems)))
     least_probe = min(_values(spec, "probe_share"))
     judged = [replace(config, epochs=max_epochs, probe_share=least_probe) for config in everything]
-    halving = plan_halving(spec.search.halving, judged, counts[TRAIN], trials, of_strata)
+    epoch_images = sum(counts[TRAIN] - len(fold) for fold in each_fold(folds)) or counts[TRAIN]
+    halving = plan_halving(spec.search.halving, judged, epoch_images, trials, of_strata)
     return Plan(
         spec=spec,
         manifest=manifest,
         splits=splits,
+        folds=folds,
         audit=audit_data(manifest, splits, duplicates, shortcuts, allow=spec.data.allow),
         strategies=strategies,
         trials=trials,
@@ -304,30 +307,6 @@ def _source(spec: SourceSpec, cache_dir: Path, progress: Callable[[str], Progres
         path = phantom_dataset(cache_dir, seed=0, progress=drawing)
         return Source(path, spec.patient or PATIENT_PATTERN, spec.classes)
     return Source(Path(spec.source), spec.patient or "", spec.classes)
-
-
-def stored_splits(
-    manifest: Manifest,
-    seed: int,
-    cache_dir: Path,
-    shares: tuple[float, float, float] = DEFAULT_SHARES,
-    groups: Sequence[str] | None = None,
-) -> tuple[str, ...]:
-    """The split of a manifest, made once: scikit-learn alone takes longer to import than the rest of a plan."""
-    owners = groups or [record.patient for record in manifest.records]
-    content = hashlib.sha256(json.dumps([manifest.digest, *owners]).encode()).hexdigest()[:16]
-    made_by = f"v{SPLIT_VERSION}-sklearn{version('scikit-learn')}"
-    cut = "-".join(f"{share:.6g}" for share in shares)
-    stored = cache_dir / "splits" / f"{content}-seed{seed}-{cut}-{made_by}.json"
-    try:
-        splits = tuple(json.loads(stored.read_text()))
-    except (OSError, ValueError):
-        splits = ()
-    if len(splits) != len(manifest.records) or not set(splits) <= set(SPLITS):
-        splits = assign_splits(manifest, seed=seed, shares=shares, groups=owners)
-        with written_whole(stored) as scratch:
-            scratch.write_text(json.dumps(splits))
-    return splits
 
 
 def _channels(manifest: Manifest) -> int:

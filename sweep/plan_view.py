@@ -7,7 +7,7 @@ from rich.text import Text
 from cxr_models.cohort import subset_words
 from cxr_models.splits import patients_on_two_sides
 from cxr_models.storage import size_text
-from cxr_models.trial import TEST
+from cxr_models.trial import TEST, TRAIN
 from sweep.audit_view import render_audit
 from sweep.caching import PhaseCache
 from sweep.plan import Plan
@@ -23,7 +23,7 @@ def render_plan(plan: Plan) -> RenderableType:
     for name, value in (
         ("data", f"{spec.data.name} ({plan.manifest.layout}), {subset_words(plan.manifest, spec.data.subset)}"),
         ("patients", f"{plan.manifest.patients}, {_two_sides(plan)}"),
-        ("objective", f"validation {spec.objective.metric}, {spec.objective.mode}imum"),
+        ("objective", f"validation {spec.objective.metric}, {spec.objective.mode}imum{_mean(plan)}"),
         ("search", f"{spec.search.algorithm}, {plan.trials} trials, at most {plan.max_epochs} epochs each"),
         ("halving", plan.halving.sentence or "none: every trial runs to its end"),
         ("final", _final(plan)),
@@ -41,11 +41,20 @@ def render_plan(plan: Plan) -> RenderableType:
     )
 
 
+def _mean(plan: Plan) -> str:
+    data = plan.spec.data
+    if data.folds is None:
+        return ""
+    repeated = f", dealt {data.repeats} times" if data.repeats > 1 else ""
+    return f", the mean over {data.folds} folds{repeated}: {data.folds * data.repeats} trainings a trial"
+
+
 def _final(plan: Plan) -> str:
+    images = "the images of all folds" if len(plan.folds) else "train and val"
     if not len(plan.indices(TEST)):
-        return "the best configuration trained again on train and val; there is no test set"
+        return f"the best configuration trained again on {images}; there is no test set"
     seeds = _counted(plan.spec.final.seeds, "seed")
-    return f"each strategy's best configuration trained again on train and val ({seeds}), then tested"
+    return f"each strategy's best configuration trained again on {images} ({seeds}), then tested"
 
 
 def _unet_table(plan: Plan) -> Table:
@@ -62,7 +71,8 @@ def _split_table(plan: Plan) -> Table:
         if not counts:
             continue  # a sweep may have no test part
         own = [f"{counts[name]:,}" for name in plan.manifest.classes]
-        table.add_row(part, *own, f"{counts.total():,}", f"{plan.patients(part):,}")
+        name = f"{plan.spec.data.folds} folds" if part == TRAIN and len(plan.folds) else part
+        table.add_row(name, *own, f"{counts.total():,}", f"{plan.patients(part):,}")
     return table
 
 

@@ -187,6 +187,8 @@ def _read_final(path: Path, best: str, tested: bool) -> FinalPredictions | None:
     if table.empty:
         return None
     table = table[table["seed"] == table["seed"].iloc[0]]  # the final model that is kept; others have other seeds
+    if "repeat" in table and table["repeat"].notna().all():
+        table = table[table["repeat"] == 1]  # of the folds, so that each image counts once
     columns = [column for column in table.columns if column.startswith(SCORE)]
     classes = tuple(column.removeprefix(SCORE) for column in columns)
     if strangers := sorted(set(table["true"]) - set(classes)):

@@ -185,6 +185,12 @@ def overview(run: Run) -> list[str]:
     return phrases
 
 
+def fold_rows(run: Run) -> list[tuple[str, str, list[float]]]:
+    """(backbone, freeze, the objective of its best trial in each fold) of every strategy; nothing without folds."""
+    rows = run.summary.get("strategies", [])
+    return [(row["backbone"], row["freeze"], row["by_fold"]) for row in rows if "by_fold" in row]
+
+
 def provenance(run: Run) -> list[tuple[str, str]]:
     """(what, value) of all that a repetition must share with this sweep."""
     pairs = {"seed": run.summary["seed"]} if "seed" in run.summary else {}

@@ -177,6 +177,7 @@ class Conductor:
             epochs=len(running.epochs),
             best_epoch=best.epoch if best else 0,
             val=best.val if best else {},
+            by_fold=tuple(fold[self.work.objective.metric] for fold in best.folds) if best else (),
             trainable_parameters=trainable,
             frozen_parameters=frozen,
             train_seconds=running.epochs[-1].trial_seconds if running.epochs else 0.0,

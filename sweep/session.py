@@ -132,7 +132,7 @@ def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, a
                 console.print(
                     "opening the test set, once, for the final models of each strategy"
                     if tests
-                    else "no test part: the best trial of each strategy is evaluated on train and validation images"
+                    else "no test part: the best trial of each strategy is evaluated on the images it was chosen by"
                 )
                 if plan.spec.task == SEGMENT:
                     evaluate_segmentation(plan, record.results, trainings, folder, data, tracker, evaluation)
@@ -171,7 +171,7 @@ def write_inputs(plan: Plan, folder: RunFolder) -> None:
     """The resolved spec, the split and the audit, before anything runs."""
     with written_whole(folder.spec) as scratch:
         scratch.write_text(plan.spec.to_yaml(), encoding="utf-8")
-    write_split_csv(folder.split, plan.manifest, plan.splits)
+    write_split_csv(folder.split, plan.manifest, plan.splits, plan.folds)
     write_audit(folder, plan.audit, plan.manifest)
     if plan.manifest.unreadable:
         rows = [asdict(bad) for bad in plan.manifest.unreadable]

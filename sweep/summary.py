@@ -108,6 +108,7 @@ def _data(plan: Plan) -> dict[str, Any]:
         "patients": manifest.patients,
         "classes": list(manifest.classes),
         "digest": manifest.digest,
+        **({"folds": plan.spec.data.folds, "repeats": plan.spec.data.repeats} if len(plan.folds) else {}),
         "unreadable": len(manifest.unreadable),
         "ignored": manifest.ignored,
         "splits": {
@@ -135,6 +136,7 @@ def _strategies(
                 "freeze": freeze,
                 "trials": len(own),
                 "best_val": best.val[metric],
+                **({"by_fold": list(best.by_fold)} if best.by_fold else {}),
                 "median_val": statistics.median(values),
                 "trial_id": best.trial_id,
                 "outcome": str(best.outcome),
