@@ -18,7 +18,7 @@ class Optimism:
     """What a choice among trials did to the best score.
 
     Attributes:
-        trials: how many the choice was among, those too weak to matter left out.
+        trials: how many the choice was among; no more than `LEADERS` of them are chosen from again.
         best: the metric of the chosen trial on the images it was chosen on.
         corrected: what a trial that is chosen so scores on other images.
         gain: how much better `best` looks than `corrected`, never below 0.
@@ -72,7 +72,7 @@ def selection_optimism(
     ones = np.ones((len(labels), 1))
     best = float(measure(labels, leaders[0], classes, ones, areas=areas)[metric][0])
     if not usable.any():
-        return Optimism(len(leaders), best, math.nan, math.nan)
+        return Optimism(len(trials), best, math.nan, math.nan)
     chosen = (sign * within).argmax(axis=0)
     corrected = float(without[chosen, np.arange(len(chosen))].mean())
-    return Optimism(len(leaders), best, corrected, max(0.0, sign * (best - corrected)))
+    return Optimism(len(trials), best, corrected, max(0.0, sign * (best - corrected)))
