@@ -37,9 +37,7 @@ def kept(folder: Path) -> dict[str, np.ndarray]:
     [
         pytest.param(replace(MOBILE, batch_norm="train", schedule="cosine"), id="everything trains"),
         pytest.param(replace(MOBILE, freeze="all>convs:1", optimizer="adam>sgd", warmup=0.2), id="phases"),
-        pytest.param(
-            replace(MOBILE, freeze="all", augmentation="light", class_weights="balanced"), id="augmented head"
-        ),
+        pytest.param(replace(MOBILE, freeze="all", augmentation="light", class_weights="balanced"), id="augmented head"),
     ],
 )
 @pytest.mark.parametrize("stored", [False, True], ids=["from pixels", "from features"])
@@ -120,7 +118,9 @@ def test_repeats_are_more_trainings(data: TrialData, tmp_path: Path) -> None:
     assert (np.bincount(found["index"]) == 2).all()
 
 
-def test_one_diverging_fold_fails_the_trial(data: TrialData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_diverging_fold_fails_the_trial(
+    data: TrialData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran = []
 
     def evaluate(*given: object) -> dict[str, float]:
