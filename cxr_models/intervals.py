@@ -4,10 +4,12 @@ Images of one patient resemble each other; drawing images as if they were indepe
 narrow.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from cxr_models.metrics import FloatArray, IntArray, evaluate_further, measure
 
@@ -66,6 +68,22 @@ def mean_intervals(
         for weights in resampled(patients, resamples, seed)
     )
     return {name: Interval(float(own.mean()), *_percentiles(draws[name])) for name, own in values.items()}
+
+
+def known_within(interval: Interval, patients: int) -> float:
+    """How far the true figure may lie from the value: half of the interval's width, made wide enough for few patients.
+
+    A bootstrap's standard error is too small by the root of (patients - 1) / patients, and its percentiles are those of
+    a normal distribution where Student's t holds. NaN where the patients show no spread, as a single one does not.
+
+    Args:
+        interval: of a mean over images, see `mean_intervals`.
+        patients: that it is of.
+    """
+    if patients < 2 or not interval.high > interval.low:
+        return math.nan
+    error = (interval.high - interval.low) / (2 * float(stats.norm.isf(0.025))) * math.sqrt(patients / (patients - 1))
+    return error * float(stats.t.isf(0.025, patients - 1))
 
 
 def resampled(patients: Sequence[str], resamples: int, seed: int) -> Iterator[FloatArray]:

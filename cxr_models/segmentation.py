@@ -13,7 +13,7 @@ from cxr_models import steps
 from cxr_models.augmentation import augmented, augmented_masks, view_of_epoch
 from cxr_models.epochs import Batches, BestEpoch, MovedWeights, check_finite, make_optimizer, steps_of_epoch
 from cxr_models.hopeless import is_hopeless
-from cxr_models.mask_metrics import evaluate_masks
+from cxr_models.mask_metrics import COUNTS, evaluate_masks
 from cxr_models.schedules import Patience, Schedule
 from cxr_models.training import WARM_NETWORKS, WARM_STEPS
 from cxr_models.trial import BEST_WEIGHTS, UNET, EpochMetrics, Objective, TrialConfig, TrialData
@@ -37,7 +37,7 @@ def run_segmentation(
         trial_id: name of the trial.
         config: what is trained.
         data: on which images; it has masks of the configuration's side.
-        folder: for the weights of the best epoch.
+        folder: for the weights of the best epoch, and the counts of the validation images that they gave.
         objective: which epoch is the best.
         decisions: epochs after which the caller may end the trial and still rank it.
 
@@ -50,8 +50,8 @@ def run_segmentation(
     loop = _first_epoch(trial_id, config, data, moved)
     patience, course = Patience(config.patience), []
     for epoch in range(1, config.epochs + 1):
-        metrics = loop.run(epoch, begun)
-        best.offer(metrics)
+        metrics, counts = loop.run(epoch, begun)
+        best.offer(metrics, {"index": data.val, "counts": counts})
         course.append(metrics)
         ends = patience.is_over(metrics.val["loss"]) or is_hopeless(course, config)
         if epoch in decisions or epoch == config.epochs or ends:
@@ -71,7 +71,7 @@ def train_again(
     moved = MovedWeights(folder)
     loop = _first_epoch(trial_id, config, data, moved)
     for epoch, val_loss in enumerate(val_losses, start=1):
-        metrics = loop.run(epoch, begun, val_loss)
+        metrics, _ = loop.run(epoch, begun, val_loss)
         if epoch == len(val_losses):
             moved.note()
             moved.write()
@@ -126,20 +126,25 @@ class _EpochLoop:
             warmup=config.warmup,
         )
 
-    def run(self, epoch: int, begun: float, val_loss: float | None = None) -> EpochMetrics:
-        """One epoch of a trial that began at `begun`; one with a validation loss given validates nothing itself."""
+    def run(self, epoch: int, begun: float, val_loss: float | None = None) -> tuple[EpochMetrics, NDArray[np.float32]]:
+        """One epoch of a trial that began at `begun`; its metrics and counts of the validation images, (images, 4).
+
+        Where a validation loss is given, it is taken for the epoch's own; there are no metrics and no counts then.
+        """
         pixels = self._config.image_side**2
         start = time.perf_counter()
         rates = self._schedule.next_epoch()
         train = evaluate_masks(self._train(epoch, rates), pixels)
         trained = time.perf_counter()
         val: dict[str, float] = {}
+        counts = np.empty((0, len(COUNTS)), np.float32)
         if val_loss is None:
-            val = evaluate_masks(self._steps.count(self._plain, self._data.val), pixels)
+            counts = self._steps.count(self._plain, self._data.val)
+            val = evaluate_masks(counts, pixels)
             val_loss = val["loss"]
         check_finite(epoch, train["loss"], val_loss, rates.max())
         self._schedule.observe(val_loss)
-        return EpochMetrics(
+        metrics = EpochMetrics(
             trial_id=self._trial_id,
             epoch=epoch,
             phase=0,
@@ -151,6 +156,7 @@ class _EpochLoop:
             device=steps.device(),
             trial_seconds=time.perf_counter() - begun,
         )
+        return metrics, counts
 
     def _train(self, epoch: int, rates: NDArray[np.float32]) -> NDArray[np.float32]:
         """Counts (training images, 4), in the order the images were seen."""

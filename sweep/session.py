@@ -33,6 +33,7 @@ from sweep.runner import Conductor, Listener, SweepFailed, run_inline
 from sweep.samples import take_samples, write_samples
 from sweep.search import Search
 from sweep.segment_evaluation import evaluate_segmentation
+from sweep.segment_verdict import judge_segmentation
 from sweep.summary import summarise
 from sweep.timeline import Timeline
 from sweep.tracking import DatasetInfo, RunStatus, Tracker
@@ -136,6 +137,7 @@ def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, a
                 )
                 if plan.spec.task == SEGMENT:
                     evaluate_segmentation(plan, record.results, trainings, folder, data, tracker, evaluation)
+                    evaluation.verdict = judge_segmentation(plan, record.results, folder, evaluation)
                 else:
                     shown = EvaluationProgress(console)
                     evaluate_finalists(plan, record.results, trainings, folder, data, tracker, shown, evaluation)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cxr_models.metrics import FloatArray, classification_report, confusion_matrix
-from cxr_models.trial import VALIDATION_SCORES, EpochMetrics, Suggestion, TrialConfig, TrialResult
+from cxr_models.trial import UNET, VALIDATION_SCORES, EpochMetrics, Suggestion, TrialConfig, TrialResult
 
 MAX_CLASS_NAME_LENGTH = 200  # MLflow takes metric names of 250 characters
 
@@ -210,7 +210,8 @@ def trial_files(result: TrialResult, folder: Path, classes: Sequence[str]) -> di
     """
     files = {"error.txt": result.traceback or result.error} if result.error else {}
     scores_file = folder / VALIDATION_SCORES
-    if result.best_epoch and scores_file.is_file():
+    # A segmentation keeps counts of pixels there, of which there is no matrix of classes.
+    if result.best_epoch and result.config.backbone != UNET and scores_file.is_file():
         with np.load(scores_file) as kept:
             labels, scores = kept["labels"], kept["scores"]
         report = classification_report(labels, scores, classes)
