@@ -12,7 +12,7 @@ from sweep.audit_view import render_audit
 from sweep.caching import PhaseCache
 from sweep.plan import Plan
 from sweep.space import Constant
-from sweep.tasks import AXES_OF
+from sweep.tasks import SHOWN_AXES_OF
 
 
 def render_plan(plan: Plan) -> RenderableType:
@@ -45,6 +45,9 @@ def _final(plan: Plan) -> str:
     if not len(plan.indices(TEST)):
         return "the best configuration trained again on train and val; there is no test set"
     seeds = _counted(plan.spec.final.seeds, "seed")
+    if plan.unets:
+        first = "then tested" if plan.spec.final.seeds == 1 else "the first of them tested"
+        return f"the best configuration trained again on train and val ({seeds}), {first}"
     return f"each strategy's best configuration trained again on train and val ({seeds}), then tested"
 
 
@@ -83,7 +86,7 @@ def _two_sides(plan: Plan) -> str:
 
 
 def _constants(plan: Plan) -> Text:
-    own = AXES_OF[plan.spec.task]
+    own = SHOWN_AXES_OF[plan.spec.task]
     axes = [axis for axis in plan.spec.space.axes.values() if axis.name in own]
     fixed = (f"{axis.name} {axis.domain}" for axis in axes if not axis.cases and isinstance(axis.domain, Constant))
     return Text(f"the same in every trial: {', '.join(fixed)}")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from cxr_models.intervals import Interval, known_within
+from cxr_models.intervals import Interval, known_within, patients_needed
 from cxr_models.mask_metrics import image_metrics
 from cxr_models.selection import Optimism, mean_optimism
 from cxr_models.trial import Objective, TrialResult
@@ -35,10 +35,10 @@ def judge_segmentation(
     """
     objective, ranking = plan.spec.objective, ranked(results, plan.spec.objective)
     optimism = optimism_json(_optimism(plan, ranking, folder))
-    known = precision(evaluation.test, objective.metric) if evaluation.test else None
-    first = tested(known) if known else untested(ranking[0], objective)
+    known = known_figure(evaluation.test, objective.metric) if evaluation.test else None
+    first = known_text(known) if known else validated_text(ranking[0], objective)
     return {
-        "sentence": " ".join(filter(None, [first, flattered(optimism, len(ranking), objective)])),
+        "sentence": " ".join(filter(None, [first, choice_text(optimism, len(ranking), objective)])),
         "metric": objective.metric,
         "optimism": optimism,
         "comparisons": [],
@@ -46,38 +46,39 @@ def judge_segmentation(
     }
 
 
-def precision(test: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    """How well the test images tell the figure of the final U-Net: `precision`, `images` and `patients` of a verdict.
+def known_figure(test: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """How well the test images tell the figure of the final U-Net: `known`, `images` and `patients` of a verdict.
 
     Args:
         test: `summary.json`'s `test`.
         metric: that is told, if the test figures have it.
     """
     name = metric if metric in test else DEFAULT_METRIC
-    within = known_within(Interval(**test[name]), test["patients"])
-    # The standard error falls with the root of the number of images.
-    needed = test["images"] * (within / GOAL) ** 2
-    known = {"metric": name, **test[name], "within": within, "goal": GOAL, "images_needed": needed}
-    return {"images": test["images"], "patients": test["patients"], "precision": known}
+    images, patients, interval = test["images"], test["patients"], Interval(**test[name])
+    needed = images / patients * patients_needed(interval, patients, GOAL)
+    known = {"within": known_within(interval, patients), "goal": GOAL, "images_needed": needed}
+    return {"images": images, "patients": patients, "known": {"metric": name, **test[name], **known}}
 
 
-def tested(known: Mapping[str, Any]) -> str:
-    """What the test images say of the final U-Net, for a person; `known` is what `precision` gives."""
-    found, images = known["precision"], known["images"]
-    shown = f"{count(images, 'test image')} of {count(known['patients'], 'patient')}"
+def known_text(verdict: Mapping[str, Any]) -> str:
+    """What the test images say of the final U-Net, for a person, from what `known_figure` gives."""
+    found, images = verdict["known"], verdict["images"]
+    shown = f"{count(images, 'test image')} of {count(verdict['patients'], 'patient')}"
     text = f"The final U-Net reaches {metric_name(found['metric'])} {figure(found['value'])} on {shown}"
-    within, needed = found["within"], found["images_needed"]
+    within = found["within"]
     if not within > 0:
         return f"{text}; no interval follows from these."
     points = math.ceil(round(1000 * within, 6)) / 10  # as a bound, never rounded down
     interval = f"95 % interval {figure(found['low'])} to {figure(found['high'])}"
     text = f"{text} ({interval}). That is known to within {points} points"
-    if needed <= images:
+    if within <= GOAL:
         return f"{text}."
-    return f"{text}; {number_needed(needed)} such images would tell it to within {100 * GOAL:.0f} point."
+    return (
+        f"{text}; {number_needed(found['images_needed'])} such images would tell it to within {100 * GOAL:.0f} point."
+    )
 
 
-def untested(best: TrialResult, objective: Objective) -> str:
+def validated_text(best: TrialResult, objective: Objective) -> str:
     """What can be said of a sweep without a test part, for a person."""
     value = figure(best.val[objective.metric])
     return (
@@ -86,7 +87,7 @@ def untested(best: TrialResult, objective: Objective) -> str:
     )
 
 
-def flattered(optimism: Mapping[str, Any] | None, trials: int, objective: Objective) -> str:
+def choice_text(optimism: Mapping[str, Any] | None, trials: int, objective: Objective) -> str:
     """What choosing among so many trials did, for a person; "" where nothing was chosen."""
     if not optimism:
         return ""

@@ -130,11 +130,7 @@ def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, a
             _run_trials(trainings, plan, folder, inline=inline, address=address, progress=progress)
         if ranked(record.results, plan.spec.objective):
             with watch.time("evaluate"):
-                console.print(
-                    "opening the test set, once, for the final models of each strategy"
-                    if tests
-                    else "no test part: the best trial of each strategy is evaluated on train and validation images"
-                )
+                console.print(_opening(plan.spec.task, tests=tests))
                 if plan.spec.task == SEGMENT:
                     evaluate_segmentation(plan, record.results, trainings, folder, data, tracker, evaluation)
                     evaluation.verdict = judge_segmentation(plan, record.results, folder, evaluation)
@@ -231,6 +227,21 @@ def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> TrialData:
         {key: kept_weights(file.path, cache_dir) for key, file in plan.weights.items()},
         masks=masks,
         masked=masked_arrays(plan, pixels, cache_dir, progress),
+    )
+
+
+def _opening(task: str, *, tests: bool) -> str:
+    """What the final evaluation is about to do."""
+    if task == SEGMENT:
+        return (
+            "opening the test set, once, for the final U-Net"
+            if tests
+            else "no test part: the best U-Net is evaluated on validation images"
+        )
+    return (
+        "opening the test set, once, for the final models of each strategy"
+        if tests
+        else "no test part: the best trial of each strategy is evaluated on train and validation images"
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from cxr_models.metrics import FloatArray, classification_report, confusion_matrix
 from cxr_models.trial import UNET, VALIDATION_SCORES, EpochMetrics, Suggestion, TrialConfig, TrialResult
+from sweep.wording import strategy_text
 
 MAX_CLASS_NAME_LENGTH = 200  # MLflow takes metric names of 250 characters
 
@@ -48,7 +49,7 @@ class DatasetInfo:
 def run_name(trial: Suggestion | TrialResult) -> str:
     """`mobilenet_v2_0.35 convs:1 lr 3e-03 · 1a2b3c4d`"""
     config = trial.config
-    return f"{config.backbone} {config.freeze} lr {config.learning_rate:.0e} · {trial.trial_id}"
+    return f"{strategy_text(config)} lr {config.learning_rate:.0e} · {trial.trial_id}"
 
 
 def flat_params(spec: Mapping[str, Any]) -> dict[str, str]:

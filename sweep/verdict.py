@@ -255,6 +255,6 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
         for each in row.get("doctor", [])
         if each["grave"] and names.get(row["trial_id"], verdict.get("reference")) != verdict.get("reference")
     ]
-    if (verdict["comparisons"] or "precision" in verdict) and verdict["patients"] < FEW_PATIENTS:
+    if (verdict["comparisons"] or "known" in verdict) and verdict["patients"] < FEW_PATIENTS:
         lines.append(f"The test set has {count(verdict['patients'], 'patient')} only: its intervals are rough.")
     return lines
