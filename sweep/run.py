@@ -33,7 +33,7 @@ from sweep.spec import SpecError, checked_name, read_spec
 from sweep.tasks import SHOWN_AXES_OF
 from sweep.verdict_view import print_verdict
 from sweep.weights import WeightsError
-from sweep.wording import duration, noted
+from sweep.wording import duration, noted, strategy_text
 
 DONE, UNFINISHED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 SHOWN_RANKS = 10
@@ -187,7 +187,8 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
         console.print(_strategy_table(summary, objective))
     for line in _doctor_lines(order, objective):
         console.print(Text(line), soft_wrap=True)
-    console.print(_features_line(summary))
+    if objective.task != SEGMENT:
+        console.print(_features_line(summary))
     own = SHOWN_AXES_OF[objective.task]
     best = {axis: value for axis, value in order[0].config.to_json().items() if axis in own}
     shown = (f"{axis} {value:.4g}" if isinstance(value, float) else f"{axis} {value}" for axis, value in best.items())
@@ -247,7 +248,7 @@ def _doctor_lines(order: tuple[TrialResult, ...], objective: Objective) -> list[
     """What the doctor found in the trials of the two tables above."""
     shown = {result.trial_id: result for result in (*order[:SHOWN_RANKS], *best_by_strategy(order, objective))}
     lines = [
-        f"  {result.trial_id} {result.config.backbone} {result.config.freeze}{noted(result)}"
+        f"  {result.trial_id} {strategy_text(result.config)}{noted(result)}"
         for result in shown.values()
         if result.doctor
     ]

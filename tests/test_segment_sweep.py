@@ -170,6 +170,8 @@ def test_nobody_is_told_of_freeze_strategies(segmented):
     for text in (shown, said):
         assert "strategy" not in text
         assert "freeze" not in text.lower()
+        assert "frozen layers" not in text
+        assert "unet none" not in text
 
 
 def test_mlflow_has_the_figures_the_pictures_and_the_model(segmented):
