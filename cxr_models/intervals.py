@@ -4,10 +4,12 @@ Images of one patient resemble each other; drawing images as if they were indepe
 narrow.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import optimize, stats
 
 from cxr_models.metrics import FloatArray, IntArray, evaluate_further, measure
 
@@ -68,6 +70,41 @@ def mean_intervals(
     return {name: Interval(float(own.mean()), *_percentiles(draws[name])) for name, own in values.items()}
 
 
+def known_within(interval: Interval, patients: int) -> float:
+    """How far the true figure may lie from the value: half of the interval's width, made wide enough for few patients.
+
+    Where patients are few, a bootstrap's percentiles lie too near; Student's t of as many degrees of freedom as there
+    are patients, less one, does not. NaN where the patients show no spread, as a single one does not.
+
+    Args:
+        interval: of a mean over images, see `mean_intervals`.
+        patients: that it is of.
+    """
+    return _half_width(_error(interval, patients), patients)
+
+
+def patients_needed(interval: Interval, patients: int, within: float) -> float:
+    """How many such patients, `patients` or more, would bring `known_within` down to `within`; NaN where it is NaN.
+
+    The standard error falls with the root of their number.
+
+    Args:
+        interval: of a mean over images, see `mean_intervals`.
+        patients: that it is of.
+        within: in the figure's own unit.
+    """
+    error, now = _error(interval, patients), known_within(interval, patients)
+    if math.isnan(now):
+        return math.nan
+    if now <= within:
+        return float(patients)
+
+    def excess(number: float) -> float:
+        return _half_width(error * math.sqrt(patients / number), number) - within
+
+    return float(optimize.brentq(excess, patients, patients * (now / within) ** 2))  # the last is too many: t falls too
+
+
 def resampled(patients: Sequence[str], resamples: int, seed: int) -> Iterator[FloatArray]:
     """How often each image is drawn with its patient: (images, some draws), as many times as it takes.
 
@@ -96,3 +133,14 @@ def _percentiles(values: FloatArray) -> tuple[float, float]:
         return float("nan"), float("nan")
     low, high = np.percentile(finite, (2.5, 97.5))
     return float(low), float(high)
+
+
+def _error(interval: Interval, patients: int) -> float:
+    """The standard error of a mean; a bootstrap's is too small by the root of (patients - 1) / patients."""
+    if patients < 2 or not interval.high > interval.low:
+        return math.nan
+    return (interval.high - interval.low) / (2 * float(stats.norm.isf(0.025))) * math.sqrt(patients / (patients - 1))
+
+
+def _half_width(error: float, patients: float) -> float:
+    return error * float(stats.t.isf(0.025, patients - 1))

@@ -1,8 +1,9 @@
 """How much better the best of many trials looks on the images it was chosen on than it is."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from cxr_models.metrics import FloatArray, IntArray, measure
 
 LEADERS = 50  # weaker trials hardly ever win a resample
 RESAMPLES = 200
+
+# How often each image counts in each draw, (images, draws) -> a trial's metric in each draw, (draws,).
+Figure = Callable[[FloatArray], FloatArray]
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,7 @@ def selection_optimism(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Optimism:
-    """Choose again in each bootstrap sample of patients, and look at the patients it left out.
-
-    This is the bootstrap bias correction of Tsamardinos, Greasidou and Borboudakis (Machine Learning 107, 2018), for
-    one validation set: no trial is trained again. What choosing the best epoch within each trial adds is not in it.
+    """What a choice among classifiers did, by the method of `choice_optimism`.
 
     Args:
         labels: (images,) true class as an index into `classes`.
@@ -56,21 +57,63 @@ def selection_optimism(
         resamples: bootstrap samples.
         seed: of the resampling.
     """
+
+    def figure(scores: FloatArray, weights: FloatArray) -> FloatArray:
+        return measure(labels, scores, classes, weights, areas=metric == "auroc")[metric]
+
+    figures = [partial(figure, scores) for scores in trials]
+    return choice_optimism(figures, patients, mode, resamples=resamples, seed=seed)
+
+
+def mean_optimism(
+    trials: Sequence[FloatArray], patients: Sequence[str], mode: str, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Optimism:
+    """What a choice by a mean over images did, by the method of `choice_optimism`.
+
+    Args:
+        trials: (images,) figure of each image, of each trial, the chosen one first.
+        patients: (images,) patient of each image.
+        mode: `max` or `min`, which way is better.
+        resamples: bootstrap samples.
+        seed: of the resampling.
+    """
+
+    def figure(values: FloatArray, weights: FloatArray) -> FloatArray:
+        mean: FloatArray = values @ weights / weights.sum(axis=0)
+        return mean
+
+    figures = [partial(figure, values) for values in trials]
+    return choice_optimism(figures, patients, mode, resamples=resamples, seed=seed)
+
+
+def choice_optimism(
+    trials: Sequence[Figure], patients: Sequence[str], mode: str, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Optimism:
+    """Choose again in each bootstrap sample of patients, and look at the patients it left out.
+
+    This is the bootstrap bias correction of Tsamardinos, Greasidou and Borboudakis (Machine Learning 107, 2018), for
+    one validation set: no trial is trained again. What choosing the best epoch within each trial adds is not in it.
+
+    Args:
+        trials: each trial's metric on these images, counted in any way; the chosen one first.
+        patients: (images,) patient of each image.
+        mode: `max` or `min`, which way is better.
+        resamples: bootstrap samples.
+        seed: of the resampling.
+    """
     leaders = trials[:LEADERS]
     sign = 1.0 if mode == "max" else -1.0
-    areas = metric == "auroc"
     inside, outside = [], []
     for weights in resampled(patients, resamples, seed):
         both = np.concatenate([weights, weights == 0], axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):  # a resample of a few patients may leave none out
-            scores = np.stack([measure(labels, own, classes, both, areas=areas)[metric] for own in leaders])
-        inside.append(scores[:, : weights.shape[1]])
-        outside.append(scores[:, weights.shape[1] :])
+            figures = np.stack([leader(both) for leader in leaders])
+        inside.append(figures[:, : weights.shape[1]])
+        outside.append(figures[:, weights.shape[1] :])
     within, without = np.concatenate(inside, axis=1), np.concatenate(outside, axis=1)
     usable = np.isfinite(within).all(axis=0) & np.isfinite(without).all(axis=0)
     within, without = within[:, usable], without[:, usable]
-    ones = np.ones((len(labels), 1))
-    best = float(measure(labels, leaders[0], classes, ones, areas=areas)[metric][0])
+    best = float(leaders[0](np.ones((len(patients), 1)))[0])
     if not usable.any():
         return Optimism(len(leaders), best, math.nan, math.nan)
     chosen = (sign * within).argmax(axis=0)

@@ -17,7 +17,8 @@ from cxr_models.features import FeatureBudget
 TRAIN, VAL, TEST = SPLITS = ("train", "val", "test")
 
 # What a trial leaves in its folder: the weights of its best epoch that had moved, by their paths in the network, and
-# its validation scores there (arrays `index`, `labels` and `scores`, which are log-probabilities).
+# its validation scores there (arrays `index`, `labels` and `scores`, which are log-probabilities; of a segmentation
+# `index` and `counts`, see `mask_metrics.COUNTS`).
 BEST_WEIGHTS = "best.npz"
 VALIDATION_SCORES = "validation.npz"
 PIXELS = "pixels"  # what `EpochMetrics.source` begins with where an epoch ran the whole network

@@ -16,9 +16,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from cxr_models.metrics import FloatArray
-from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult
+from cxr_models.trial import SEGMENT, UNET, EpochMetrics, Objective, Outcome, TrialResult
 from sweep.record import best_by_strategy, ranked, strategy_of
-from sweep.wording import heading, in_points, is_number, metric_name
+from sweep.wording import U_NET, heading, in_points, is_number, metric_name
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")  # the next one for every round through the colours
@@ -95,7 +95,7 @@ def strategy_comparison(results: Sequence[TrialResult], objective: Objective) ->
     _style(panel, f"{heading(metric_name(objective.metric))}, validation, best epoch of each trial", "")
     panel.xaxis.set_major_locator(MaxNLocator(8))
     panel.grid(axis="y", visible=False)
-    best = _end_handle("|", "best of the strategy")
+    best = _end_handle("|", "best" if objective.task == SEGMENT else "best of the strategy")
     ends = [_end_handle("o", "ran its epochs"), _end_handle("o", "stopped early", face="white"), best]
     figure.legend(handles=ends, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
@@ -196,10 +196,11 @@ def _styles(results: Sequence[TrialResult], objective: Objective) -> dict[tuple[
 
 
 def _strategy_names(results: Sequence[TrialResult]) -> dict[tuple[str, str], str]:
-    """How the strategies are written: with the backbone only where there are several."""
+    """How the strategies are written: with the backbone only where there are several; `U-Net` for one."""
     strategies = {strategy_of(result) for result in results}
     several = len({backbone for backbone, _ in strategies}) > 1
-    return {(backbone, freeze): f"{backbone}  {freeze}" if several else freeze for backbone, freeze in strategies}
+    plain = {(backbone, freeze): f"{backbone}  {freeze}" if several else freeze for backbone, freeze in strategies}
+    return {strategy: U_NET if strategy[0] == UNET else name for strategy, name in plain.items()}
 
 
 def _spread(count: int) -> FloatArray:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cxr_models.storage import written_whole
-from cxr_models.trial import NO_MASK, SPLITS, Outcome, TrialConfig
+from cxr_models.trial import NO_MASK, SEGMENT, SPLITS, Outcome, TrialConfig
 from sweep import plots
 from sweep.audit_record import pair_pictures, read_audit
 from sweep.readback import Run, read_run
@@ -45,7 +45,7 @@ from sweep.report_data import (
 )
 from sweep.samples import Pictures
 from sweep.segment_report import overlay_rows
-from sweep.tasks import AXES_OF
+from sweep.tasks import SHOWN_AXES_OF
 from sweep.verdict_view import coded, difference_rows
 from sweep.wording import count, duration, figure, heading, metric_name, percentage_points
 
@@ -94,10 +94,11 @@ def render(run: Run) -> str:
         overview=overview(run),
         best=run.ranking[0] if run.ranking else None,
         strategies=strategy_rows(run),
-        axes=AXES_OF[run.objective.task],
+        segmented=run.objective.task == SEGMENT,
+        axes=SHOWN_AXES_OF[run.objective.task],
         varied=run.varied,
         axis_rows=axis_rows(run),
-        constants=[axis for axis in AXES_OF[run.objective.task] if axis not in run.varied],
+        constants=[axis for axis in SHOWN_AXES_OF[run.objective.task] if axis not in run.varied],
         failed=[result for result in run.results if result.outcome is Outcome.FAILED],
         unranked=[result for result in run.results if result.outcome is not Outcome.FAILED and not result.best_epoch],
         contradictions=contradictions(run),

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cxr_models.dataset import DataError
-from cxr_models.trial import SPLITS, TEST, Objective, TrialResult
+from cxr_models.trial import SEGMENT, SPLITS, TEST, Objective, TrialResult
 from sweep.audit_view import AuditRefused
 from sweep.machine import ClusterUnreachable, Machine, this_machine
 from sweep.plan import Plan, make_plan
@@ -30,10 +30,10 @@ from sweep.progress import StepProgress
 from sweep.record import RunFolder, best_by_strategy, ranked
 from sweep.reference import COMPARED, ReferenceSpec, compare
 from sweep.spec import SpecError, checked_name, read_spec
-from sweep.tasks import AXES_OF
+from sweep.tasks import SHOWN_AXES_OF
 from sweep.verdict_view import print_verdict
 from sweep.weights import WeightsError
-from sweep.wording import duration, noted
+from sweep.wording import duration, noted, strategy_text
 
 DONE, UNFINISHED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 SHOWN_RANKS = 10
@@ -185,11 +185,13 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
         console.print("no trial finished an epoch", style="red")
         return
     console.print(_ranking(order, objective))
-    console.print(_strategy_table(summary, objective))
+    if objective.task != SEGMENT:
+        console.print(_strategy_table(summary, objective))
     for line in _doctor_lines(order, objective):
         console.print(Text(line), soft_wrap=True)
-    console.print(_features_line(summary))
-    own = AXES_OF[objective.task]
+    if objective.task != SEGMENT:
+        console.print(_features_line(summary))
+    own = SHOWN_AXES_OF[objective.task]
     best = {axis: value for axis, value in order[0].config.to_json().items() if axis in own}
     shown = (f"{axis} {value:.4g}" if isinstance(value, float) else f"{axis} {value}" for axis, value in best.items())
     console.print(Text(f"best configuration: {', '.join(shown)}"))
@@ -219,12 +221,15 @@ def _opened(summary: Mapping[str, Any]) -> str:
 def _ranking(order: Sequence[TrialResult], objective: Objective) -> Table:
     title = f"Best {min(SHOWN_RANKS, len(order))} of {len(order)} trials by validation {objective.metric}"
     table = Table(title=title, title_justify="left")
-    for name in ("trial", "backbone", "freeze", "learning rate", "dropout", "batch", "epochs", "outcome"):
+    kind = ("filters", "depth") if objective.task == SEGMENT else ("backbone", "freeze")
+    for name in ("trial", *kind, "learning rate", "dropout", "batch", "epochs", "outcome"):
         table.add_column(name)
     table.add_column(objective.metric, justify="right")
     for result in order[:SHOWN_RANKS]:
         config = result.config
-        row = [result.trial_id, config.backbone, config.freeze, f"{config.learning_rate:.2e}", f"{config.dropout:g}"]
+        unet = str(config.unet_filters), str(config.unet_depth)
+        names = unet if objective.task == SEGMENT else (config.backbone, config.freeze)
+        row = [result.trial_id, *names, f"{config.learning_rate:.2e}", f"{config.dropout:g}"]
         row += [str(config.batch_size), str(result.epochs), result.outcome.replace("_", " ")]
         table.add_row(*map(Text, row), f"{MARK if result.doctor else ''}{result.val[objective.metric]:.3f}")
     return table
@@ -252,7 +257,7 @@ def _doctor_lines(order: tuple[TrialResult, ...], objective: Objective) -> list[
     """What the doctor found in the trials of the two tables above."""
     shown = {result.trial_id: result for result in (*order[:SHOWN_RANKS], *best_by_strategy(order, objective))}
     lines = [
-        f"  {result.trial_id} {result.config.backbone} {result.config.freeze}{noted(result)}"
+        f"  {result.trial_id} {strategy_text(result.config)}{noted(result)}"
         for result in shown.values()
         if result.doctor
     ]

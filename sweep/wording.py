@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cxr_models.trial import TrialResult
+from cxr_models.trial import UNET, TrialConfig, TrialResult
+
+U_NET = "U-Net"
 
 # Metric -> as a person says it. A classification's loss is the cross-entropy, a segmentation's its `mask_loss`.
 METRIC_NAMES: Mapping[str, str] = {
@@ -76,6 +78,11 @@ def rounded_up(number: float) -> int:
 def listed(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def strategy_text(config: TrialConfig) -> str:
+    """`mobilenet_v2_0.35 convs:1`; a U-Net trains as a whole and has no strategy to name."""
+    return U_NET if config.backbone == UNET else f"{config.backbone} {config.freeze}"
 
 
 def noted(result: TrialResult) -> str:

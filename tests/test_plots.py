@@ -50,6 +50,10 @@ def test_the_backbone_is_named_where_there_are_several():
     assert row_names(several) == ["mobilenet_v2_0.35  stages:1", "densenet121  all", "mobilenet_v2_0.35  all"]
 
 
+def test_a_segmentation_s_row_is_what_it_is():
+    assert row_names([result("a", "none", 0.8, backbone="unet")]) == ["U-Net"]
+
+
 def test_every_trial_of_a_strategy_is_a_point():
     (axes,) = strategy_comparison(RESULTS, F1).axes
     points = [collection.get_offsets()[:, 0].tolist() for collection in axes.collections]
