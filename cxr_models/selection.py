@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,7 @@ def selection_optimism(
     metric: str,
     mode: str,
     *,
+    folds: IntArray | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Optimism:
@@ -54,19 +56,30 @@ def selection_optimism(
         patients: (images,) patient of each image.
         metric: that was chosen by, a name in `trial.METRICS`.
         mode: `max` or `min`, which way is better.
+        folds: (images,) number of each image's fold; the metric is then the mean over them.
         resamples: bootstrap samples.
         seed: of the resampling.
     """
+    parts = _parts(folds)
 
     def figure(scores: FloatArray, weights: FloatArray) -> FloatArray:
-        return measure(labels, scores, classes, weights, areas=metric == "auroc")[metric]
+        areas = metric == "auroc"
+        of_parts = [measure(labels[part], scores[part], classes, weights[part], areas=areas)[metric] for part in parts]
+        mean: FloatArray = np.mean(of_parts, axis=0)
+        return mean
 
     figures = [partial(figure, scores) for scores in trials]
     return choice_optimism(figures, patients, mode, resamples=resamples, seed=seed)
 
 
 def mean_optimism(
-    trials: Sequence[FloatArray], patients: Sequence[str], mode: str, *, resamples: int = RESAMPLES, seed: int = 0
+    trials: Sequence[FloatArray],
+    patients: Sequence[str],
+    mode: str,
+    *,
+    folds: IntArray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Optimism:
     """What a choice by a mean over images did, by the method of `choice_optimism`.
 
@@ -74,16 +87,24 @@ def mean_optimism(
         trials: (images,) figure of each image, of each trial, the chosen one first.
         patients: (images,) patient of each image.
         mode: `max` or `min`, which way is better.
+        folds: (images,) number of each image's fold; the mean is then that over the folds.
         resamples: bootstrap samples.
         seed: of the resampling.
     """
+    parts = _parts(folds)
 
     def figure(values: FloatArray, weights: FloatArray) -> FloatArray:
-        mean: FloatArray = values @ weights / weights.sum(axis=0)
+        of_parts = [values[part] @ weights[part] / weights[part].sum(axis=0) for part in parts]
+        mean: FloatArray = np.mean(of_parts, axis=0)
         return mean
 
     figures = [partial(figure, values) for values in trials]
     return choice_optimism(figures, patients, mode, resamples=resamples, seed=seed)
+
+
+def _parts(folds: IntArray | None) -> list[Any]:
+    """The images of each fold, or all."""
+    return [slice(None)] if folds is None else [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
 
 
 def choice_optimism(

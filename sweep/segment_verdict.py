@@ -103,4 +103,5 @@ def _optimism(plan: Plan, ranking: tuple[TrialResult, ...], folder: RunFolder) -
         return None
     values = [image_metrics(arrays["counts"], result.config.image_side**2)[objective.metric] for result, arrays in kept]
     patients = [plan.manifest.records[index].patient for index in kept[0][1]["index"]]
-    return mean_optimism(values, patients, objective.mode, seed=plan.spec.search.seed)
+    folds = kept[0][1].get("fold")
+    return mean_optimism(values, patients, objective.mode, folds=folds, seed=plan.spec.search.seed)

@@ -208,6 +208,7 @@ def _optimism(plan: Plan, results: tuple[TrialResult, ...], folder: RunFolder) -
         [plan.manifest.records[index].patient for index in kept[0]["index"]],
         objective.metric,
         objective.mode,
+        folds=kept[0].get("fold"),
         seed=plan.spec.search.seed,
     )
 

@@ -73,3 +73,14 @@ def test_of_a_mean_over_images_it_is_the_same():
     assert (found.trials, found.best) == (classified.trials, pytest.approx(classified.best))
     assert found.corrected == pytest.approx(classified.corrected)
     assert found.gain == pytest.approx(classified.gain) != 0
+
+
+def test_with_folds_the_best_is_the_mean_over_them():
+    labels, trials = trials_of(0, [0.8] * 6, "macro_f1")
+    folds = np.arange(len(labels)) // 80
+    found = selection_optimism(labels, trials, CLASSES, PATIENTS, "macro_f1", "max", folds=folds)
+    by_fold = [evaluate(labels[folds == k], trials[0][folds == k], CLASSES)["macro_f1"] for k in range(3)]
+    assert found.best == pytest.approx(np.mean(by_fold))
+    values = np.random.default_rng(0).random(240)
+    means = mean_optimism([values, values - 0.1], PATIENTS, "max", folds=np.arange(240) // 200)
+    assert means.best == pytest.approx((values[:200].mean() + values[200:].mean()) / 2)
