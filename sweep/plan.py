@@ -408,7 +408,7 @@ def _data_notes(spec: SweepSpec, manifest: Manifest, splits: Sequence[str]) -> I
         yield "no file name tells a patient: each image counts as its own (data.patient says how names tell them)"
     if manifest.patients < len(manifest.records) and not patterns and not phantom:
         yield (
-            "patients follow from a CSV, from DICOM's PatientID, or from names as NIH and Kermany give them; "
+            "patients follow from a CSV, from DICOM's PatientID, or from names as known data sets give them; "
             "data.patient: none ignores PatientID and names"
         )
     own = sum(record.patient == record.path for record in manifest.records)
