@@ -334,9 +334,10 @@ def test_odd_file_names_survive_the_split_file(tmp_path: Path) -> None:
     write_split_csv(tmp_path / "split.csv", manifest, splits)
     with (tmp_path / "split.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["path", "label", "patient", "split"]
-    assert [(r[0], r[1], r[2], r[3]) for r in rows[1:]] == [
-        (record.path, record.label, record.patient, part) for record, part in zip(manifest.records, splits, strict=True)
+    assert rows[0] == ["path", "label", "patient", "split", "pixels"]
+    assert [tuple(row) for row in rows[1:]] == [
+        (record.path, record.label, record.patient, part, record.pixels)
+        for record, part in zip(manifest.records, splits, strict=True)
     ]
     again = read_manifest(tmp_path / "split.csv")
     assert assign_splits(again, seed=99) == splits
