@@ -143,9 +143,10 @@ def read_manifest(
             A CSV file has the columns path, or the id of a file, and label, and optionally patient, source, split,
             mask. A folder that holds nothing but such a folder is entered.
         patient: a name in `patients.PATIENT_PATTERNS`, or a regular expression matched at the start of each file
-            name; "" tries DICOM's PatientID, then the built-in patterns; with `none` each image is its own patient. Of
-            a match, group 1, or the named groups joined by `_`, or without groups the whole, is the patient. An image
-            that nothing matches is its own patient. A `patient` given in a CSV file wins.
+            name, and of its path if there is a slash in the expression, see `patients.PatientRule`; "" tries DICOM's
+            PatientID, then the built-in patterns; with `none` each image is its own patient. Of a match, group 1, or
+            the named groups joined by `_`, or without groups the whole, is the patient. An image that nothing matches
+            is its own patient. A `patient` given in a CSV file wins.
         least_classes: how many there must be; 1 where labels do not matter.
         cache_dir: what was read is kept below it; a file with the same size and modification time is not read again.
         progress: called after every file that had to be read.

@@ -34,6 +34,7 @@ from sweep.caching import (
     plan_cache,
 )
 from sweep.dataspec import SourceSpec
+from sweep.earlier import earlier_findings, earlier_models
 from sweep.halving import Stratum
 from sweep.halving_plan import HalvingPlan, plan_halving
 from sweep.lung_masks import LungMasks, find_lung_masks
@@ -225,6 +226,13 @@ def make_plan(
     tables = layer_tables({(config.backbone, config.image_side) for config in networks}, cache_dir)
     weights = find_weights(networks, tables, weights_dir, cache_dir, problems)
     lung_masks = find_lung_masks(spec.space, manifest, problems)
+    earlier = earlier_findings(
+        earlier_models(weights, lung_masks),
+        manifest,
+        splits,
+        chosen_by=TRAIN if len(folds) else VAL,
+        allow=spec.data.allow,
+    )
     counts = Counter(splits)
     folded = bool(len(folds))
     rules = CacheRules(tables, len(manifest.classes), counts[TRAIN], counts[TRAIN if folded else VAL], folded)
@@ -254,7 +262,7 @@ def make_plan(
         manifest=manifest,
         splits=splits,
         folds=folds,
-        audit=audit_data(manifest, splits, duplicates, shortcuts, allow=spec.data.allow),
+        audit=audit_data(manifest, splits, duplicates, shortcuts, allow=spec.data.allow).with_findings(earlier),
         strategies=strategies,
         trials=trials,
         max_epochs=max_epochs,
@@ -408,7 +416,7 @@ def _data_notes(spec: SweepSpec, manifest: Manifest, splits: Sequence[str]) -> I
         yield "no file name tells a patient: each image counts as its own (data.patient says how names tell them)"
     if manifest.patients < len(manifest.records) and not patterns and not phantom:
         yield (
-            "patients follow from a CSV, from DICOM's PatientID, or from names as NIH and Kermany give them; "
+            "patients follow from a CSV, from DICOM's PatientID, or from names as known data sets give them; "
             "data.patient: none ignores PatientID and names"
         )
     own = sum(record.patient == record.path for record in manifest.records)

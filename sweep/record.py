@@ -95,7 +95,7 @@ class RunFolder:
 
     @property
     def halving(self) -> Path:
-        """One line a trial at a rung, with what was decided; and one for each trial that failed."""
+        """One line a trial at a rung, with what was decided; and one for each that failed or gave itself up."""
         return self.state / "halving.jsonl"
 
     @property

@@ -146,6 +146,8 @@ class Conductor:
         # The trial has given itself up where more epochs were wasted.
         config = running.suggestion.config
         gave_up = len(running.epochs) < config.epochs and is_hopeless(running.epochs, config)
+        if (gave_up or end.error) and self._halving:
+            self._halving.strike(trial_id)
         ended_well = Outcome.STOPPED_EARLY if gave_up else Outcome.COMPLETED
         self._finish(running, Outcome.FAILED if end.error else ended_well, end)
 
@@ -158,8 +160,6 @@ class Conductor:
     def _finish(self, running: _Running, outcome: Outcome, end: TrialEnd) -> None:
         suggestion = running.suggestion
         del self._running[suggestion.trial_id]
-        if outcome is Outcome.FAILED and self._halving:
-            self._halving.failed(suggestion.trial_id)
         result = self._result(running, outcome, end)
         value = result.val.get(self.work.objective.metric)
         self._search.finish(suggestion.number, outcome, value)

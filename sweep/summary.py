@@ -14,6 +14,7 @@ from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
 from sweep.record import best_by_strategy, ranked, read_lines, strategy_of
 from sweep.verdict import cautions
+from sweep.weights import weights_inputs
 
 PACKAGES = ("cxr-sweep", "ray", "tensorflow", "keras", "optuna", "mlflow", "scikit-learn", "numpy")
 
@@ -48,7 +49,7 @@ def summarise(
         "name": plan.spec.name,
         "seed": plan.spec.search.seed,
         "task": plan.spec.task,
-        "inputs": [source.to_json() for source in plan.lung_masks],
+        "inputs": [*(source.to_json() for source in plan.lung_masks), *weights_inputs(plan.weights)],
         "objective": {"metric": objective.metric, "mode": objective.mode},
         "data": _data(plan),
         "audit": [finding_json(finding) for finding in plan.audit.findings],

@@ -28,6 +28,7 @@ def plan() -> Any:
             name="small", task="classify", search=search, objective=objective, data=data, reference=REFERENCE
         ),
         lung_masks=(),
+        weights={},
         halving=HalvingPlan(sentence="after epoch 4"),
         manifest=Manifest(Path("/nowhere"), "folders", RECORDS, (), 0),
         audit=Audit(4, 4, {}, None, ()),

@@ -128,8 +128,8 @@ def test_every_decision_of_halving_is_kept(on_ray):
     folder, said = on_ray
     lines = [json.loads(line) for line in (folder / "state" / "halving.jsonl").read_text().splitlines()]
     trials = {trial["trial_id"]: trial for trial in trials_of(folder)}
-    judged = {line["trial_id"]: line for line in lines if "failed" not in line}
-    assert {line["failed"] for line in lines if "failed" in line} == {
+    judged = {line["trial_id"]: line for line in lines if "struck" not in line}
+    assert {line["struck"] for line in lines if "struck" in line} == {
         trial_id for trial_id, trial in trials.items() if trial["outcome"] == "failed"
     }
     summary = json.loads((folder / "summary.json").read_text())
