@@ -33,7 +33,7 @@ from sweep.spec import SpecError, checked_name, read_spec
 from sweep.tasks import AXES_OF
 from sweep.verdict_view import print_verdict
 from sweep.weights import WeightsError
-from sweep.wording import duration, noted
+from sweep.wording import duration, figure, noted
 
 DONE, UNFINISHED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 SHOWN_RANKS = 10
@@ -197,8 +197,8 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
     if test := summary.get("test"):
         console.print(f"test set, opened once: {test['images']} images of {test['patients']} patients")
         for name in (name for name in objective.metrics if name in test):
-            found = test[name]
-            console.print(f"  {name} {found['value']:.3f} (95 % interval {found['low']:.3f} to {found['high']:.3f})")
+            value, low, high = (figure(test[name][part]) for part in ("value", "low", "high"))
+            console.print(f"  {name} {value} (95 % interval {low} to {high})")
     elif not len(plan.indices(TEST)):
         console.print("no test part: these are validation figures, and the choice was made on them")
     if verdict := summary.get("verdict"):
