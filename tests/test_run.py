@@ -310,6 +310,7 @@ def printed(
     result = TrialResult("1a2b3c4d", config, Outcome.COMPLETED, 3, 2, values, 12_345_678, 12_345_678, 4000.0)
     result = replace(result, doctor=doctor)
     row: dict[str, Any] = {"backbone": config.backbone, "freeze": config.freeze, "trials": 10, "best_val": 0.9}
+    row |= {"best_epoch": 2, "outcome": "completed"}
     row |= {"median_val": 0.8, "trainable_parameters": 12_345_678, "frozen_parameters": 12_345_678}
     row |= {
         "train_seconds": 4000.0,
@@ -342,7 +343,7 @@ def test_the_best_is_not_printed_without_what_the_doctor_found():
     blind = Diagnosis("class_never_predicted", True, "Of [the] 4 of covid none is recognised.", "Balance.")
     late = Diagnosis("still_improving", False, "The best epoch is 4 of 4.", "Allow more epochs.")
     lines = printed(("train", "val", "test"), doctor=(blind, late))
-    in_tables = [line for line in lines if "efficientnet_v2_b0 │" in line]
+    in_tables = [line for line in lines if line.startswith(("│ 1a2b3c4d", "│ efficientnet_v2_b0 "))]
     assert len(in_tables) == 2, "ranking and strategies"
     assert all("│ ! 0.900 │" in " ".join(line.split()) for line in in_tables)
     assert "  1a2b3c4d efficientnet_v2_b0 all>stages:1>none (class_never_predicted, still_improving)" in lines
