@@ -17,6 +17,7 @@ from sweep.verdict_view import verdict_notes
 from sweep.wording import count, duration, figure
 
 RECALL = "recall/"
+EVALUATED = ("loss", "accuracy", "macro_f1")  # shown of each strategy on every part, whatever the objective
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,14 @@ def evaluated_rows(run: Run) -> list[Mapping[str, Any]]:
 def evaluated_parts(run: Run) -> list[str]:
     """The parts that there are figures of."""
     return [part for part in SPLITS if any(part in row for row in evaluated_rows(run))]
+
+
+def evaluated_metrics(run: Run) -> list[str]:
+    """What is shown of each part: the metrics of `EVALUATED`, and the objective in front of them if it is another."""
+    metric = run.objective.metric
+    names = EVALUATED if metric in EVALUATED else (metric, *EVALUATED)
+    parts = [row[part] for row in evaluated_rows(run) for part in SPLITS if part in row]
+    return [name for name in names if any(name in figures for figures in parts)]
 
 
 def calibrated_rows(run: Run) -> list[Mapping[str, Any]]:

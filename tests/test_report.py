@@ -520,6 +520,18 @@ def test_every_strategy_is_shown_on_every_part_with_both_best_epochs(tmp_path: P
     assert "a choice by the test columns would make these optimistic too" in page.text
 
 
+def test_an_objective_that_is_no_column_otherwise_is_shown_on_every_part(tmp_path: Path) -> None:
+    figures = {name: {**part(value), "balanced_accuracy": 0.5} for name, value in (("val", 0.8), ("test", 0.7))}
+    strategies = [{**STRATEGIES[0], "train": part(0.9), **figures}, STRATEGIES[1]]
+    objective = {"metric": "balanced_accuracy", "mode": "max"}
+    page = Page(write_report(ended_run(tmp_path, strategies=strategies, objective=objective)))
+    names, _, row, problem = page.tables["evaluation"]
+    assert names[-4:] == ["Balanced accuracy", "Loss", "Accuracy", "Macro F1"]
+    assert row[5:] == ["–", "0.500", "0.500", *(["0.900", "0.800", "0.700"] * 3)]
+    assert problem[-1] == "not evaluated: out of memory"
+    assert ("colspan", "12") in page.attributes
+
+
 def test_the_figures_of_the_test_set_are_those_of_the_best_trial_wherever_its_rows_stand(tmp_path: Path) -> None:
     folder = ended_run(tmp_path)
     expected = Page(write_report(folder)).tables
