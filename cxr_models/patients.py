@@ -1,7 +1,7 @@
 """Whose image it is: from a table, from the file name, or from the file itself."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from cxr_models.listing import ListedImage, data_error
 
@@ -11,6 +11,7 @@ PATIENT_PATTERNS: Mapping[str, str] = {
     # Numbers start anew for bacteria and for virus, and IM-0282 and NORMAL2-IM-0282 are different series.
     "kermany": r"^(person\d+_(?:bacteria|virus)(?=_\d+\.\w+$)|(?:NORMAL2-)?IM-\d+(?=-\d+(?:-\d+)?\.\w+$))",
 }
+BY_TABLE, BY_TAG = "the CSV file", "DICOM's PatientID"
 EACH_ITS_OWN = "none"  # in place of a pattern: each image is its own patient unless a table says otherwise
 
 
@@ -26,11 +27,13 @@ class PatientRule:
 
     def __init__(self, text: str) -> None:
         self._by_tag = text != EACH_ITS_OWN
-        self._wanted = _compiled((PATIENT_PATTERNS.get(text, text),)) if text and self._by_tag else ()
-        self._built_in = () if text else _compiled(tuple(PATIENT_PATTERNS.values()))
+        given = {f"the given pattern {text!r}": PATIENT_PATTERNS.get(text, text)} if text and self._by_tag else {}
+        built_in = {} if text else {f"the built-in pattern {name}": own for name, own in PATIENT_PATTERNS.items()}
+        self._given, self._built_in = _compiled(given), _compiled(built_in)
 
-    def patient(self, image: ListedImage, tag: str) -> str:
-        """The patient: what a table says, else the user's pattern, the file's own tag, a built-in pattern, the path.
+    def patient(self, image: ListedImage, tag: str) -> tuple[str, str]:
+        """The patient, and what tells it in words: a table, else the user's pattern, the file's own tag, a built-in
+        pattern. Where nothing does, the patient is the path, and the words are "".
 
         Args:
             image: its `patient` is that of the table.
@@ -38,24 +41,28 @@ class PatientRule:
                 all have the same one.
         """
         name = image.path.rsplit("/", 1)[-1]
-        own_tag = tag if self._by_tag else ""
-        return image.patient or _found(name, self._wanted) or own_tag or _found(name, self._built_in) or image.path
+        found = (
+            (image.patient, BY_TABLE),
+            *((_group(pattern.match(name)), words) for words, pattern in self._given.items()),
+            (tag if self._by_tag else "", BY_TAG),
+            *((_group(pattern.match(name)), words) for words, pattern in self._built_in.items()),
+        )
+        return next(((patient, words) for patient, words in found if patient), (image.path, ""))
 
 
-def _found(name: str, patterns: Sequence[re.Pattern[str]]) -> str:
-    match = next(filter(None, (pattern.match(name) for pattern in patterns)), None)
+def _group(match: re.Match[str] | None) -> str:
     if match is None:
         return ""
     named = match.groupdict(default="")
     return "_".join(filter(None, named.values())) if named else match[1 if match.re.groups else 0] or ""
 
 
-def _compiled(texts: Sequence[str]) -> tuple[re.Pattern[str], ...]:
+def _compiled(patterns: Mapping[str, str]) -> dict[str, re.Pattern[str]]:
     try:
-        return tuple(map(re.compile, texts))
+        return {words: re.compile(pattern) for words, pattern in patterns.items()}
     except re.error as error:
         raise data_error(
             f"as patient one of {', '.join((*PATIENT_PATTERNS, EACH_ITS_OWN))} or a regular expression",
-            f"{texts[0]!r}: {error}",
+            f"{next(iter(patterns.values()))!r}: {error}",
             r"correct it; '^(\d+)_' for example takes the digits in front of the first underscore",
         ) from error

@@ -14,7 +14,7 @@ from cxr_models.trial import SPLITS, VAL, Diagnosis, Outcome, TrialResult
 from sweep.readback import FinalPredictions, Run
 from sweep.record import strategy_of
 from sweep.verdict_view import verdict_notes
-from sweep.wording import count, duration, figure
+from sweep.wording import count, duration, figure, subset_note
 
 RECALL = "recall/"
 EVALUATED = ("loss", "accuracy", "macro_f1")  # shown of each strategy on every part, whatever the objective
@@ -177,6 +177,8 @@ def overview(run: Run) -> list[str]:
     if run.split is not None:
         patients = run.split["patient"].nunique()
         phrases.append(f"{count(len(run.split), 'image')} of {count(patients, 'patient')}")
+    if subset := subset_note(run.summary.get("data", {})):
+        phrases.append(subset)
     if "epochs" in run.summary:
         phrases.append("{run:,} of {full:,} epochs run".format(**run.summary["epochs"]))
     if spared := run.summary.get("epochs", {}).get("from_features"):

@@ -34,7 +34,7 @@ from sweep.spec import SpecError, checked_name, read_spec
 from sweep.tasks import AXES_OF
 from sweep.verdict_view import print_verdict
 from sweep.weights import WeightsError
-from sweep.wording import duration, figure
+from sweep.wording import duration, figure, subset_note
 
 DONE, UNFINISHED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 PIPED_WIDTH = 140
@@ -194,6 +194,8 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
     for diagnosis in order[0].doctor:
         note = f"  {MARK}{diagnosis.name}. {diagnosis.evidence} {diagnosis.remedy}"
         console.print(Text(note, style="red" if diagnosis.grave else "yellow"), soft_wrap=True)
+    if subset := subset_note(summary["data"]):
+        console.print(subset)
     if test := summary.get("test"):
         console.print(f"test set, opened once: {test['images']} images of {test['patients']} patients")
         for name in (name for name in objective.metrics if name in test):

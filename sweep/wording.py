@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from cxr_models.cohort import subset_words
 from cxr_models.trial import TrialConfig, TrialResult
 
 # Metric -> as a person says it. A classification's loss is the cross-entropy, a segmentation's its `mask_loss`.
@@ -77,6 +78,11 @@ def rounded_up(number: float) -> int:
 def listed(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def subset_note(data: Mapping[str, Any]) -> str:
+    """How many images of how many a sweep used, from `summary.json`'s `data`; "" where it used all."""
+    return subset_words(data["images"], data["spared"], data["subset"]) if data.get("spared") else ""
 
 
 def setting(config: TrialConfig, axis: str) -> str:

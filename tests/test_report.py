@@ -255,6 +255,13 @@ def test_epochs_that_were_spared_the_frozen_layers_are_told(folder: RunFolder) -
     assert "9 of 16 epochs run · 6 of these from stored features of frozen layers" in Page(write_report(folder)).text
 
 
+def test_a_subset_is_told_with_what_it_leaves_out_and_the_whole_is_not(tmp_path: Path, folder: RunFolder) -> None:
+    data = {**summary(CLASSES)["data"], "images": 42, "spared": 126, "subset": 0.25}
+    page = Page(write_report(ended_run(tmp_path, data=data)))
+    assert "subset 0.25: 42 of 168 images, chosen by patients, stratified by class" in page.text
+    assert "chosen by patients" not in Page(write_report(folder)).text
+
+
 def test_how_halving_judged_is_told_where_it_did(tmp_path: Path) -> None:
     sentence = "after epochs 4 and 12 (4,000 and 12,000 images seen), the best third goes on"
     page = Page(write_report(ended_run(tmp_path / "halved", halving=sentence)))

@@ -302,7 +302,10 @@ def wait_for(condition: object, timeout_s: float) -> None:
 
 
 def printed(
-    parts: tuple[str, ...], reference: ReferenceSpec | None = None, doctor: tuple[Diagnosis, ...] = ()
+    parts: tuple[str, ...],
+    reference: ReferenceSpec | None = None,
+    doctor: tuple[Diagnosis, ...] = (),
+    data: dict[str, Any] | None = None,
 ) -> list[str]:
     """What a sweep ends with on the terminal, whose test part has images if `parts` says so."""
     config = TrialConfig("efficientnet_v2_b0", freeze="all>stages:1>none")
@@ -317,7 +320,7 @@ def printed(
         "doctor": [asdict(each) for each in doctor],
         **{part: {"accuracy": 0.5, "loss": 0.7} for part in parts},
     }
-    summary: dict[str, Any] = {"strategies": [row], "data": {"classes": ["COVID", "Normal"]}}
+    summary: dict[str, Any] = {"strategies": [row], "data": {"classes": ["COVID", "Normal"], **(data or {})}}
     summary |= {"epochs": {"run": 3, "full": 3, "from_features": 0}}
     if "test" in parts:
         figures = {key: {"value": 0.5, "low": 0.4, "high": 0.6} for key in METRICS}
@@ -361,6 +364,13 @@ def test_a_sweep_without_a_test_part_says_so():
     text = "\n".join(printed(("train", "val")))
     assert "no test part: these are validation figures, and the choice was made on them" in text
     assert "accuracy of the best on train, val" in text
+
+
+def test_a_subset_is_told_beside_the_figures_and_the_whole_is_not():
+    told = "subset 0.25: 281 of 1,124 images, chosen by patients, stratified by class"
+    assert told in printed(("train", "val", "test"), data={"images": 281, "spared": 843, "subset": 0.25})
+    whole = printed(("train", "val", "test"), data={"images": 1124, "spared": 0, "subset": 1.0})
+    assert not [line for line in whole if "subset" in line]
 
 
 def test_strategies_that_were_not_evaluated_have_no_such_columns():
