@@ -426,6 +426,7 @@ def _data_notes(spec: SweepSpec, manifest: Manifest, splits: Sequence[str]) -> I
 
 
 def _notes(spec: SweepSpec, networks: Sequence[TrialConfig]) -> Iterator[str]:
+    yield from spec.notes
     if any(config.weights == "none" and not _trains_from_scratch(config) for config in networks):
         yield (
             "some trials start from random weights but keep part of them: with weights: none, what is frozen stays "

@@ -213,6 +213,7 @@ def test_a_size_for_nothing_is_refused(capsys):
         (["--no-cache"], "no features are kept: every trial runs its frozen layers in every epoch"),
         (["--cache-gb", "1e-6"], "and the cache has room for 1.0 kB: these trials run from the pixels"),
         ([], "Features may take"),
+        (["--set", "hidden_units=[32, 16]"], "note: --set hidden_units='[32, 16]' was taken as 2 choices, 32 or 16;"),
         (["--set", "augmented_views=2"], "note: augmented_views does nothing here: no trial augments its images"),
     ],
 )
