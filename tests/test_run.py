@@ -156,6 +156,13 @@ def test_data_that_cannot_be_used(refuse, space, tmp_path, images, message):
     assert "remedy" in said or "do:" in said
 
 
+def test_a_table_beside_the_wrong_folder(refuse, space, tmp_path):
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"x/{k}.png,{'ab'[k % 2]}\n" for k in range(9)))
+    said = refuse(space, "--data", tmp_path / "list.csv")
+    assert "found: 9 of 9 are missing; the first is 'x/0.png'" in said
+    assert "remedy: copy the missing files there" in said
+
+
 def test_data_that_is_not_there(refuse, space, tmp_path):
     assert str(tmp_path / "nowhere") in refuse(space, "--data", tmp_path / "nowhere")
 
