@@ -62,7 +62,7 @@ def strategy_table(summary: Mapping[str, Any], objective: Objective) -> Table:
     table = Table(title=f"Strategies by validation {objective.metric}{accuracy}", title_justify="left")
     for name in ("backbone", "freeze"):
         table.add_column(name)
-    for name in ("trials", "best", "median", "epoch", *parts, "trainable", "frozen", "time"):
+    for name in ("trials", "best", "median", "best\nepoch", *parts, "trainable", "frozen", "time"):
         table.add_column(name, justify="right")
     for row in summary["strategies"]:
         values = f"{MARK if row['doctor'] else ''}{row['best_val']:.3f}", f"{row['median_val']:.3f}"
