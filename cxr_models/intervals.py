@@ -1,7 +1,7 @@
 """Figures with their intervals, by a bootstrap that resamples patients.
 
 Images of one patient resemble each other; drawing images as if they were independent gives intervals that are too
-narrow.
+narrow. Where all resamples agree, a bootstrap cannot tell how far the figure may be off: see `exact_bounds`.
 """
 
 import math
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
+from cxr_models.exact_bounds import UNKNOWN, Bounds, figure_bounds, share_bounds
 from cxr_models.metrics import FloatArray, IntArray, evaluate_further, measure
 
 RESAMPLES = 1000
 AT_ONCE = 400_000  # images times draws: their weights fit into a cache
+AGREEING = 1e-9  # resamples that differ by less are the same but for rounding
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ def patient_intervals(
 ) -> dict[str, Interval]:
     """The metrics of `metrics.evaluate_further` with percentile bootstrap intervals (Efron and Tibshirani, 1993).
 
+    Where all resamples agree, such as on a recall of 1, the bounds are those of `exact_bounds.figure_bounds`. Where
+    few of few patients have an error, percentiles are a little too narrow: with 24 patients of three images each, 89 to
+    91 % of simulated intervals of an accuracy of 0.8 to 0.95 hold it.
+
     Args:
         labels: (images,) true class as an index into `classes`.
         scores: (images, classes) log-probabilities.
@@ -49,7 +55,11 @@ def patient_intervals(
         measure(labels, scores, classes, weights, further=True) for weights in resampled(patients, resamples, seed)
     )
     values = evaluate_further(labels, scores, classes)
-    return {name: Interval(value, *_percentiles(draws[name])) for name, value in values.items()}
+    bounds = {name: _percentiles(draws[name]) for name in values}
+    agreeing = [name for name, found in bounds.items() if _agree(found)]
+    if agreeing:
+        bounds |= figure_bounds(values, agreeing, labels, scores.argmax(axis=1), classes, patients)
+    return {name: Interval(value, *bounds[name]) for name, value in values.items()}
 
 
 def mean_intervals(
@@ -58,7 +68,7 @@ def mean_intervals(
     """Means over images, with intervals as those of `patient_intervals`.
 
     Args:
-        values: name -> (images,) figure of each image.
+        values: name -> (images,) figure of each image, from 0 to 1.
         patients: (images,) patient of each image.
         resamples: bootstrap samples.
         seed: of the resampling.
@@ -67,7 +77,12 @@ def mean_intervals(
         {name: own @ weights / weights.sum(axis=0) for name, own in values.items()}
         for weights in resampled(patients, resamples, seed)
     )
-    return {name: Interval(float(own.mean()), *_percentiles(draws[name])) for name, own in values.items()}
+    number = len(set(patients))
+    found = {}
+    for name, own in values.items():
+        mean, bounds = float(own.mean()), _percentiles(draws[name])
+        found[name] = Interval(mean, *(share_bounds(mean, number) if _agree(bounds) else bounds))
+    return found
 
 
 def known_within(interval: Interval, patients: int) -> float:
@@ -127,10 +142,10 @@ def joined(parts: Iterator[Mapping[str, FloatArray]]) -> dict[str, FloatArray]:
     return {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
 
 
-def _percentiles(values: FloatArray) -> tuple[float, float]:
+def _percentiles(values: FloatArray) -> Bounds:
     finite = values[np.isfinite(values)]
     if not len(finite):
-        return float("nan"), float("nan")
+        return UNKNOWN
     low, high = np.percentile(finite, (2.5, 97.5))
     return float(low), float(high)
 
@@ -144,3 +159,8 @@ def _error(interval: Interval, patients: int) -> float:
 
 def _half_width(error: float, patients: float) -> float:
     return error * float(stats.t.isf(0.025, patients - 1))
+
+
+def _agree(bounds: Bounds) -> bool:
+    low, high = bounds
+    return high - low < AGREEING

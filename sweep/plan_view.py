@@ -20,8 +20,9 @@ def render_plan(plan: Plan) -> RenderableType:
     spec, allotment = plan.spec, plan.allotment
     device = f"{allotment.gpus_per_trial:g} GPU" if allotment.gpus_per_trial else "no GPU"
     facts = Table.grid(padding=(0, 2))
+    images = subset_words(len(plan.manifest.records), plan.manifest.spared, spec.data.subset)
     for name, value in (
-        ("data", f"{spec.data.name} ({plan.manifest.layout}), {subset_words(plan.manifest, spec.data.subset)}"),
+        ("data", f"{spec.data.name} ({plan.manifest.layout}), {images}"),
         ("patients", f"{plan.manifest.patients}, {_two_sides(plan)}"),
         ("objective", f"validation {spec.objective.metric}, {spec.objective.mode}imum{_mean(plan)}"),
         ("search", f"{spec.search.algorithm}, {plan.trials} trials, at most {plan.max_epochs} epochs each"),
