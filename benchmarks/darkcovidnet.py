@@ -9,8 +9,8 @@ held out; it is then trained again on all of that, once, and tested on the held-
 of one picture on one side too. The candidates are heads on a frozen MobileNetV2 0.35, on its last layer or on seven
 depths (after Head2Toe: Evci et al., ICML 2022), whose features are computed once for all of them.
 
-No held-out figure has been used to choose among them. But their list was drawn up after a look at the inner folds of one
-outer fold of the three classes, and those images are held out in the four other folds: to that extent it has seen them.
+No held-out figure has been used to choose among them. But their list was drawn up after a look at the inner folds of
+one outer fold of the three classes, and those images are held out in the four others: to that extent it has seen them.
 
     python benchmarks/darkcovidnet.py --data DIR --weights FILE       # under an hour on 2 cores
 """
