@@ -106,13 +106,13 @@ class Plan:
     unets: tuple[UNetRow, ...] = ()
     lung_masks: tuple[LungMasks, ...] = ()
 
-    def parameters(self, config: TrialConfig) -> tuple[int, int]:
-        """A configuration's (trainable, frozen) parameters in its last phase."""
+    def parameters(self, config: TrialConfig, phase: int) -> tuple[int, int]:
+        """A configuration's (trainable, frozen) parameters in a phase, -1 for the last."""
         if config.backbone == UNET:
             return unet.count_parameters(config, self.channels), 0
         table = self.tables[config.backbone, config.image_side]
-        phase = parse_strategy(config.freeze).phases[-1]
-        return network.count_parameters(config, phase, table, len(self.manifest.classes))
+        trained = parse_strategy(config.freeze).phases[phase]
+        return network.count_parameters(config, trained, table, len(self.manifest.classes))
 
     def head_parameters(self, config: TrialConfig) -> int:
         """Those of a configuration's head; 0 for a U-Net, which has none."""

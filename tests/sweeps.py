@@ -83,5 +83,5 @@ def fake_sweep(
     return Conductor(jobs, search, halving, parameters, [heard], head_parameters=head_parameters), heard
 
 
-def parameters(config: TrialConfig) -> tuple[int, int]:
-    return 10 + config.seed, 100
+def parameters(config: TrialConfig, phase: int) -> tuple[int, int]:
+    return 10 + config.seed + phase, 100
