@@ -272,7 +272,7 @@ class TestBestEpoch:
 
 @pytest.mark.parametrize(("values", "phase"), [((0.9, 0.5), 0), ((0.5, 0.9), 1)])
 def test_parameters_are_those_of_the_phase_that_the_kept_weights_are_of(tmp_path, values, phase):
-    conductor, heard = fake_sweep(tmp_path, "quick", trials=1, epochs=2)
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=1, epochs=2, freeze="all>none")
     job = conductor.next_job()
     for number, value in enumerate(values):
         val = {"loss": 1.0, "macro_f1": value}
