@@ -85,8 +85,8 @@ def not_whole(root: Path, holders: Sequence[str]) -> DataError:
     return data_error(
         f"one folder per class in {str(root)!r}",
         f"whole data sets in {', '.join(map(repr, holders))}",
-        f"{hint}, or several under data.sources; if these folders are the classes all the same, list the images in a CSV "
-        "file: path,label",
+        f"{hint}, or several under data.sources; if these folders are the classes all the same, list the images in a "
+        "CSV file: path,label",
     )
 
 
