@@ -16,7 +16,7 @@ import numpy as np
 
 from cxr_models.metrics import FloatArray, classification_report, confusion_matrix
 from cxr_models.trial import UNET, VALIDATION_SCORES, EpochMetrics, Suggestion, TrialConfig, TrialResult
-from sweep.wording import strategy_text
+from sweep.wording import is_number, strategy_text
 
 MAX_CLASS_NAME_LENGTH = 200  # MLflow takes metric names of 250 characters
 
@@ -124,7 +124,8 @@ class MetricNames:
             if isinstance(interval, Mapping) and ("/" not in name or name.startswith("recall/"))
         }
         for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
-            named = self._named("test", {name: interval[part] for name, interval in test.items()})
+            known = {name: interval[part] for name, interval in test.items() if is_number(interval[part])}
+            named = self._named("test", known)
             metrics |= {f"{name}{suffix}": value for name, value in named.items()}
         return metrics
 
