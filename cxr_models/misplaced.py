@@ -18,14 +18,13 @@ Pictures = Sequence[tuple[str, ...]]
 """The path of each picture file, in parts."""
 
 
-def check_present(table: Path, missing: Sequence[str], listed: int, *, by_id: bool) -> None:
-    """Refuse a table most of whose files are not there: the rest would be another data set.
+def check_present(table: Path, missing: Sequence[str], listed: int) -> None:
+    """Refuse a table of paths most of whose files are not there: the rest would be another data set.
 
     Args:
         table: a CSV file.
-        missing: the paths that do not exist, or the ids that name no file.
+        missing: the paths that do not exist.
         listed: how many different ones there are in all.
-        by_id: whether the table names files by ids.
 
     Raises:
         DataError: more than `MOST_MISSING` are missing.
@@ -33,14 +32,12 @@ def check_present(table: Path, missing: Sequence[str], listed: int, *, by_id: bo
     if len(missing) <= MOST_MISSING * listed:
         return
     root = table.parent
-    looked = "no image of this name below" if by_id else "not a file below"
     remedy = "copy the missing files there, or take their lines out of the CSV file"
-    if not by_id and (near := _elsewhere(root, missing[0])):
+    if near := _elsewhere(root, missing[0]):
         remedy = f"{near}; or {remedy}"
     raise data_error(
-        f"the files that {str(table)!r} lists"
-        + ("" if by_id else ", each at its path from the folder of the CSV file or at an absolute one"),
-        f"{len(missing):,} of {listed:,} are missing; the first is {missing[0]!r}, {looked} {root}",
+        f"the files that {str(table)!r} lists, each at its path from the folder of the CSV file or at an absolute one",
+        f"{len(missing):,} of {listed:,} are missing; the first is {missing[0]!r}, not a file below {root}",
         remedy,
     )
 

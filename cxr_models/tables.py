@@ -64,7 +64,7 @@ def list_table(file: Path) -> Listing:
     by_id = bool(rows) and "id" in rows[0][1]
     unreadable: list[Unreadable] = []
     pictures = [parts for parts in files_below(file.parent, unreadable) if is_picture(parts)] if by_id else []
-    named, folders = _by_name(pictures), len(unreadable)
+    named = _by_name(pictures)
     images: dict[str, ListedImage] = {}
     problems: list[str] = []
     for line, row in rows:
@@ -93,12 +93,8 @@ def list_table(file: Path) -> Listing:
             "\n    ".join(problems[:SHOWN_PROBLEMS] + more or absent) or "no lines below the header",
             "correct the file",
         )
-    if by_id:
-        gone = list(dict.fromkeys(bad.path for bad in unreadable[folders:]))
-        check_present(file, gone, len(images) + len(gone), by_id=True)
-    else:
-        gone = [path for path in images if not os.path.isfile(file.parent / path)]
-        check_present(file, gone, len(images), by_id=False)
+    if not by_id:  # labels by id are published for whole collections, of which many people have a part
+        check_present(file, [path for path in images if not os.path.isfile(file.parent / path)], len(images))
     lost = {image.mask for image in images.values() if image.mask and not (file.parent / image.mask).is_file()}
     listed = tuple(image._replace(mask="") if image.mask in lost else image for image in images.values())
     unreadable += [Unreadable(mask, "the mask is missing", Flaw.MASK) for mask in sorted(lost)]
