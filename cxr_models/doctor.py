@@ -22,6 +22,9 @@ from functools import cached_property
 from itertools import groupby
 from statistics import fmean, pvariance
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cxr_models.hopeless import EMPTY_MASKS, is_dead, recalls, same_answer
 from cxr_models.trial import SEGMENT, Diagnosis, EpochMetrics, Objective, TrialConfig, best_epoch
 
@@ -33,6 +36,10 @@ LATE_SHARE = 0.1  # of the epochs allowed: the last ones
 LEAST_FALL = 0.1  # of an accuracy, in one epoch
 LEAST_GAIN = 0.05  # of a training accuracy over that of always naming the most frequent class
 NEARLY_PERFECT = {"max": 0.999, "min": 0.01}  # shares, and losses: beyond these nothing is left to gain
+REMEDY_OF_FINAL = (
+    "Do not use this final model. Its trial may have done well: train it with more seeds (final: {seeds: 3}), or "
+    "search lower learning rates."
+)
 ROUNDING = 5e-5  # of a figure given to four decimals
 
 
@@ -370,3 +377,23 @@ def _head_check(config: TrialConfig, parameters: int, head_parameters: int) -> I
             else "Set fewer hidden_units."
         )
         yield Diagnosis("head_holds_parameters", False, evidence, remedy)
+
+
+def examine(labels: NDArray[np.int32], scores: NDArray[np.float32], classes: Sequence[str]) -> tuple[Diagnosis, ...]:
+    """What is wrong with a model, told from its predictions alone.
+
+    Args:
+        labels: (images,) true class as an index into `classes`.
+        scores: (images, classes) log-probabilities.
+        classes: names of the classes.
+    """
+    predicted, present = set(scores.argmax(axis=1).tolist()), set(labels.tolist())
+    if len(present) > 1 and len(predicted) == 1:
+        (only,) = predicted
+        evidence = f"Every one of {len(labels)} test images is taken for {classes[only]}."
+        return (Diagnosis("constant_predictor", True, evidence, REMEDY_OF_FINAL),)
+    absent = [classes[label] for label in sorted(present - predicted)]
+    if not absent:
+        return ()
+    evidence = f"Not one of {len(labels)} test images is taken for {' or '.join(absent)}."
+    return (Diagnosis("class_never_predicted", True, evidence, REMEDY_OF_FINAL),)

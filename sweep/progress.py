@@ -290,7 +290,8 @@ class EvaluationProgress:
     def begins(self, number: int, total: int, result: TrialResult, images: int) -> None:
         """A strategy's best trial is about to be evaluated."""
         config = result.config
-        self._show(f"evaluating {number} of {total} strategies on {images:,} images: {config.backbone} {config.freeze}")
+        on = f" on {images:,} images" if images else ""  # there are none with folds and without a test part
+        self._show(f"evaluating {number} of {total} strategies{on}: {config.backbone} {config.freeze}")
 
     def registers(self) -> None:
         """The best model is about to be registered."""

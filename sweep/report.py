@@ -112,6 +112,7 @@ def render(run: Run) -> str:
         calibrated=calibrated_rows(run),
         evaluated=evaluated_rows(run),
         fold_rows=fold_rows(run),
+        final_doctor=run.summary.get("strategies", [{}])[0].get("final_doctor", []) if run.ranking else [],
         parts=evaluated_parts(run),
         comparisons=compare(run.reference, run.summary) if run.reference else (),
         best_seconds={result.trial_id: result.train_seconds for result in run.results},

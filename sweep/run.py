@@ -149,7 +149,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     except ValueError as error:
         raise SpecError("the command", [str(error)]) from None
     console.print(f"run folder: {folder.path}")
-    ended = run_sweep(plan, folder, data, inline=arguments.inline, address=arguments.address, console=console)
+    ended = run_sweep(
+        plan, folder, data, cache_dir, inline=arguments.inline, address=arguments.address, console=console
+    )
     print_results(plan, ended.results, ended.summary, console)
     if ended.tracking_problem:
         console.print(Text(f"note: {ended.tracking_problem}", style="yellow"))
@@ -195,7 +197,7 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
         note = f"  {MARK}{diagnosis.name}. {diagnosis.evidence} {diagnosis.remedy}"
         console.print(Text(note, style="red" if diagnosis.grave else "yellow"), soft_wrap=True)
     if test := summary.get("test"):
-        console.print(f"test set, opened once: {test['images']} images of {test['patients']} patients")
+        console.print(f"test set{_opened(summary)}: {test['images']} images of {test['patients']} patients")
         for name in (name for name in objective.metrics if name in test):
             found = test[name]
             console.print(f"  {name} {found['value']:.3f} (95 % interval {found['low']:.3f} to {found['high']:.3f})")
@@ -205,6 +207,13 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
         print_verdict(verdict, objective, console)
     if plan.spec.reference:
         _print_reference(plan.spec.reference, summary, console)
+
+
+def _opened(summary: Mapping[str, Any]) -> str:
+    """How often, as far as is known."""
+    openings = summary["test_openings"]
+    earlier = max((opening["earlier_sweeps"] for opening in openings), default=0)
+    return f", opened once by this sweep and by {earlier} before it" if earlier else ", opened once"
 
 
 def _ranking(order: Sequence[TrialResult], objective: Objective) -> Table:

@@ -13,16 +13,9 @@ from cxr_models.intervals import mean_intervals
 from cxr_models.mask_metrics import COUNTS, INSIDE, count_masks, image_metrics, telling_examples
 from cxr_models.storage import written_whole
 from cxr_models.trial import SEGMENT, TEST, VAL, TrialConfig, TrialData, TrialResult
-from sweep.evaluation import (
-    CALL_TIMEOUT_S,
-    IMAGE_TIMEOUT_S,
-    FinalEvaluation,
-    keras_child,
-    record_opening,
-    register,
-    uninterrupted,
-)
+from sweep.evaluation import IMAGE_TIMEOUT_S, FinalEvaluation, register, uninterrupted
 from sweep.finals import FinalTraining, FinalTrainings
+from sweep.keras_child import CALL_TIMEOUT_S, keras_child
 from sweep.plan import Plan
 from sweep.record import RunFolder, ranked, write_json
 from sweep.tracking import Tracker
@@ -92,7 +85,7 @@ def evaluate_segmentation(
     best = best_model(plan, trainings.of(result)[0], folder, data)
     with keras_child(folder.log("evaluation")) as call:
         if best.tested.any():
-            record_opening(folder, [result], tracker, models=1)
+            found.openings.record([result], tracker, models=1)
         masks = call(save_and_predict, best, timeout_s=CALL_TIMEOUT_S + IMAGE_TIMEOUT_S * len(best.indices))
         with uninterrupted():
             found.test = evaluate_test(plan, best, masks)

@@ -27,7 +27,7 @@ from sweep.masking import masked_arrays
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress, StepProgress, SweepProgress
 from sweep.readback import read_epochs
-from sweep.record import Record, RunFolder, ranked, read_lines, write_json
+from sweep.record import Record, RunFolder, ranked, write_json
 from sweep.report import write_report
 from sweep.runner import Conductor, Listener, SweepFailed, run_inline
 from sweep.samples import take_samples, write_samples
@@ -88,7 +88,9 @@ class Stopwatch:
         return {"total": time.perf_counter() - self._begun, **self._parts}
 
 
-def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, address: str, console: Console) -> Ended:
+def run_sweep(
+    plan: Plan, folder: RunFolder, data: TrialData, cache_dir: Path, *, inline: bool, address: str, console: Console
+) -> Ended:
     """Run every trial, evaluate each strategy's best one, and write everything into the run folder.
 
     The test set is opened once, for that evaluation. A sweep that was interrupted or failed keeps its finished trials.
@@ -120,7 +122,7 @@ def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, a
         epochs=lambda: read_epochs(folder.epoch_record),
         told=progress.trained_again,
     )
-    evaluation = FinalEvaluation(plan, folder)
+    evaluation = FinalEvaluation(plan, folder, cache_dir)
     failure, interrupted = "", False
     try:
         if not inline:
@@ -274,7 +276,6 @@ def _run_trials(
 
 
 def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tracker, status: RunStatus) -> None:
-    summary["test_openings"] = list(read_lines(folder.test_openings))
     if tracker.parent_run_id:
         summary["mlflow_run_id"] = tracker.parent_run_id
     write_json(folder.summary, summary)

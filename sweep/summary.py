@@ -12,7 +12,7 @@ from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult, best
 from sweep.audit_record import bar_json, finding_json
 from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
-from sweep.record import best_by_strategy, ranked, strategy_of
+from sweep.record import best_by_strategy, ranked, read_lines, strategy_of
 from sweep.verdict import cautions
 from sweep.weights import weights_inputs
 
@@ -76,6 +76,7 @@ def summarise(
             "concurrency": plan.allotment.concurrency,
             "threads_per_trial": plan.allotment.threads,
         },
+        "test_openings": list(read_lines(evaluation.openings.own)),
         "interrupted": interrupted,
         "notes": list(plan.notes),
     }
@@ -152,6 +153,10 @@ def _strategies(
                 "test_by_seed": evaluation.by_seed.get(best.trial_id, []),
             }
         )
+        if found := evaluation.doctor.get(best.trial_id):
+            rows[-1]["final_doctor"] = [asdict(diagnosis) for diagnosis in found]
+        if failed := evaluation.failed_seeds.get(best.trial_id):
+            rows[-1]["failed_seeds"] = asdict(failed)
         if calibration := evaluation.calibration.get(best.trial_id):
             rows[-1]["calibration"] = asdict(calibration)
         if problem := evaluation.problems.get(best.trial_id):

@@ -5,7 +5,7 @@ one on the test images. No test figure ever changes which strategy that is.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -232,6 +232,32 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
         for each in row.get("doctor", [])
         if each["grave"] and names.get(row["trial_id"], verdict.get("reference")) != verdict.get("reference")
     ]
+    lines += _of_final_models(summary, names)
     if verdict["comparisons"] and verdict["patients"] < FEW_PATIENTS:
         lines.append(f"The test set has {count(verdict['patients'], 'patient')} only: its intervals are rough.")
     return lines
+
+
+def _of_final_models(summary: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with the models that were tested, and how often others were tested on the same images.
+
+    Args:
+        summary: of the sweep.
+        names: trial -> the strategy that it stands for.
+    """
+    for row in summary.get("strategies", []):
+        name = f"`{names.get(row['trial_id'], row['trial_id'])}`"
+        for each in row.get("final_doctor", []):
+            yield f"The final model of {name} went wrong ({each['name']}): {each['evidence']}"
+        if failed := row.get("failed_seeds"):
+            total = failed["failed"] + failed["trained"]
+            yield (
+                f"{name} stands for {failed['trained']} of {count(total, 'final training')}, since the others failed "
+                f"({failed['problem']}): it looks better than it is if those were its worst."
+            )
+    earlier = max((opening.get("earlier_sweeps", 0) for opening in summary.get("test_openings", [])), default=0)
+    if earlier:
+        yield (
+            f"{count(earlier, 'sweep')} before this one opened the same test images: what was chosen after a look at "
+            "their figures is flattered by these here."
+        )

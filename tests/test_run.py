@@ -321,6 +321,7 @@ def printed(
     if "test" in parts:
         figures = {key: {"value": 0.5, "low": 0.4, "high": 0.6} for key in METRICS}
         summary["test"] = {**figures, "images": 9, "patients": 5}
+        summary["test_openings"] = [{"opened": "2026-01-01", "earlier_sweeps": 0}]
     objective = Objective("balanced_accuracy", "max")
     spec = SimpleNamespace(objective=objective, reference=reference)
     plan = SimpleNamespace(spec=spec, indices=lambda part: np.arange(9 if part in parts else 0))

@@ -37,6 +37,7 @@ def plan() -> Any:
         allotment=SimpleNamespace(cpus_per_trial=1, gpus_per_trial=0, concurrency=2, threads=1),
         notes=(),
         patients=lambda part: 2,
+        folds=(),
         class_counts=lambda: {"train": Counter(a=1, b=1), "val": Counter(a=1, b=1), "test": Counter()},
     )
 
@@ -53,7 +54,9 @@ def epoch(number: int, loss: float, accuracy: float) -> EpochMetrics:
 
 def summary(**found: Any) -> dict[str, Any]:
     evaluation = SimpleNamespace(
-        **{"figures": {}, "by_seed": {}, "problems": {}, "test": None, "calibration": {}, "verdict": None, **found}
+        **{"figures": {}, "by_seed": {}, "problems": {}, "test": None, "calibration": {}, "verdict": None}
+        | {"doctor": {}, "failed_seeds": {}, "openings": SimpleNamespace(own=Path("/nowhere"))}
+        | found
     )
     return summarise(
         plan(),
