@@ -19,6 +19,7 @@ from cxr_models.splits import write_split_csv
 from cxr_models.storage import written_whole
 from cxr_models.trial import SEGMENT, TEST, TrialData, TrialResult
 from sweep.audit_record import audit_tags, write_audit
+from sweep.champion import note_champion
 from sweep.evaluation import FinalEvaluation, evaluate_finalists, uninterrupted
 from sweep.finals import FinalTrainings
 from sweep.halving import Halving
@@ -292,6 +293,7 @@ def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tr
     if tracker.parent_run_id:
         summary["mlflow_run_id"] = tracker.parent_run_id
     write_json(folder.summary, summary)
+    note_champion(folder, summary)
     write_report(folder)
     overlays = sorted(folder.overlays.glob("*.png"))
     files = (folder.summary, folder.report, folder.trials, folder.predictions, folder.masks, folder.audit, *overlays)

@@ -207,6 +207,6 @@ def test_the_split_file_has_a_column_for_each_deal(tmp_path: Path) -> None:
     write_split_csv(tmp_path / "once.csv", manifest, splits, folds[:1])
     with (tmp_path / "twice.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["path", "label", "patient", "split", "fold_1", "fold_2"]
+    assert list(rows[0]) == ["path", "label", "patient", "split", "pixels", "fold_1", "fold_2"]
     assert [row["fold_2"] for row in rows] == [str(fold + 1) if fold >= 0 else "" for fold in folds[1]]
-    assert (tmp_path / "once.csv").read_text().startswith("path,label,patient,split,fold\n")
+    assert (tmp_path / "once.csv").read_text().startswith("path,label,patient,split,pixels,fold\n")
