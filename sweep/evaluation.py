@@ -297,7 +297,7 @@ def _evaluate(
         scores = scores_of(training.config, training.training_id, found.tested_by, model)
         with uninterrupted():
             if model:
-                _write_best_config(plan, result, data, folder)
+                _write_best_config(plan, training, data, folder)
             if len(found.tested_by):
                 if model:
                     found.add_test(scores)
@@ -320,11 +320,12 @@ def _overall(parts: Mapping[str, PartFigures]) -> dict[str, dict[str, float]]:
     return {part: {name: figures[name] for name in METRICS} for part, figures in parts.items()}
 
 
-def _write_best_config(plan: Plan, result: TrialResult, data: TrialData, folder: RunFolder) -> None:
+def _write_best_config(plan: Plan, training: FinalTraining, data: TrialData, folder: RunFolder) -> None:
     """All that is needed to use the model: an image's side and channels, and which class a probability belongs to."""
     shape = {"classes": list(plan.manifest.classes), "channels": data.channels}
-    fitted = {"fitted_on": "train+val", "fitted_epochs": result.best_epoch}
-    write_json(folder.best_config, {"trial_id": result.trial_id, **fitted, **shape, **result.config.to_json()})
+    trial, config = training.trial, training.config.to_json()
+    fitted = {"fitted_on": "train+val", "fitted_epochs": trial.best_epoch}
+    write_json(folder.best_config, {"trial_id": trial.trial_id, **fitted, **shape, **config})
 
 
 def register(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData, tracker: Tracker, call: Call) -> None:

@@ -81,9 +81,10 @@ def evaluate_segmentation(
         RuntimeError, TimeoutError: the best trial could not be evaluated, or not be trained again.
     """
     result = ranked(results, plan.spec.objective)[0]
-    if problem := trainings.problem(result):
-        raise RuntimeError(problem)
-    best = best_model(plan, trainings.of(result)[0], folder, data)
+    trained = trainings.of(result)
+    if not trained:
+        raise RuntimeError(trainings.problem(result))
+    best = best_model(plan, trained[0], folder, data)
     with keras_child(folder.log("evaluation")) as call:
         if best.tested.any():
             found.openings.record([result], tracker, models=1)
@@ -183,7 +184,7 @@ def record_predictions(plan: Plan, best: BestUNet, result: TrialResult, found: F
     # All that is needed to use the model: an image's side and channels.
     fitted = {"fitted_on": "train+val", "fitted_epochs": result.best_epoch}
     shape = {"task": SEGMENT, "channels": best.channels}
-    config = {"trial_id": result.trial_id, **fitted, **shape, **result.config.to_json()}
+    config = {"trial_id": result.trial_id, **fitted, **shape, **best.config.to_json()}
     write_json(folder.best_config, config)
 
 

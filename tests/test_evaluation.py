@@ -282,6 +282,7 @@ def test_where_some_seeds_failed_the_others_stand_for_their_strategy(tmp_path, m
     sweep.run(lambda name, indices: sweep.right(indices, 0.5 if name == "trial-1-final-2" else 1.0))
     assert sweep.calls[:4] == ["trial-1-final-2 saved", "trial-1-final-3", "trial-1", "register"]
     assert sweep.found.test["accuracy"]["value"] == 0.5  # of the model that is kept
+    assert json.loads(sweep.folder.best_config.read_text())["seed"] == 1
     assert sweep.found.figures["trial-1"]["test"]["accuracy"] == 0.5
     assert not sweep.found.problems
     assert sweep.found.failed_seeds == {
