@@ -47,6 +47,7 @@ class ImageRecord:
         format: of the file, such as `PNG` or `DICOM`.
         pixels: digest of the picture, the same in every file format; "" if unknown.
         thumbnail: a small picture as `fingerprints.thumbnail` writes it; "" if unknown.
+        patient_by: what tells the patient, in words; "" where nothing does and the image is its own.
     """
 
     path: str
@@ -63,6 +64,7 @@ class ImageRecord:
     format: str = ""
     pixels: str = ""
     thumbnail: str = field(default="", repr=False)
+    patient_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ def read_manifest(
         ImageRecord(
             path=image.path,
             label=image.label,
-            patient=rule.patient(image, known.patient),
+            patient=(told := rule.patient(image, known.patient))[0],
+            patient_by=told[1],
             source=image.source,
             split=image.split,
             mask=image.mask,

@@ -1,7 +1,7 @@
 """Whose image it is: from a table, from the file's name or folders, or from the file itself."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from cxr_models.listing import ListedImage, data_error
@@ -17,6 +17,7 @@ PATIENT_PATTERNS: Mapping[str, str] = {
     "montgomery": r"^(MCUCXR_\d{4})_[01]\.\w+$",
     "shenzhen": r"^(CHNCXR_\d{4})_[01]\.\w+$",
 }
+BY_TABLE, BY_TAG = "the CSV file", "DICOM's PatientID"
 EACH_ITS_OWN = "none"  # in place of a pattern: each image is its own patient unless a table says otherwise
 _CHARACTER_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")
 
@@ -37,19 +38,26 @@ class PatientRule:
 
     def __init__(self, text: str) -> None:
         self._by_tag = text != EACH_ITS_OWN
-        self._wanted = _compiled((PATIENT_PATTERNS.get(text, text),)) if text and self._by_tag else ()
-        self._built_in = () if text else _compiled(tuple(PATIENT_PATTERNS.values()))
+        given = {f"the given pattern {text!r}": PATIENT_PATTERNS.get(text, text)} if text and self._by_tag else {}
+        built_in = {} if text else {f"the built-in pattern {name}": own for name, own in PATIENT_PATTERNS.items()}
+        self._given, self._built_in = _compiled(given), _compiled(built_in)
 
-    def patient(self, image: ListedImage, tag: str) -> str:
-        """The patient: what a table says, else the user's pattern, the file's own tag, a built-in pattern, the path.
+    def patient(self, image: ListedImage, tag: str) -> tuple[str, str]:
+        """The patient, and what tells it in words: a table, else the user's pattern, the file's own tag, a built-in
+        pattern. Where nothing does, the patient is the path, and the words are "".
 
         Args:
             image: its `patient` is that of the table.
             tag: DICOM's PatientID, "" for none. The user's pattern goes before it, since files made anonymous may
                 all have the same one.
         """
-        path, own_tag = image.path, tag if self._by_tag else ""
-        return image.patient or _found(path, self._wanted) or own_tag or _found(path, self._built_in) or path
+        found = (
+            (image.patient, BY_TABLE),
+            *((_group(pattern.match(image.path)), words) for words, pattern in self._given.items()),
+            (tag if self._by_tag else "", BY_TAG),
+            *((_group(pattern.match(image.path)), words) for words, pattern in self._built_in.items()),
+        )
+        return next(((patient, words) for patient, words in found if patient), (image.path, ""))
 
 
 class _Pattern(NamedTuple):
@@ -67,22 +75,22 @@ class _Pattern(NamedTuple):
         return found
 
 
-def _found(path: str, patterns: Sequence[_Pattern]) -> str:
-    """What the first pattern that matches says, "" for nothing."""
-    match = next(filter(None, (pattern.match(path) for pattern in patterns)), None)
+def _group(match: re.Match[str] | None) -> str:
     if match is None:
         return ""
     named = match.groupdict(default="")
     return "_".join(filter(None, named.values())) if named else match[1 if match.re.groups else 0] or ""
 
 
-def _compiled(texts: Sequence[str]) -> tuple[_Pattern, ...]:
+def _compiled(patterns: Mapping[str, str]) -> dict[str, _Pattern]:
     try:
-        return tuple(_Pattern(re.compile(text), "/" in _CHARACTER_CLASS.sub("", text)) for text in texts)
+        return {
+            words: _Pattern(re.compile(text), "/" in _CHARACTER_CLASS.sub("", text)) for words, text in patterns.items()
+        }
     except re.error as error:
         raise data_error(
             f"as patient one of {', '.join((*PATIENT_PATTERNS, EACH_ITS_OWN))} or a regular expression",
-            f"{texts[0]!r}: {error}",
+            f"{next(iter(patterns.values()))!r}: {error}",
             r"correct it; '^(\d+)_' for example takes the digits in front of the first underscore, and "
             r"'([^/]+)/[^/]+$' the folder that an image lies in",
         ) from error

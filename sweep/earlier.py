@@ -1,7 +1,7 @@
 """What the models of earlier sweeps have learned from that a sweep builds on, beside the images it is judged by.
 
-A model that starts from one, or sees lungs that one found, knows the images that one has learned from. Where test
-images are among them, no test figure holds.
+A model that starts from one knows the images that one has learned from. Where test images are among them, no test
+figure holds. A U-Net that finds lungs has learned from masks, which says nothing of the labels: that is told, no more.
 """
 
 import csv
@@ -13,13 +13,14 @@ from typing import Any
 
 from cxr_models.audit import EARLIER_MODEL_SAW_TEST, Example, Finding, Severity
 from cxr_models.dataset import ImageRecord, Manifest
-from cxr_models.trial import NO_MASK, TEST
+from cxr_models.trial import TEST
 from sweep.lung_masks import LungMasks
 from sweep.record import RunFolder
 from sweep.weights import NAMED, WeightsFile
 from sweep.wording import listed
 
 SAW_VALIDATION = "earlier_model_saw_validation"
+MASKS_SAW_TEST = "earlier_masks_saw_test"
 MAY_HAVE_SEEN_TEST = "earlier_model_may_have_seen_test"
 UNKNOWN = "earlier_model_unknown"
 
@@ -62,10 +63,12 @@ class EarlierModel:
     Attributes:
         who: it, as the subject of a sentence.
         learned: from what.
+        of_masks: it finds lungs, and has learned from masks without labels.
     """
 
     who: str
     learned: Learned
+    of_masks: bool = False
 
 
 def earlier_models(
@@ -91,7 +94,9 @@ def earlier_models(
         for place, backbones in sorted(starting.items())
     ]
     found += [
-        EarlierModel(f"The U-Net that finds lungs ({source.model.path})", learned_from(source.model.path))
+        EarlierModel(
+            f"The U-Net that finds lungs ({source.model.path})", learned_from(source.model.path), of_masks=True
+        )
         for source in lung_masks
         if source.model
     ]
@@ -130,16 +135,14 @@ def learned_from(model: Path | None, seen: frozenset[Path] = frozenset()) -> Lea
 
 
 def _made_from(config: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> Iterator[Path | None]:
-    """The models that a run's best one was made from; None for one that is not known.
+    """The models that a run's best one started from; None for one that is not known.
 
     Args:
         config: of the best model; another trial of its sweep may have started from elsewhere.
         inputs: of the sweep's summary.
     """
-    weights, lung_mask = str(config.get("weights", "")), str(config.get("lung_mask", NO_MASK))
-    models = [entry["model"] for entry in inputs if entry.get("weights") == weights and "model" in entry]
-    models += [entry["model"] for entry in inputs if entry.get("lung_mask") == lung_mask and "model" in entry]
-    yield from (Path(model) for model in models)
+    weights = str(config.get("weights", ""))
+    yield from (Path(entry["model"]) for entry in inputs if entry.get("weights") == weights and "model" in entry)
     of_model = weights and weights not in NAMED and not weights.partition("#")[0].endswith(".h5")
     if of_model and not any(entry.get("weights") == weights for entry in inputs):
         yield None
@@ -174,6 +177,8 @@ def earlier_findings(
         [record for record, own in zip(manifest.records, splits, strict=True) if own == part]
         for part in (TEST, chosen_by)
     )
+    unets = [model for model in models if model.of_masks]
+    models = [model for model in models if not model.of_masks]
     found = (
         _about(
             EARLIER_MODEL_SAW_TEST,
@@ -204,6 +209,15 @@ def earlier_findings(
             f"has learned from {{count:,}} of the {len(chosen):,} images that trials are chosen by",
             "What builds on it looks better on them than it is, and is chosen too often.",
             "Compare what builds on it with what does not by the test images alone.",
+        ),
+        _about(
+            MASKS_SAW_TEST,
+            Severity.WARNING,
+            unets,
+            {model.who: [record for record in tested if model.learned.has(record)] for model in unets},
+            f"has learned from the masks of {{count:,}} of the {len(tested):,} test images, though from no label",
+            "It may find their lungs better than those of other people.",
+            "Where that matters, segment images of other people, and take that run's U-Net.",
         ),
     )
     return (*filter(None, found), *_unknown(models))

@@ -251,6 +251,12 @@ def best_by_strategy(results: tuple[TrialResult, ...], objective: Objective) -> 
     return tuple(best.values())
 
 
+def varied_axes(results: Sequence[TrialResult]) -> tuple[str, ...]:
+    """The axes that differ between trials, what a sweep compares first."""
+    seen = {axis: {getattr(result.config, axis) for result in results} for axis in AXES}
+    return tuple(axis for axis in AXES if len(seen[axis]) > 1)
+
+
 def write_trials_csv(path: Path, results: tuple[TrialResult, ...], objective: Objective) -> None:
     """One row a trial, in the order given."""
     metrics = _table_metrics((name for result in results for name in result.val), objective)

@@ -34,6 +34,7 @@ from sweep.runner import Conductor, Listener, SweepFailed, run_inline
 from sweep.samples import take_samples, write_samples
 from sweep.search import Search
 from sweep.segment_evaluation import evaluate_segmentation
+from sweep.segment_verdict import judge_segmentation
 from sweep.summary import summarise
 from sweep.timeline import Timeline
 from sweep.tracking import DatasetInfo, RunStatus, Tracker
@@ -132,13 +133,10 @@ def run_sweep(
             _run_trials(trainings, plan, folder, inline=inline, address=address, progress=progress)
         if ranked(record.results, plan.spec.objective):
             with watch.time("evaluate"):
-                console.print(
-                    "opening the test set, once, for the final models of each strategy"
-                    if tests
-                    else "no test part: the best trial of each strategy is evaluated on the images it was chosen by"
-                )
+                console.print(_opening(plan.spec.task, tests=tests))
                 if plan.spec.task == SEGMENT:
                     evaluate_segmentation(plan, record.results, trainings, folder, data, tracker, evaluation)
+                    evaluation.verdict = judge_segmentation(plan, record.results, folder, evaluation)
                 else:
                     shown = EvaluationProgress(console)
                     evaluate_finalists(plan, record.results, trainings, folder, data, tracker, shown, evaluation)
@@ -232,6 +230,21 @@ def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> TrialData:
         {key: kept_weights(file.path, cache_dir) for key, file in plan.weights.items()},
         masks=masks,
         masked=masked_arrays(plan, pixels, cache_dir, progress),
+    )
+
+
+def _opening(task: str, *, tests: bool) -> str:
+    """What the final evaluation is about to do."""
+    if task == SEGMENT:
+        return (
+            "opening the test set, once, for the final U-Net"
+            if tests
+            else "no test part: the best U-Net is evaluated on the images it was chosen by"
+        )
+    return (
+        "opening the test set, once, for the final models of each strategy"
+        if tests
+        else "no test part: the best trial of each strategy is evaluated on the images it was chosen by"
     )
 
 

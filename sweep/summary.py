@@ -105,6 +105,8 @@ def _data(plan: Plan) -> dict[str, Any]:
         "source": plan.spec.data.name,
         "layout": manifest.layout,
         "images": len(manifest.records),
+        "subset": plan.spec.data.subset,
+        "spared": manifest.spared,
         "found": plan.audit.found,
         "bar": bar_json(plan.audit),
         "patients": manifest.patients,

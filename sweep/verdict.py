@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cxr_models.comparison import ALPHA, POWER, Comparison, compare
 from cxr_models.metrics import FloatArray, IntArray
-from cxr_models.selection import selection_optimism
+from cxr_models.selection import Optimism, selection_optimism
 from cxr_models.trial import TEST, VALIDATION_SCORES, Objective, TrialResult
 from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
@@ -59,7 +60,7 @@ def judge(
     finalists = best_by_strategy(results, objective)
     several = len({result.config.backbone for result in finalists}) > 1
     names = {result.trial_id: " ".join(strategy_of(result)[0 if several else 1 :]) for result in finalists}
-    found: dict[str, Any] = {"optimism": _optimism(plan, results, folder)}
+    found: dict[str, Any] = {"optimism": optimism_json(_optimism(plan, results, folder))}
     if not len(plan.indices(TEST)):
         return {"sentence": WITHOUT_TEST_PART, "metric": objective.metric, **found, "comparisons": []}
     contenders = [
@@ -185,34 +186,57 @@ def _needed(rows: Sequence[Mapping[str, Any]]) -> str:
     needed = float(rows[0]["images_needed"])
     if not math.isfinite(needed):
         return "they do the same on them"
-    shown = f"more than {MOST_IMAGES:,}" if needed > MOST_IMAGES else f"about {rounded_up(needed):,}"
+    shown = number_needed(needed)
     rest = f" for `{rows[0]['second']}`, and more for the rest" if len(rows) > 1 else ""
     return f"{shown} would be needed{rest}"
 
 
-def _optimism(plan: Plan, results: tuple[TrialResult, ...], folder: RunFolder) -> dict[str, Any] | None:
-    """How much better the chosen trial looks on the validation images than it is; None where nothing was chosen."""
+def number_needed(images: float) -> str:
+    """How many images would be needed, as a sentence has it."""
+    return f"more than {MOST_IMAGES:,}" if images > MOST_IMAGES else f"about {rounded_up(images):,}"
+
+
+def _optimism(plan: Plan, results: tuple[TrialResult, ...], folder: RunFolder) -> Optimism | None:
     objective = plan.spec.objective
-    kept = []
-    for result in ranked(results, objective):
+    kept = [arrays for _, arrays in validated_alike(ranked(results, objective), folder)]
+    if len(kept) < 2:
+        return None
+    return selection_optimism(
+        kept[0]["labels"],
+        [each["scores"] for each in kept],
+        plan.manifest.classes,
+        [plan.manifest.records[index].patient for index in kept[0]["index"]],
+        objective.metric,
+        objective.mode,
+        folds=kept[0].get("fold"),
+        seed=plan.spec.search.seed,
+    )
+
+
+def validated_alike(
+    ranking: Sequence[TrialResult], folder: RunFolder
+) -> list[tuple[TrialResult, dict[str, NDArray[Any]]]]:
+    """The trials that kept what they made of the same validation images as the best of them, and what they kept.
+
+    Args:
+        ranking: the best trial first.
+        folder: where the trials left it.
+    """
+    kept: list[tuple[TrialResult, dict[str, NDArray[Any]]]] = []
+    for result in ranking:
         path = folder.trial(result.trial_id) / VALIDATION_SCORES
         if path.is_file():
             with np.load(path) as arrays:
-                kept.append({name: arrays[name] for name in ("index", "labels", "scores")})
-    alike = [each for each in kept if np.array_equal(each["index"], kept[0]["index"])]
-    if len(alike) < 2:
-        return None
-    patients = [plan.manifest.records[index].patient for index in alike[0]["index"]]
-    found = selection_optimism(
-        alike[0]["labels"],
-        [each["scores"] for each in alike],
-        plan.manifest.classes,
-        patients,
-        objective.metric,
-        objective.mode,
-        seed=plan.spec.search.seed,
-    )
-    return asdict(found) if math.isfinite(found.gain) else None
+                kept.append((result, dict(arrays)))
+    return [each for each in kept if np.array_equal(each[1]["index"], kept[0][1]["index"])]
+
+
+def optimism_json(found: Optimism | None) -> dict[str, Any] | None:
+    """`optimism` of a verdict: how much better the chosen trial looks on the validation images than it is.
+
+    None where nothing was chosen, and where too few patients were there to resample.
+    """
+    return asdict(found) if found and math.isfinite(found.gain) else None
 
 
 def cautions(summary: Mapping[str, Any]) -> list[str]:
@@ -233,7 +257,7 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
         if each["grave"] and names.get(row["trial_id"], verdict.get("reference")) != verdict.get("reference")
     ]
     lines += _of_final_models(summary, names)
-    if verdict["comparisons"] and verdict["patients"] < FEW_PATIENTS:
+    if (verdict["comparisons"] or "known" in verdict) and verdict["patients"] < FEW_PATIENTS:
         lines.append(f"The test set has {count(verdict['patients'], 'patient')} only: its intervals are rough.")
     return lines
 

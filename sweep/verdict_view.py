@@ -84,6 +84,11 @@ def verdict_notes(verdict: Verdict) -> list[str]:
             f"choosing among {count(chosen['trials'], 'trial')} again in resampled patients, and looking at those left "
             f"out, gives {figure(chosen['corrected'])}. The choice flatters by about {amount(metric, chosen['gain'])}."
         )
+    if "known" in verdict:
+        notes.append(
+            "One final U-Net was tested: what other trials would do on the test images is not known. Another seed "
+            "would move its figures too; the interval is of the images alone."
+        )
     own = [row["smallest_difference"] for row in verdict["comparisons"] if row["first"] == verdict["reference"]]
     if smallest := [each for each in own if is_number(each)]:
         others = f" ({amount(metric, min(smallest))} for the one most like it)" if len(smallest) > 1 else ""

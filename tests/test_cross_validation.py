@@ -54,7 +54,7 @@ def summary_of(folder: Path) -> dict:
 
 def test_the_split_file_tells_the_fold_of_each_image(folded: tuple[Path, str]) -> None:
     split = pd.read_csv(folded[0] / "split.csv")
-    assert [*split.columns] == ["path", "label", "patient", "split", "fold_1", "fold_2"]
+    assert [*split.columns] == ["path", "label", "patient", "split", "pixels", "fold_1", "fold_2"]
     assert {*split["split"]} == {"train", "test"}
     pool = split[split["split"] == "train"]
     assert split[split["split"] == "test"][["fold_1", "fold_2"]].isna().all().all()

@@ -15,6 +15,7 @@ from cxr_models.dataset import Manifest, read_manifest
 from cxr_models.splits import assign_splits, write_split_csv
 from cxr_models.trial import TEST, TRAIN, VAL
 from sweep.earlier import (
+    MASKS_SAW_TEST,
     MAY_HAVE_SEEN_TEST,
     SAW_VALIDATION,
     UNKNOWN,
@@ -164,11 +165,9 @@ class TestAncestors:
         splits = assign_splits(other, seed=0)
         return first, run_folder(tmp_path / "second", other, splits, config=config, inputs=inputs)
 
-    @pytest.mark.parametrize("key", ["weights", "lung_mask"])
-    def test_it_leaks(self, tmp_path, manifest, key):
+    def test_it_leaks(self, tmp_path, manifest):
         splits = assign_splits(manifest, seed=1)
-        config = {"weights": "imagenet", "lung_mask": "none", key: "runs/first"}
-        first, second = self.chain(tmp_path, manifest, config, key)
+        first, second = self.chain(tmp_path, manifest, {"weights": "runs/first", "lung_mask": "none"}, "weights")
         leak = found(second, manifest, splits)[EARLIER_MODEL_SAW_TEST]
         assert {example.paths[0] for example in leak.examples} == part(manifest, splits, TEST)
         first.unlink()
@@ -204,12 +203,14 @@ def test_every_model_that_a_sweep_builds_on_is_named(tmp_path, manifest):
         f"The model that resnet50 and vgg16 start from ({model})",
         f"The U-Net that finds lungs ({model})",
     ]
-    leak = earlier_findings(models, manifest, splits, chosen_by=VAL)[0]
+    leak, _, masks_seen = earlier_findings(models, manifest, splits, chosen_by=VAL)
     tested = len(part(manifest, splits, TEST))
-    assert f"start from ({model}) has learned from {tested} of the {tested} test images. The U-Net" in leak.evidence
-    assert len(leak.examples) == 2 * tested
-    audit = Audit(60, 60, {}, None, ()).with_findings([leak])
+    assert f"start from ({model}) has learned from {tested} of the {tested} test images. They are" in leak.evidence
+    assert len(leak.examples) == len(masks_seen.examples) == tested
+    audit = Audit(60, 60, {}, None, ()).with_findings([leak, masks_seen])
     assert audit.leaks == (leak,)
+    assert (masks_seen.name, masks_seen.severity) == (MASKS_SAW_TEST, Severity.WARNING)
+    assert f"has learned from the masks of {tested} of the {tested} test images, though from no" in masks_seen.evidence
 
 
 def test_blank_digests_are_not_equal(tmp_path, manifest):

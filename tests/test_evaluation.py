@@ -167,7 +167,8 @@ def test_the_final_model_is_tested_and_the_trial_judged_by_the_images_it_was_cho
         assert figures["train"]["patients"] == 4
         assert sweep.tracker.told[trial]["val"]["loss"] == pytest.approx(-np.log(0.1))
         assert sweep.tracker.told[trial]["test"]["loss"] == pytest.approx(-np.log(0.9 if trial == "trial-1" else 0.1))
-    assert sweep.found.test["accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    # Two patients: that all of their images are right is seen in 2.5 % of test sets where 15.8 % of images are.
+    assert sweep.found.test["accuracy"] == pytest.approx({"value": 1.0, "low": 0.025**0.5, "high": 1.0})
     assert sweep.found.test["confusion_matrix"] == [[2, 0], [0, 2]]
     assert "evaluating 2 of 3 strategies on 16 images: mobilenet_v2_0.35 stages:1" in sweep.output.getvalue()
 

@@ -128,7 +128,7 @@ def test_a_given_test_part_is_kept_where_none_would_be_cut(plan, tmp_path):
 
 def test_a_subset_is_said_in_the_plan_and_split_by_patient(plan, tmp_path):
     made = plan(f"{{source: {layouts.covid_radiography(tmp_path / 'x', images=24)}, subset: 0.25}}")
-    assert "24 of 96 images, a stratified quarter" in shown(made)
+    assert "subset 0.25: 24 of 96 images, chosen by patients, stratified by class" in shown(made)
     assert Counter(record.label for record in made.manifest.records) == dict.fromkeys(layouts.RADIOGRAPHY, 6)
     assert patients_on_two_sides(made.manifest, made.splits) == ()
 

@@ -268,3 +268,14 @@ class TestBestEpoch:
     @pytest.mark.parametrize("values", [(), (math.nan, math.nan)])
     def test_none(self, values, epochs_with):
         assert best_epoch(epochs_with(*values), Objective("macro_f1", "max")) is None
+
+
+@pytest.mark.parametrize(("values", "phase"), [((0.9, 0.5), 0), ((0.5, 0.9), 1)])
+def test_parameters_are_those_of_the_phase_that_the_kept_weights_are_of(tmp_path, values, phase):
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=1, epochs=2, freeze="all>none")
+    job = conductor.next_job()
+    for number, value in enumerate(values):
+        val = {"loss": 1.0, "macro_f1": value}
+        conductor.epoch(EpochMetrics(job.trial_id, number + 1, number, 0.1, {"loss": 1.0}, val, 0.1, 1.0))
+    conductor.ended(job.trial_id, TrialEnd())
+    assert heard.results[0].trainable_parameters == 10 + phase

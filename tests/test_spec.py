@@ -211,6 +211,33 @@ class TestOverrides:
         assert spec.search.fixed == ({"batch_size": 16},)
         assert read(spec.to_yaml()) == spec
 
+    def test_a_list_where_values_are_lists_is_noted_with_the_other_way_to_write_it(self, read):
+        spec = read(SMALL, "hidden_units=[1024, 512]")
+        assert spec.space.reachable("hidden_units") == ((1024,), (512,))
+        assert spec.notes == (
+            "--set hidden_units='[1024, 512]' was taken as 2 choices, 1024 or 512; "
+            "one choice that is this list is --set hidden_units='[[1024, 512]]'",
+        )
+        assert read(SMALL, "hidden_units=[1024, 512]", "hidden_units=[[1024, 512]]").notes == ()
+
+    @pytest.mark.parametrize(
+        ("override", "choices"),
+        [
+            ("hidden_units=[[1024, 512]]", ((1024, 512),)),
+            ("hidden_units=[1024]", ((1024,),)),
+            ("hidden_units=[[], 128]", ((), (128,))),
+            ("hidden_units={choices: [64, 32]}", ((64,), (32,))),
+            ("dropout=[0.1, 0.2]", ((),)),
+        ],
+    )
+    def test_a_list_that_can_be_read_in_one_way_alone_is_not_noted(self, read, override, choices):
+        spec = read(SMALL, override)
+        assert spec.space.reachable("hidden_units") == choices
+        assert spec.notes == ()
+
+    def test_a_list_in_the_file_is_not_noted(self, read):
+        assert read(with_axis("hidden_units: [64, 32]")).notes == ()
+
     @pytest.mark.parametrize(
         ("override", "message"),
         [

@@ -22,7 +22,7 @@ REFERENCE = ReferenceSpec.model_validate(
 
 def plan() -> Any:
     objective = Objective("macro_f1", "max")
-    search, data = SimpleNamespace(seed=0), SimpleNamespace(name="xrays")
+    search, data = SimpleNamespace(seed=0), SimpleNamespace(name="xrays", subset=0.25)
     return SimpleNamespace(
         spec=SimpleNamespace(
             name="small", task="classify", search=search, objective=objective, data=data, reference=REFERENCE
@@ -30,7 +30,7 @@ def plan() -> Any:
         lung_masks=(),
         weights={},
         halving=HalvingPlan(sentence="after epoch 4"),
-        manifest=Manifest(Path("/nowhere"), "folders", RECORDS, (), 0),
+        manifest=Manifest(Path("/nowhere"), "folders", RECORDS, (), 0, spared=12),
         audit=Audit(4, 4, {}, None, ()),
         trials=2,
         machine=SimpleNamespace(cores=2, gpus=0),
@@ -101,6 +101,11 @@ def test_without_a_test_part_there_is_no_test():
     assert "test" not in found
     assert found["data"]["splits"]["test"]["images"] == 0
     assert summary(test={"accuracy": {"value": 0.5}})["test"] == {"accuracy": {"value": 0.5}}
+
+
+def test_a_subset_is_told_with_what_it_leaves_out():
+    data = summary()["data"]
+    assert (data["images"], data["spared"], data["subset"]) == (4, 12, 0.25)
 
 
 def test_the_reference_of_the_spec_is_kept_for_the_report():

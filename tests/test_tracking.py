@@ -141,6 +141,7 @@ SUMMARY = {
     "test": {
         "macro_f1": {"value": 0.75, "low": 0.7, "high": 0.8},
         "recall/Normal": {"value": 0.9, "low": None, "high": None},
+        "mcc": {"value": 1.0, "low": float("nan"), "high": float("nan")},  # as it is before it becomes JSON
         "precision/Normal": {"value": 0.9, "low": 0.8, "high": 1.0},
         "confusion_matrix": [[8, 1, 1], [0, 5, 5], [0, 0, 10]],
         "classes": list(CLASSES),
@@ -280,6 +281,7 @@ def test_the_sweep_ends_with_test_figures_and_their_intervals(tracked):
     assert metrics["trials_failed"] == 1
     assert metrics["test_recall/Normal"] == 0.9
     assert "test_recall/Normal_low" not in metrics
+    assert {name for name in metrics if name.startswith("test_mcc")} == {"test_mcc"}
     assert "test_precision/Normal" not in metrics
     assert tracked.parent.data.tags["verdict"] == SUMMARY["verdict"]["sentence"]
     assert tracked.parent.data.tags["best_trial_id"] == suggested(0).trial_id
