@@ -144,7 +144,7 @@ def test_every_decision_of_halving_is_kept(on_ray):
 
 def test_the_split_is_written_and_shares_no_patient(on_ray):
     split = pd.read_csv(on_ray[0] / "split.csv")
-    assert list(split.columns) == ["path", "label", "patient", "split"]
+    assert list(split.columns) == ["path", "label", "patient", "split", "pixels"]
     assert (split.groupby("patient")["split"].nunique() == 1).all()
     assert set(split["split"]) == {"train", "val", "test"}
 
