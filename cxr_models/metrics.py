@@ -94,7 +94,7 @@ def measure(
     total = weights.sum(axis=0)
     found = {
         "loss": -_weighted(scores[np.arange(len(labels)), labels].astype(np.float64), weights) / total,
-        **_counted(_matrices(labels, scores, weights), classes, further=further),
+        **from_matrices(_matrices(labels, scores, weights), classes, further=further),
     }
     if areas:
         for kind, values in _areas(labels, scores, weights, precision_too=further).items():
@@ -149,8 +149,8 @@ def _mean(by_class: FloatArray) -> FloatArray:
     return _ratio(np.where(defined, by_class, 0.0).sum(axis=1), defined.sum(axis=1), undefined=np.nan)
 
 
-def _counted(matrices: FloatArray, classes: Sequence[str], *, further: bool) -> dict[str, FloatArray]:
-    """What follows from the confusion matrices (draws, classes, classes)."""
+def from_matrices(matrices: FloatArray, classes: Sequence[str], *, further: bool = False) -> dict[str, FloatArray]:
+    """The figures of `measure` that follow from confusion matrices (draws, classes, classes), true class by row."""
     hits, actual, predicted = matrices.diagonal(axis1=1, axis2=2), matrices.sum(axis=2), matrices.sum(axis=1)
     total = actual.sum(axis=1)
     present = actual > 0

@@ -23,7 +23,7 @@ class Optimism:
     """What a choice among trials did to the best score.
 
     Attributes:
-        trials: how many the choice was among, those too weak to matter left out.
+        trials: how many the choice was among; no more than `LEADERS` of them are chosen from again.
         best: the metric of the chosen trial on the images it was chosen on.
         corrected: what a trial that is chosen so scores on other images.
         gain: how much better `best` looks than `corrected`, never below 0.
@@ -136,7 +136,7 @@ def choice_optimism(
     within, without = within[:, usable], without[:, usable]
     best = float(leaders[0](np.ones((len(patients), 1)))[0])
     if not usable.any():
-        return Optimism(len(leaders), best, math.nan, math.nan)
+        return Optimism(len(trials), best, math.nan, math.nan)
     chosen = (sign * within).argmax(axis=0)
     corrected = float(without[chosen, np.arange(len(chosen))].mean())
-    return Optimism(len(leaders), best, corrected, max(0.0, sign * (best - corrected)))
+    return Optimism(len(trials), best, corrected, max(0.0, sign * (best - corrected)))

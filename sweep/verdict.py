@@ -19,10 +19,11 @@ from cxr_models.trial import TEST, VALIDATION_SCORES, Objective, TrialResult
 from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
 from sweep.record import RunFolder, best_by_strategy, ranked, strategy_of
-from sweep.wording import count, in_points, listed, metric_name, rounded_up, signed
+from sweep.wording import count, in_points, is_number, listed, metric_name, rounded_up, signed
 
 ALWAYS = ("macro_f1", "auroc")  # beside the sweep's objective
 FEW_PATIENTS = 30  # below, even Student's t gives intervals that are somewhat narrow
+FEW_OF_CLASS = 10  # below, macro figures hang on single patients
 MOST_IMAGES = 1_000_000  # nobody collects more to settle a difference
 WITHOUT_TEST_PART = (
     "There is no test part, so no strategy is compared with another: on the validation images their trials were chosen."
@@ -58,8 +59,8 @@ def judge(
     """
     objective, seed = plan.spec.objective, plan.spec.search.seed
     finalists = best_by_strategy(results, objective)
-    several = len({result.config.backbone for result in finalists}) > 1
-    names = {result.trial_id: " ".join(strategy_of(result)[0 if several else 1 :]) for result in finalists}
+    several = len({result.config.backbone for result in results}) > 1
+    names = {result.trial_id: " ".join(strategy_of(result)[0 if several else 1 :]) for result in results}
     found: dict[str, Any] = {"optimism": optimism_json(_optimism(plan, results, folder))}
     if not len(plan.indices(TEST)):
         return {"sentence": WITHOUT_TEST_PART, "metric": objective.metric, **found, "comparisons": []}
@@ -69,7 +70,28 @@ def judge(
         if result.trial_id in evaluation.test_scores
     ]
     labels, patients = evaluation.test_images
-    return compared(contenders, labels, plan.manifest.classes, patients, objective, seed=seed) | found
+    problems = _problems(results, finalists, names, evaluation)
+    return compared(contenders, labels, plan.manifest.classes, patients, objective, problems, seed=seed) | found
+
+
+def _problems(
+    results: Sequence[TrialResult],
+    finalists: Sequence[TrialResult],
+    names: Mapping[str, str],
+    evaluation: FinalEvaluation,
+) -> dict[str, str]:
+    """Strategy -> what kept it, or some of its final models, from being tested."""
+    best = {strategy_of(result): result.trial_id for result in finalists}
+    found = {}
+    for result in results:
+        own = best.get(strategy_of(result))
+        if own is None:
+            why = f"none of its trials gave a model; the last: {result.error or 'it had no epoch'}"
+        else:
+            why = evaluation.problems.get(own, "" if own in evaluation.test_scores else "it has no final model")
+        if why:
+            found[names[result.trial_id]] = why
+    return found
 
 
 def compared(
@@ -78,6 +100,7 @@ def compared(
     classes: Sequence[str],
     patients: Sequence[str],
     objective: Objective,
+    problems: Mapping[str, str] | None = None,
     *,
     seed: int = 0,
     **resampling: int,
@@ -90,6 +113,7 @@ def compared(
         classes: names of the classes.
         patients: (images,) patient of each image.
         objective: what the strategies are compared by.
+        problems: strategy -> what went wrong in testing it; those that are no contenders could not be tested.
         seed: of the resampling.
         resampling: `resamples` of `comparison.compare`.
     """
@@ -103,30 +127,39 @@ def compared(
         seed=seed,
         **resampling,
     )
-    rows = [_row(comparison, objective, len(labels), len(found)) for comparison in found]
-    own = rows[: len(contenders) - 1]  # pairs come in the order of the strategies
+    seeds = {each.name: len(each.scores) for each in contenders}
+    rows = [_row(comparison, objective, len(labels), len(found), seeds) for comparison in found]
+    own = rows[: max(0, len(contenders) - 1)]  # pairs come in the order of the strategies
+    untested = [name for name in problems or {} if name not in seeds]
+    reference = next(iter(seeds), "")
+    owners = np.asarray(patients)
     return {
-        "sentence": sentence(contenders[0].name, own, objective, len(labels)),
+        "sentence": sentence(reference, own, objective, len(labels), untested),
         "metric": metric,
-        "reference": contenders[0].name,
+        "reference": reference,
         "strategies": {each.name: each.trial_id for each in contenders},
-        "seeds": min((len(each.scores) for each in contenders), default=0),
+        "problems": dict(problems or {}),
+        "seeds": min(seeds.values(), default=0),
         "images": len(labels),
         "patients": len(set(patients)),
+        "class_patients": {name: len(set(owners[labels == place])) for place, name in enumerate(classes)},
         "pairs": len(found),
         "alpha": ALPHA,
         "power": POWER,
-        "smallest_difference": max((row["smallest_difference"] for row in own), default=math.nan),
+        "smallest_difference": max(filter(is_number, (row["smallest_difference"] for row in own)), default=math.nan),
         "comparisons": rows,
     }
 
 
-def _row(comparison: Comparison, objective: Objective, images: int, pairs: int) -> dict[str, Any]:
+def _row(
+    comparison: Comparison, objective: Objective, images: int, pairs: int, seeds: Mapping[str, int]
+) -> dict[str, Any]:
     deciding = comparison.differences[objective.metric]
     first_leads = deciding.value > 0 if objective.mode == "max" else deciding.value < 0
     return {
         "first": comparison.first,
         "second": comparison.second,
+        "seeds": [seeds[comparison.first], seeds[comparison.second]],
         "better": (comparison.first if first_leads else comparison.second) if deciding.shown else None,
         "differences": {name: asdict(difference) for name, difference in comparison.differences.items()},
         "mcnemar": asdict(comparison.discordance),
@@ -135,39 +168,71 @@ def _row(comparison: Comparison, objective: Objective, images: int, pairs: int) 
     }
 
 
-def sentence(reference: str, rows: Sequence[Mapping[str, Any]], objective: Objective, images: int) -> str:
+def sentence(
+    reference: str,
+    rows: Sequence[Mapping[str, Any]],
+    objective: Objective,
+    images: int,
+    untested: Sequence[str] = (),
+) -> str:
     """What the comparisons of the reference say, for a person.
 
     Args:
-        reference: the strategy that was best on the validation images.
+        reference: the strategy that was best on the validation images; "" where none could be tested.
         rows: of `compared`, those whose `first` is the reference.
         objective: that they were decided by.
         images: of the test set.
+        untested: strategies that could not be tested.
     """
+    left_out = f"{_quoted(untested)} could not be tested" if untested else ""
+    if not reference:
+        return f"{left_out}: no strategy is compared with another."
     if not rows:
-        return f"`{reference}` is the only strategy: there is nothing to compare it with."
+        rest = f"{left_out}; there is" if untested else f"`{reference}` is the only strategy: there is"
+        return f"{rest} nothing to compare {f'`{reference}`' if untested else 'it'} with."
     metric = objective.metric
     ahead = [row for row in rows if row["better"] == reference]
     behind = [row for row in rows if row["better"] == row["second"]]
     open_ = sorted((row for row in rows if row["better"] is None), key=lambda row: float(row["images_needed"]))
     parts = []
     if behind:
-        names = _names(behind)
         verb = "is" if len(behind) == 1 else "are"
-        parts.append(f"{names} {verb} better than `{reference}`, the best by validation{_by(behind, metric, -1)}")
+        best = f"`{reference}`, the best by validation{' of those tested' if untested else ''}"
+        parts.append(f"{_names(behind)} {verb} better than {best}{_by(behind, metric, -1)}{_as_far(behind)}")
     if ahead:
-        parts.append(f"`{reference}` is better than {_names(ahead)}{_by(ahead, metric, 1)}")
-    if open_:
-        which = "it" if ahead else f"`{reference}`"
-        parts.append(f"these {count(images, 'image')} cannot tell {which} from {_names(open_)}; {_needed(open_)}")
-    text = ". ".join(part[:1].upper() + part[1:] for part in parts)
+        parts.append(f"`{reference}` is better than {_names(ahead)}{_by(ahead, metric, 1)}{_as_far(ahead)}")
+    cases: dict[str, list[Mapping[str, Any]]] = {}
+    for row in open_:
+        cases.setdefault(_without_number(row, metric), []).append(row)
+    for case, alike in cases.items():
+        which = "it" if ahead or case != next(iter(cases)) else f"`{reference}`"
+        why = case or _needed(alike)
+        parts.append(f"these {count(images, 'image')} cannot tell {which} from {_names(alike)}; {why}")
+    text = ". ".join(part[:1].upper() + part[1:] for part in filter(None, [*parts, left_out]))
     return f"{text}."
 
 
 def _names(rows: Sequence[Mapping[str, Any]]) -> str:
-    names = [f"`{row['second']}`" for row in rows]
+    return _quoted([row["second"] for row in rows])
+
+
+def _quoted(strategies: Sequence[str]) -> str:
+    names = [f"`{name}`" for name in strategies]
     left = len(names) - NAMED
     return listed(names if left <= 1 else [*names[:NAMED], f"{left} others"])
+
+
+def _as_far(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a comparison is about where a strategy was trained once: these models, not every training of it."""
+    if all(max(row["seeds"]) == 1 for row in rows):
+        return ", as far as one training of each can tell"
+    once = {
+        row[side]: None
+        for row in rows
+        for side, seeds in zip(("first", "second"), row["seeds"], strict=True)
+        if seeds == 1
+    }
+    return f", as far as one training of {_quoted(list(once))} can tell" if once else ""
 
 
 def _by(rows: Sequence[Mapping[str, Any]], metric: str, sign: int) -> str:
@@ -177,15 +242,30 @@ def _by(rows: Sequence[Mapping[str, Any]], metric: str, sign: int) -> str:
     least = "at least " if len(rows) > 1 else ""
     scale, unit, digits = (100.0, "points ", 1) if in_points(metric) else (1.0, "", 3)
     low_text, high_text = (signed(scale * bound, digits).removeprefix("+") for bound in (low, high))
+    interval = f"95 % interval {low_text} to {high_text}" if is_number(low) else "whichever patients are drawn"
     value = signed(scale * sign * nearest["value"], digits)
-    return f" ({least}{value} {unit}{metric_name(metric)}, 95 % interval {low_text} to {high_text})"
+    return f" ({least}{value} {unit}{metric_name(metric)}, {interval})"
+
+
+def _without_number(row: Mapping[str, Any], metric: str) -> str:
+    """Why no number of images can be given that would settle a comparison; "" where one can."""
+    found, name = row["differences"][metric], metric_name(metric)
+    if math.isfinite(row["images_needed"]):
+        return ""
+    if math.isnan(found["value"]):
+        return f"{name} is undefined on them"
+    if not found["patients"]:
+        return "they do the same on them"
+    if math.isnan(found["error"]):
+        return "they are of too few patients"
+    if found["seed_error"] and found["value"]:
+        return "no number would, as long as the final trainings of a strategy differ so much: more of them are needed"
+    return f"they differ on single images, but not in {name}: no number of images follows from that"
 
 
 def _needed(rows: Sequence[Mapping[str, Any]]) -> str:
     """`rows` come in the order of how many images they need."""
     needed = float(rows[0]["images_needed"])
-    if not math.isfinite(needed):
-        return "they do the same on them"
     shown = number_needed(needed)
     rest = f" for `{rows[0]['second']}`, and more for the rest" if len(rows) > 1 else ""
     return f"{shown} would be needed{rest}"
@@ -257,6 +337,14 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
         if each["grave"] and names.get(row["trial_id"], verdict.get("reference")) != verdict.get("reference")
     ]
     lines += _of_final_models(summary, names)
+    for name, why in verdict.get("problems", {}).items():
+        what = "was not tested in full" if name in verdict["strategies"] else "could not be tested"
+        lines.append(f"`{name}` {what}: {why}")
+    if few := {name: own for name, own in verdict.get("class_patients", {}).items() if own < FEW_OF_CLASS}:
+        classes = listed([f"{name} ({own})" for name, own in few.items()])
+        lines.append(
+            f"Of some classes fewer than {FEW_OF_CLASS} patients are tested, each of whom weighs much: {classes}."
+        )
     if (verdict["comparisons"] or "known" in verdict) and verdict["patients"] < FEW_PATIENTS:
         lines.append(f"The test set has {count(verdict['patients'], 'patient')} only: its intervals are rough.")
     return lines

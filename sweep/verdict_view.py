@@ -82,7 +82,8 @@ def verdict_notes(verdict: Verdict) -> list[str]:
         notes.append(
             f"The best validation {metric_name(metric)}, {figure(chosen['best'])}, was chosen on the images it is of: "
             f"choosing among {count(chosen['trials'], 'trial')} again in resampled patients, and looking at those left "
-            f"out, gives {figure(chosen['corrected'])}. The choice flatters by about {amount(metric, chosen['gain'])}."
+            f"out, gives {figure(chosen['corrected'])}. The choice flatters by about {amount(metric, chosen['gain'])}. "
+            "What choosing the best epoch of each trial adds is not in it."
         )
     if "known" in verdict:
         notes.append(
@@ -98,7 +99,11 @@ def verdict_notes(verdict: Verdict) -> list[str]:
             f"{count(verdict['patients'], 'patient')}) would show it; smaller differences mostly pass unseen."
         )
     if verdict["comparisons"] and verdict["seeds"] == 1:
-        notes.append("Each strategy stands for one final training; another seed would move its figures too.")
+        once = all(max(row.get("seeds", [1])) == 1 for row in verdict["comparisons"])
+        notes.append(
+            f"{'Each strategy stands' if once else 'Some strategies stand'} for one final training; another seed would "
+            "move its figures too. With `final: {seeds: 5}` in the file the verdict counts by how much."
+        )
     return notes
 
 

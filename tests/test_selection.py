@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cxr_models.metrics import evaluate
-from cxr_models.selection import mean_optimism, selection_optimism
+from cxr_models.selection import LEADERS, mean_optimism, selection_optimism
 
 CLASSES = ("a", "b", "c")
 PATIENTS = [str(k // 2) for k in range(240)]
@@ -49,6 +49,14 @@ def test_a_trial_that_is_far_better_owes_nothing_to_the_choice():
     assert found.best == evaluate(labels, trials[0], CLASSES)["accuracy"]
     assert found.gain < 0.01
     assert found.trials == 4
+
+
+def test_all_trials_are_counted_though_the_weak_are_not_chosen_from_again():
+    labels, trials = trials_of(0, [0.8] * LEADERS + [0.4] * 10, "accuracy")
+    found = selection_optimism(labels, trials, CLASSES, PATIENTS, "accuracy", "max", resamples=20)
+    leading = selection_optimism(labels, trials[:LEADERS], CLASSES, PATIENTS, "accuracy", "max", resamples=20)
+    assert (found.trials, leading.trials) == (LEADERS + 10, LEADERS)
+    assert found.gain == leading.gain
 
 
 def test_the_best_of_losses_is_the_lowest():

@@ -1,6 +1,7 @@
 """The sentence says what the comparisons show: better, or not to be told apart and how many images would."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from cxr_models.audit import CLASS_FOLLOWS
 from cxr_models.dataset import ImageRecord, Manifest
 from cxr_models.trial import VALIDATION_SCORES, Objective, Outcome, TrialConfig, TrialResult
 from sweep.record import RunFolder, write_json
@@ -48,8 +50,8 @@ def test_a_strategy_better_by_some_points_is_named_with_its_interval():
     assert row["better"] == "convs:1"
     assert 0.03 < difference["value"] < 0.09
     value, low, high = (100 * difference[name] for name in ("value", "low", "high"))
-    expected = f"`convs:1` is better than `all` (+{value:.1f} points macro F1, 95 % interval {low:.1f} to {high:.1f})."
-    assert found["sentence"] == expected
+    expected = f"`convs:1` is better than `all` (+{value:.1f} points macro F1, 95 % interval {low:.1f} to {high:.1f})"
+    assert found["sentence"] == f"{expected}, as far as one training of each can tell."
 
 
 def test_the_reference_stays_the_best_by_validation_though_another_is_better_on_the_test_images():
@@ -59,13 +61,49 @@ def test_the_reference_stays_the_best_by_validation_though_another_is_better_on_
     assert found["sentence"].startswith("`all` is better than `convs:1`, the best by validation (+")
 
 
-def test_the_mean_over_seeds_is_compared():
+def by_seeds(*trainings: tuple[float, ...], patients: int = 1000) -> dict[str, Any]:
+    """The verdict on strategies of which every training has an edge of its own."""
     generator = np.random.default_rng(0)
-    labels, owners = images_of(generator, 200)
-    one, other, third = scores_of(generator, labels, owners, (0.0, 0.0, 0.0))
-    contenders = [Contender("convs:1", "a", [one, other]), Contender("all", "b", [third])]
-    found = compared(contenders, labels, CLASSES, owners, F1, resamples=100)
-    assert found["strategies"] == {"convs:1": "a", "all": "b"}
+    labels, owners = images_of(generator, patients, most=1)
+    scores = iter(scores_of(generator, labels, owners, sum(trainings, ())))
+    contenders = [
+        Contender(name, name, [next(scores) for _ in edges]) for name, edges in zip(FREEZES, trainings, strict=False)
+    ]
+    return compared(contenders, labels, CLASSES, owners, F1, resamples=100)
+
+
+def test_the_mean_over_seeds_is_compared():
+    """The first training of the reference is no better than the other's; its later ones are, all by as much."""
+    assert by_seeds((0.0,), (0.0,))["comparisons"][0]["better"] is None
+    found = by_seeds((0.0, 0.7, 0.6, 0.7, 0.6), (0.0, 0.05, 0.0, 0.05, 0.0))
+    (row,) = found["comparisons"]
+    assert (row["better"], row["seeds"], found["seeds"]) == ("convs:1", [5, 5], 5)
+    assert found["sentence"].startswith("`convs:1` is better than `all` (+")
+    assert "training" not in found["sentence"]
+    assert not any("another seed" in note for note in notes_of(found))
+
+
+def test_a_lucky_training_makes_no_strategy_better():
+    """One training of the reference did much better: alone it is shown, among five of each it is not."""
+    assert by_seeds((1.2,), (0.0,))["comparisons"][0]["better"] == "convs:1"
+    found = by_seeds((1.2, 0.0, 0.1, -0.1, 0.0), (0.0, 0.0, -0.1, 0.1, 0.0))
+    (row,) = found["comparisons"]
+    assert row["better"] is None
+    assert row["images_needed"] == math.inf
+    assert found["sentence"].endswith("differ so much: more of them are needed.")
+
+
+def test_what_one_training_tells_is_called_so():
+    found = by_seeds((0.7,), (0.0, 0.05, 0.0))
+    assert found["sentence"].endswith(", as far as one training of `convs:1` can tell.")
+    assert any("Some strategies stand for one final training" in note for note in notes_of(found))
+    (note,) = (note for note in notes_of(by_seeds((0.7,), (0.0,))) if "training" in note)
+    assert note.startswith("Each strategy stands for one final training; another seed would move its figures too.")
+    assert "`final: {seeds: 5}`" in note
+
+
+def notes_of(verdict: dict[str, Any]) -> list[str]:
+    return verdict_notes({**verdict, "warnings": [], "optimism": None})
 
 
 def test_a_lower_loss_is_better():
@@ -77,9 +115,21 @@ def test_a_lower_loss_is_better():
     assert "points" not in found["sentence"]
 
 
-def row(second: str, better: str | None, value: float, needed: float = 1385.2) -> dict[str, Any]:
-    found = {"value": value, "low": value - 0.015, "high": value + 0.016}
-    return {"second": second, "better": better, "differences": {"macro_f1": found}, "images_needed": needed}
+def row(
+    second: str, better: str | None, value: float, needed: float = 1385.2, seeds: int = 3, **found: float
+) -> dict[str, Any]:
+    own = {"value": value, "low": value - 0.015, "high": value + 0.016, "error": 0.008, "seed_error": 0.0}
+    return {
+        "first": "a",
+        "second": second,
+        "better": better,
+        "differences": {"macro_f1": {**own, "patients": 20, **found}},
+        "images_needed": needed,
+        "seeds": [seeds, seeds],
+    }
+
+
+INFINITE, NAN = float("inf"), float("nan")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +150,7 @@ def row(second: str, better: str | None, value: float, needed: float = 1385.2) -
             "images cannot tell it from `e` and `d`; about 1,400 would be needed for `e`, and more for the rest.",
         ),
         (
-            [row("b", "b", -0.021), row("c", None, 0.0, float("inf"))],
+            [row("b", "b", -0.021), row("c", None, 0.0, INFINITE, patients=0)],
             "`b` is better than `a`, the best by validation (+2.1 points macro F1, 95 % interval 0.5 to 3.6). "
             "These 169 images cannot tell `a` from `c`; they do the same on them.",
         ),
@@ -109,10 +159,80 @@ def row(second: str, better: str | None, value: float, needed: float = 1385.2) -
             "These 169 images cannot tell `a` from `b`, `c`, `d` and 3 others; more than 1,000,000 would be needed for "
             "`b`, and more for the rest.",
         ),
+        (
+            [row("b", "a", 0.021, seeds=1)],
+            "`a` is better than `b` (+2.1 points macro F1, 95 % interval 0.6 to 3.7), as far as one training of each "
+            "can tell.",
+        ),
+        (
+            [row("b", "a", 0.4, low=NAN, high=NAN)],
+            "`a` is better than `b` (+40.0 points macro F1, whichever patients are drawn).",
+        ),
+        (
+            [row("b", None, 0.0, INFINITE, patients=0), row("c", None, 0.0, INFINITE), row("d", None, 0.01)],
+            "These 169 images cannot tell `a` from `d`; about 1,400 would be needed. These 169 images cannot tell it "
+            "from `b`; they do the same on them. These 169 images cannot tell it from `c`; they differ on single "
+            "images, but not in macro F1: no number of images follows from that.",
+        ),
+        (
+            [row("b", None, NAN, INFINITE, error=NAN)],
+            "These 169 images cannot tell `a` from `b`; macro F1 is undefined on them.",
+        ),
+        (
+            [row("b", None, 0.1, INFINITE, error=NAN)],
+            "These 169 images cannot tell `a` from `b`; they are of too few patients.",
+        ),
+        (
+            [row("b", None, 0.1, INFINITE, seed_error=0.05)],
+            "These 169 images cannot tell `a` from `b`; no number would, as long as the final trainings of a strategy "
+            "differ so much: more of them are needed.",
+        ),
     ],
 )
 def test_the_sentence(rows, expected):
     assert sentence("a", rows, F1, 169) == expected
+
+
+def test_strategies_that_could_not_be_tested_are_named():
+    behind = [row("b", "b", -0.021)]
+    assert sentence("a", behind, F1, 169, ["c"]).startswith("`b` is better than `a`, the best by validation of those")
+    assert sentence("a", behind, F1, 169, ["c", "d"]).endswith(" 0.5 to 3.6). `c` and `d` could not be tested.")
+    alone = sentence("a", [], F1, 169, ["c"])
+    assert alone == "`c` could not be tested; there is nothing to compare `a` with."
+    assert sentence("", [], F1, 169, ["c"]) == "`c` could not be tested: no strategy is compared with another."
+
+
+def verdict_on(
+    first: np.ndarray, second: np.ndarray, labels: np.ndarray, patients: list[str], metric: str = "macro_f1"
+):
+    """The verdict on two strategies, given the classes that each predicts."""
+    contenders = [
+        Contender(name, name, [np.log(0.85 * np.eye(3)[own] + 0.05)])
+        for name, own in (("convs:1", first), ("all", second))
+    ]
+    return compared(contenders, labels, CLASSES, patients, Objective(metric, "max"), resamples=100)
+
+
+def test_what_cannot_be_told_is_told_for_its_own_reason():
+    labels = np.arange(36) % 3
+    patients = [str(k) for k in range(36)]
+    wrong = (labels + 1) % 3
+    one, other = (np.where(np.isin(np.arange(36), places), wrong, labels) for places in ((0, 3, 6), (9, 12, 15)))
+    same = verdict_on(labels, labels, labels, patients)
+    equal = verdict_on(one, other, labels, patients, "accuracy")
+    undefined = verdict_on(labels, one, np.zeros(36, int), patients, "auroc")
+    alone = verdict_on(labels, one, labels, ["p"] * 36)
+    for found, reason in (
+        (same, "they do the same on them."),
+        (equal, "they differ on single images, but not in accuracy: no number of images follows from that."),
+        (undefined, "AUROC is undefined on them."),
+        (alone, "they are of too few patients."),
+    ):
+        assert found["sentence"] == f"These 36 images cannot tell `convs:1` from `all`; {reason}"
+    for found in (same, undefined, alone):
+        assert math.isnan(found["smallest_difference"])
+        assert not any("truly differs" in note for note in notes_of(found))
+    assert 0.1 < equal["smallest_difference"] < 0.3
 
 
 def test_over_two_hundred_sweeps_the_verdict_errs_no_more_often_than_it_says():
@@ -165,6 +285,7 @@ class Judged:
         test = parts["test"]
         self.evaluation: Any = SimpleNamespace(
             test_scores=scores if len(test) else {},
+            problems={},
             test_images=(manifest.labels[test], [RECORDS[index].patient for index in test]),
         )
 
@@ -198,11 +319,49 @@ def test_the_choice_among_equal_trials_is_called_optimistic(tmp_path):
 
 def test_a_strategy_that_could_not_be_evaluated_is_left_out(tmp_path):
     sweep = Judged(tmp_path)
-    reference, second, *_ = sweep.verdict()["strategies"].values()
+    before = sweep.verdict()["strategies"]
+    (_, reference), (name, second), *_ = before.items()
     del sweep.evaluation.test_scores[second]
+    sweep.evaluation.problems[second] = "out of memory"
     found = sweep.verdict()
     assert len(found["strategies"]) == 3
     assert found["strategies"][found["reference"]] == reference
+    assert found["sentence"].endswith(f". `{name}` could not be tested.")
+    assert f"`{name}` could not be tested: out of memory" in cautions({"verdict": found})
+
+
+def test_a_strategy_whose_trials_all_failed_is_named(tmp_path):
+    sweep = Judged(tmp_path, freezes=("all", "none"))
+    config = TrialConfig("vanilla_cnn", freeze="stages:1")
+    sweep.results += (TrialResult("trial-9", config, Outcome.FAILED, 0, 0, {}, error="DivergedError: NaN"),)
+    found = sweep.verdict()
+    assert set(found["strategies"]) == {"all", "none"}
+    assert found["sentence"].endswith(". `stages:1` could not be tested.")
+    why = "`stages:1` could not be tested: none of its trials gave a model; the last: DivergedError: NaN"
+    assert why in cautions({"verdict": found})
+
+
+def test_where_one_strategy_could_be_tested_it_is_not_called_the_only_one(tmp_path):
+    sweep = Judged(tmp_path, freezes=("all", "none"))
+    reference, second = sweep.verdict()["strategies"].values()
+    del sweep.evaluation.test_scores[second]
+    assert " could not be tested; there is nothing to compare `" in sweep.verdict()["sentence"]
+    del sweep.evaluation.test_scores[reference]
+    found = sweep.verdict()
+    assert found["sentence"].endswith(" could not be tested: no strategy is compared with another.")
+    assert found["comparisons"] == []
+
+
+def test_a_strategy_of_which_a_seed_failed_stays_and_is_told(tmp_path):
+    sweep = Judged(tmp_path)
+    first, *_ = sweep.verdict()["strategies"].values()
+    sweep.evaluation.problems[first] = "final training: DivergedError"
+    found = sweep.verdict()
+    assert len(found["strategies"]) == 4
+    assert "could not be tested" not in found["sentence"]
+    assert f"`{found['reference']}` was not tested in full: final training: DivergedError" in cautions(
+        {"verdict": found}
+    )
 
 
 def test_backbones_are_named_where_there_are_several(tmp_path):
@@ -227,7 +386,7 @@ def test_one_trial_was_not_chosen_among_any(tmp_path):
     found = sweep.verdict()
     assert found["optimism"] is None
     assert found["sentence"] == "`convs:1` is the only strategy: there is nothing to compare it with."
-    assert not cautions({"verdict": found})
+    assert not any("tested" in line and "class" not in line for line in cautions({"verdict": found}))
 
 
 def test_findings_of_the_audit_and_the_doctor_stand_beside_the_sentence():
@@ -236,8 +395,8 @@ def test_findings_of_the_audit_and_the_doctor_stand_beside_the_sentence():
         "verdict": found,
         "best": {"doctor": [{"name": "class_never_predicted", "evidence": "Normal has recall 0.", "remedy": "-"}]},
         "audit": [
-            {"name": "class_from_source", "severity": "warning", "evidence": "The source alone gives 65 %."},
-            {"name": "mixed_patients", "severity": "note", "evidence": "21 patients have two classes."},
+            {"name": f"{CLASS_FOLLOWS}source", "severity": "warning", "evidence": "The source alone gives 65 %."},
+            {"name": "patient_in_two_classes", "severity": "note", "evidence": "21 patients have two classes."},
         ],
     }
     grave, lesser = ({"name": name, "grave": name == "dead", "evidence": f"It is {name}."} for name in ("dead", "late"))
@@ -251,9 +410,11 @@ def test_findings_of_the_audit_and_the_doctor_stand_beside_the_sentence():
         "The data's audit: The source alone gives 65 %.",
         "The best trial (class_never_predicted): Normal has recall 0.",
         "`all` stands for a trial that went wrong (dead): It is dead.",
+        "Of some classes fewer than 10 patients are tested, each of whom weighs much: COVID (6), Normal (8) and "
+        "Pneumonia (6).",
         "The test set has 20 patients only: its intervals are rough.",
     ]
-    assert verdict_notes({**found, "warnings": lines, "optimism": None})[:4] == lines
+    assert verdict_notes({**found, "warnings": lines, "optimism": None})[:5] == lines
 
 
 def test_what_became_of_the_final_models_stands_beside_the_sentence():
