@@ -25,7 +25,7 @@ from cxr_models.pixels import pixel_array
 from cxr_models.trial import TRAIN, VAL, Objective, TrialConfig, TrialData
 from sweep.caching import CacheRules, group_of, plan_cache
 from sweep.machine import this_machine
-from sweep.plan import stored_splits
+from sweep.splitting import stored_splits
 
 EPOCHS = 6  # the first compiles and is left out
 EXTRACTED = 256

@@ -27,8 +27,9 @@ from speed_of_light import Rates, read_rates, speed_of_light
 
 from cxr_models.trial import TRAIN, VAL, TrialConfig
 from sweep.machine import this_machine
-from sweep.plan import read_data, stored_splits
+from sweep.plan import read_data
 from sweep.spec import read_spec
+from sweep.splitting import stored_splits
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """What is wrong with a data set before anything is trained on it: findings, each with its evidence and remedy.
 
-Only leakage stops a run: an image or a patient on two sides of a given split, or one image under two labels. Splits
-that are cut here cannot leak, since `Duplicates.groups` keeps together what belongs together.
+Only leakage stops a run: an image or a patient on two sides of a given split, one image under two labels, or a model
+of an earlier run that has learned from the test images, which only who knows that run can find. Splits that are cut
+here cannot leak by themselves, since `Duplicates.groups` keeps together what belongs together.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -21,7 +22,8 @@ from cxr_models.shortcuts import TOGETHER, Shortcut, Shortcuts, seen_text
 PATIENT_ON_TWO_SIDES = "patient_on_two_sides"
 DUPLICATE_ON_TWO_SIDES = "duplicate_on_two_sides"
 ONE_IMAGE_TWO_LABELS = "one_image_two_labels"
-LEAKS = (PATIENT_ON_TWO_SIDES, DUPLICATE_ON_TWO_SIDES, ONE_IMAGE_TWO_LABELS)
+EARLIER_MODEL_SAW_TEST = "earlier_model_saw_test"
+LEAKS = (PATIENT_ON_TWO_SIDES, DUPLICATE_ON_TWO_SIDES, ONE_IMAGE_TWO_LABELS, EARLIER_MODEL_SAW_TEST)
 """The findings that stop a run; `allow` takes their names."""
 
 COMMONEST = 10
@@ -109,9 +111,18 @@ class Audit:
         """The findings for which no run may start."""
         return tuple(finding for finding in self.findings if finding.stops)
 
+    def with_findings(self, more: Sequence[Finding]) -> "Audit":
+        """The same with findings that were made elsewhere."""
+        return replace(self, findings=_gravest_first((*self.findings, *more)))
+
     def to_json(self) -> dict[str, Any]:
         """All of it, for `audit.json`."""
         return asdict(self)
+
+
+def _gravest_first(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    order = list(Severity)
+    return tuple(sorted(findings, key=lambda finding: order.index(finding.severity)))
 
 
 def audit_data(
@@ -148,13 +159,12 @@ def audit_data(
         "not in the subset": manifest.spared,
     }
     used = len(manifest.records)
-    order = list(Severity)
     return Audit(
         used=used,
         found=used + sum(left_out.values()),
         left_out={reason: count for reason, count in left_out.items() if count},
         shortcuts=shortcuts,
-        findings=tuple(sorted(found, key=lambda finding: order.index(finding.severity))),
+        findings=_gravest_first(found),
     )
 
 

@@ -15,8 +15,6 @@ from cxr_models.listing import data_error, nearest
 ClassMap = Mapping[str, str | None]
 """Name found in the data -> name to use, or None to leave the class out; a class that is not in it keeps its name."""
 
-FRACTIONS = {1 / 2: "half", 1 / 3: "third", 1 / 4: "quarter", 1 / 5: "fifth", 1 / 10: "tenth"}
-
 
 @dataclass(frozen=True)
 class Source:
@@ -151,13 +149,17 @@ def take_subset(manifest: Manifest, share: float, seed: int) -> Manifest:
     return replace(manifest, records=kept, spared=manifest.spared + len(manifest.records) - len(kept))
 
 
-def subset_words(manifest: Manifest, share: float) -> str:
-    """How many images there are, such as `5,291 of 21,165 images, a stratified quarter`."""
-    count = len(manifest.records)
-    if not manifest.spared:
-        return f"{count:,} images"
-    part = next((name for value, name in FRACTIONS.items() if abs(share - value) < 0.004), f"part of {share:g}")
-    return f"{count:,} of {count + manifest.spared:,} images, a stratified {part}"
+def subset_words(images: int, spared: int, share: float) -> str:
+    """How many images are used, such as `subset 0.25: 5,291 of 21,165 images, chosen by patients`.
+
+    Args:
+        images: in the subset.
+        spared: that it leaves out.
+        share: that was asked for.
+    """
+    if not spared:
+        return f"{images:,} images"
+    return f"subset {share:g}: {images:,} of {images + spared:,} images, chosen by patients, stratified by class"
 
 
 def _names(sources: Sequence[Source]) -> list[str]:

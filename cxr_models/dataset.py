@@ -47,6 +47,7 @@ class ImageRecord:
         format: of the file, such as `PNG` or `DICOM`.
         pixels: digest of the picture, the same in every file format; "" if unknown.
         thumbnail: a small picture as `fingerprints.thumbnail` writes it; "" if unknown.
+        patient_by: what tells the patient, in words; "" where nothing does and the image is its own.
     """
 
     path: str
@@ -63,6 +64,7 @@ class ImageRecord:
     format: str = ""
     pixels: str = ""
     thumbnail: str = field(default="", repr=False)
+    patient_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,10 @@ def read_manifest(
             A CSV file has the columns path, or the id of a file, and label, and optionally patient, source, split,
             mask. A folder that holds nothing but such a folder is entered.
         patient: a name in `patients.PATIENT_PATTERNS`, or a regular expression matched at the start of each file
-            name; "" tries DICOM's PatientID, then the built-in patterns; with `none` each image is its own patient. Of
-            a match, group 1, or the named groups joined by `_`, or without groups the whole, is the patient. An image
-            that nothing matches is its own patient. A `patient` given in a CSV file wins.
+            name, and of its path if there is a slash in the expression, see `patients.PatientRule`; "" tries DICOM's
+            PatientID, then the built-in patterns; with `none` each image is its own patient. Of a match, group 1, or
+            the named groups joined by `_`, or without groups the whole, is the patient. An image that nothing matches
+            is its own patient. A `patient` given in a CSV file wins.
         least_classes: how many there must be; 1 where labels do not matter.
         cache_dir: what was read is kept below it; a file with the same size and modification time is not read again.
         progress: called after every file that had to be read.
@@ -162,7 +165,8 @@ def read_manifest(
         ImageRecord(
             path=image.path,
             label=image.label,
-            patient=rule.patient(image, known.patient),
+            patient=(told := rule.patient(image, known.patient))[0],
+            patient_by=told[1],
             source=image.source,
             split=image.split,
             mask=image.mask,

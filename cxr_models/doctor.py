@@ -2,7 +2,7 @@
 
     constant_predictor         grave   every validation image gets the same class
     empty_masks, full_masks    grave   the same of a segmentation: nothing is found, or everything is taken for lung
-    class_never_predicted      grave   a class of which not one validation image is recognised
+    class_never_predicted      grave   a class of which not one validation image is recognised; lesser where it has few
     exploding_validation_loss  grave   a validation loss far above that of knowing nothing, while training learns
     loss_at_chance             grave   losses that stay at that of knowing nothing
     loss_not_falling           grave   a segmentation whose training loss does not fall
@@ -22,6 +22,9 @@ from functools import cached_property
 from itertools import groupby
 from statistics import fmean, pvariance
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cxr_models.hopeless import EMPTY_MASKS, is_dead, recalls, same_answer
 from cxr_models.trial import SEGMENT, Diagnosis, EpochMetrics, Objective, TrialConfig, best_epoch
 
@@ -32,7 +35,12 @@ STUCK_EPOCHS = 3  # in a row: what one epoch may do by chance, three do not
 LATE_SHARE = 0.1  # of the epochs allowed: the last ones
 LEAST_FALL = 0.1  # of an accuracy, in one epoch
 LEAST_GAIN = 0.05  # of a training accuracy over that of always naming the most frequent class
+FEW_IMAGES = 5  # of a class: fewer are all missed now and then by a model that does know the class
 NEARLY_PERFECT = {"max": 0.999, "min": 0.01}  # shares, and losses: beyond these nothing is left to gain
+REMEDY_OF_FINAL = (
+    "Do not use this final model. Its trial may have done well: train it with more seeds (final: {seeds: 3}), or "
+    "search lower learning rates."
+)
 ROUNDING = 5e-5  # of a figure given to four decimals
 
 
@@ -211,9 +219,13 @@ def _never_predicted(case: _Case) -> Iterator[Diagnosis]:
     blind = [name for name, recall in recalls(case.epochs[case.shown].val).items() if recall == 0.0]
     if not blind:
         return
-    counts = case.class_counts
-    named = " and ".join(f"the {counts[name]:,} of {name}" if name in counts else name for name in blind)
-    evidence = f"In {case.name(case.shown)}, not one validation image is recognised of {named} (recall 0.00)."
+    told = " and ".join(_none_of(case.class_counts.get(name), "validation", name) for name in blind)
+    evidence = f"In {case.name(case.shown)}, {told} is recognised (recall 0.00)."
+    if not _not_by_chance(case.class_counts, blind):
+        yield Diagnosis(
+            "class_never_predicted", False, evidence, _more_images("validation", "data.split or data.folds")
+        )
+        return
     balanced = case.config.sampling == "balanced" or case.config.class_weights == "balanced"
     remedy = (
         "Lower the learning rate, or give the class more images: it is balanced already."
@@ -221,6 +233,25 @@ def _never_predicted(case: _Case) -> Iterator[Diagnosis]:
         else "Set sampling or class_weights to balanced, and optimise macro_f1 or balanced_accuracy."
     )
     yield Diagnosis("class_never_predicted", True, evidence, remedy)
+
+
+def _none_of(images: int | None, part: str, name: str) -> str:
+    """`not one of 20 validation images of viral`; without the number where it is not known."""
+    if images is None:
+        return f"not one {part} image of {name}"
+    return f"not one of {images:,} {part} image{'' if images == 1 else 's'} of {name}"
+
+
+def _not_by_chance(class_counts: Mapping[str, int], missed: Sequence[str]) -> bool:
+    """Whether one of the classes that were missed has more than a few images; those not counted count as many."""
+    return any(class_counts.get(name, FEW_IMAGES) >= FEW_IMAGES for name in missed)
+
+
+def _more_images(part: str, how: str) -> str:
+    return (
+        f"That may be chance: no figure of a class holds with fewer than {FEW_IMAGES} {part} images. Have more of them "
+        f"by {how}, or collect some."
+    )
 
 
 def _exploding(case: _Case) -> Iterator[Diagnosis]:
@@ -370,3 +401,26 @@ def _head_check(config: TrialConfig, parameters: int, head_parameters: int) -> I
             else "Set fewer hidden_units."
         )
         yield Diagnosis("head_holds_parameters", False, evidence, remedy)
+
+
+def examine(labels: NDArray[np.int32], scores: NDArray[np.float32], classes: Sequence[str]) -> tuple[Diagnosis, ...]:
+    """What is wrong with a model, told from its predictions alone.
+
+    Args:
+        labels: (images,) true class as an index into `classes`.
+        scores: (images, classes) log-probabilities.
+        classes: names of the classes.
+    """
+    predicted, present = set(scores.argmax(axis=1).tolist()), set(labels.tolist())
+    if len(present) > 1 and len(predicted) == 1:
+        (only,) = predicted
+        evidence = f"Every one of {len(labels)} test images is taken for {classes[only]}."
+        return (Diagnosis("constant_predictor", True, evidence, REMEDY_OF_FINAL),)
+    absent = [classes[label] for label in sorted(present - predicted)]
+    if not absent:
+        return ()
+    evidence = f"Not one of {len(labels)} test images is taken for {' or '.join(absent)}."
+    counts = {name: int((labels == label).sum()) for label, name in enumerate(classes)}
+    grave = _not_by_chance(counts, absent)
+    remedy = REMEDY_OF_FINAL if grave else _more_images("test", "data.split")
+    return (Diagnosis("class_never_predicted", grave, evidence, remedy),)

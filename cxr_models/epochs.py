@@ -217,6 +217,23 @@ def mean_epoch(epochs: Sequence[EpochMetrics]) -> EpochMetrics:
     )
 
 
+def held_out(data: TrialData, found: Mapping[str, Sequence[NDArray[np.generic]]]) -> Arrays:
+    """What an epoch found of the validation images, as a trial keeps it.
+
+    Args:
+        data: of the trial.
+        found: name -> one array (images, ...) for each fold, or one in all.
+
+    Returns:
+        Each name's arrays joined, `index`, the images' places in the data set, and with folds `fold`, the number of
+        each image's fold.
+    """
+    parts = [own.val for own in data.in_turn]
+    joined = {name: np.concatenate(arrays) for name, arrays in found.items()}
+    folds = {"fold": np.repeat(np.arange(len(parts)), [len(part) for part in parts])} if data.folds else {}
+    return {"index": np.concatenate(parts), **joined, **folds}
+
+
 def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: fmean(each[name] for each in figures) for name in figures[0]}
 

@@ -1,18 +1,22 @@
 """Figures with their intervals, by a bootstrap that resamples patients.
 
 Images of one patient resemble each other; drawing images as if they were independent gives intervals that are too
-narrow.
+narrow. Where all resamples agree, a bootstrap cannot tell how far the figure may be off: see `exact_bounds`.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import optimize, stats
 
+from cxr_models.exact_bounds import UNKNOWN, Bounds, figure_bounds, share_bounds
 from cxr_models.metrics import FloatArray, IntArray, evaluate_further, measure
 
 RESAMPLES = 1000
 AT_ONCE = 400_000  # images times draws: their weights fit into a cache
+AGREEING = 1e-9  # resamples that differ by less are the same but for rounding
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ def patient_intervals(
 ) -> dict[str, Interval]:
     """The metrics of `metrics.evaluate_further` with percentile bootstrap intervals (Efron and Tibshirani, 1993).
 
+    Where all resamples agree, such as on a recall of 1, the bounds are those of `exact_bounds.figure_bounds`. Where
+    few of few patients have an error, percentiles are a little too narrow: with 24 patients of three images each, 89 to
+    91 % of simulated intervals of an accuracy of 0.8 to 0.95 hold it.
+
     Args:
         labels: (images,) true class as an index into `classes`.
         scores: (images, classes) log-probabilities.
@@ -47,7 +55,11 @@ def patient_intervals(
         measure(labels, scores, classes, weights, further=True) for weights in resampled(patients, resamples, seed)
     )
     values = evaluate_further(labels, scores, classes)
-    return {name: Interval(value, *_percentiles(draws[name])) for name, value in values.items()}
+    bounds = {name: _percentiles(draws[name]) for name in values}
+    agreeing = [name for name, found in bounds.items() if _agree(found)]
+    if agreeing:
+        bounds |= figure_bounds(values, agreeing, labels, scores.argmax(axis=1), classes, patients)
+    return {name: Interval(value, *bounds[name]) for name, value in values.items()}
 
 
 def mean_intervals(
@@ -56,7 +68,7 @@ def mean_intervals(
     """Means over images, with intervals as those of `patient_intervals`.
 
     Args:
-        values: name -> (images,) figure of each image.
+        values: name -> (images,) figure of each image, from 0 to 1.
         patients: (images,) patient of each image.
         resamples: bootstrap samples.
         seed: of the resampling.
@@ -65,7 +77,47 @@ def mean_intervals(
         {name: own @ weights / weights.sum(axis=0) for name, own in values.items()}
         for weights in resampled(patients, resamples, seed)
     )
-    return {name: Interval(float(own.mean()), *_percentiles(draws[name])) for name, own in values.items()}
+    number = len(set(patients))
+    found = {}
+    for name, own in values.items():
+        mean, bounds = float(own.mean()), _percentiles(draws[name])
+        found[name] = Interval(mean, *(share_bounds(mean, number) if _agree(bounds) else bounds))
+    return found
+
+
+def known_within(interval: Interval, patients: int) -> float:
+    """How far the true figure may lie from the value: half of the interval's width, made wide enough for few patients.
+
+    Where patients are few, a bootstrap's percentiles lie too near; Student's t of as many degrees of freedom as there
+    are patients, less one, does not. NaN where the patients show no spread, as a single one does not.
+
+    Args:
+        interval: of a mean over images, see `mean_intervals`.
+        patients: that it is of.
+    """
+    return _half_width(_error(interval, patients), patients)
+
+
+def patients_needed(interval: Interval, patients: int, within: float) -> float:
+    """How many such patients, `patients` or more, would bring `known_within` down to `within`; NaN where it is NaN.
+
+    The standard error falls with the root of their number.
+
+    Args:
+        interval: of a mean over images, see `mean_intervals`.
+        patients: that it is of.
+        within: in the figure's own unit.
+    """
+    error, now = _error(interval, patients), known_within(interval, patients)
+    if math.isnan(now):
+        return math.nan
+    if now <= within:
+        return float(patients)
+
+    def excess(number: float) -> float:
+        return _half_width(error * math.sqrt(patients / number), number) - within
+
+    return float(optimize.brentq(excess, patients, patients * (now / within) ** 2))  # the last is too many: t falls too
 
 
 def resampled(patients: Sequence[str], resamples: int, seed: int) -> Iterator[FloatArray]:
@@ -90,9 +142,25 @@ def joined(parts: Iterator[Mapping[str, FloatArray]]) -> dict[str, FloatArray]:
     return {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
 
 
-def _percentiles(values: FloatArray) -> tuple[float, float]:
+def _percentiles(values: FloatArray) -> Bounds:
     finite = values[np.isfinite(values)]
     if not len(finite):
-        return float("nan"), float("nan")
+        return UNKNOWN
     low, high = np.percentile(finite, (2.5, 97.5))
     return float(low), float(high)
+
+
+def _error(interval: Interval, patients: int) -> float:
+    """The standard error of a mean; a bootstrap's is too small by the root of (patients - 1) / patients."""
+    if patients < 2 or not interval.high > interval.low:
+        return math.nan
+    return (interval.high - interval.low) / (2 * float(stats.norm.isf(0.025))) * math.sqrt(patients / (patients - 1))
+
+
+def _half_width(error: float, patients: float) -> float:
+    return error * float(stats.t.isf(0.025, patients - 1))
+
+
+def _agree(bounds: Bounds) -> bool:
+    low, high = bounds
+    return high - low < AGREEING

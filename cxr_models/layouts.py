@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cxr_models.images import DICOM_SUFFIXES, SUFFIXES
 from cxr_models.listing import SPLIT_NAMES, ListedImage, Listing, Unreadable, data_error, files_below, is_picture
+from cxr_models.misplaced import nested_notes, not_whole, unused_parts, whole_sets
 from cxr_models.tables import image_stem, is_label_table, list_table, read_sources
 from cxr_models.trial import TRAIN, VAL
 
@@ -69,18 +70,14 @@ def _list_folder(root: Path, cache_dir: Path | None) -> Listing:
         inner = _list_folder(root / below, cache_dir)
         outside = sum(parts[0] != below for parts in files)
         return replace(inner, layout=f"{inner.layout} in {below}/", ignored=inner.ignored + outside)
-    if not in_splits and (holders := _holders(pictures)):
-        raise data_error(
-            f"one folder per class in {str(root)!r}",
-            f"whole data sets in {', '.join(map(repr, holders))}",
-            f"did you mean {' or '.join(str(root / holder) for holder in holders)}? "
-            "Name one, or several under data.sources",
-        )
+    if not in_splits and (holders := _holders(pictures) or whole_sets(pictures)):
+        raise not_whole(root, holders)
     if not has_classes:
         if not has_pairs:
             raise _no_classes(root, pictures)
         places = [place._replace(label=ONLY_CLASS) for place in places if place.kind]
     found, notes = _images(places, in_splits)
+    notes += unused_parts(pictures, [*SPLIT_NAMES]) if in_splits else nested_notes(pictures)
     names = [parts[0] for parts in files if len(parts) == 1 and parts[0].lower().endswith(METADATA)]
     images, read = _with_sources([root / name for name in names], found, notes, cache_dir)
     if not in_splits and root.name.lower() in SPLIT_NAMES and (others := _split_folders(root.parent)) - {root.name}:

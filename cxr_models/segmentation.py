@@ -11,9 +11,20 @@ from numpy.typing import NDArray
 
 from cxr_models import steps
 from cxr_models.augmentation import augmented, augmented_masks, view_of_epoch
-from cxr_models.epochs import Batches, BestEpoch, MovedWeights, check_finite, make_optimizer, steps_of_epoch
+from cxr_models.epochs import (
+    Arrays,
+    Batches,
+    BestEpoch,
+    MovedWeights,
+    Turns,
+    check_finite,
+    held_out,
+    make_optimizer,
+    mean_epoch,
+    steps_of_epoch,
+)
 from cxr_models.hopeless import is_hopeless
-from cxr_models.mask_metrics import evaluate_masks
+from cxr_models.mask_metrics import COUNTS, evaluate_masks
 from cxr_models.schedules import Patience, Schedule
 from cxr_models.training import WARM_NETWORKS, WARM_STEPS
 from cxr_models.trial import BEST_WEIGHTS, UNET, EpochMetrics, Objective, TrialConfig, TrialData
@@ -37,7 +48,7 @@ def run_segmentation(
         trial_id: name of the trial.
         config: what is trained.
         data: on which images; it has masks of the configuration's side.
-        folder: for the weights of the best epoch.
+        folder: for the weights of the best epoch, and the counts of the validation images that they gave.
         objective: which epoch is the best.
         decisions: epochs after which the caller may end the trial and still rank it.
 
@@ -45,13 +56,13 @@ def run_segmentation(
         DivergedError: a loss is not finite.
     """
     begun = time.perf_counter()
-    moved = MovedWeights(folder)
+    moved = MovedWeights(folder, scores_only=bool(data.folds))
     best = BestEpoch(moved, objective)
     loop = _first_epoch(trial_id, config, data, moved)
     patience, course = Patience(config.patience), []
     for epoch in range(1, config.epochs + 1):
-        metrics = loop.run(epoch, begun)
-        best.offer(metrics)
+        metrics, counts = loop.run(epoch, begun)
+        best.offer(metrics, counts)
         course.append(metrics)
         ends = patience.is_over(metrics.val["loss"]) or is_hopeless(course, config)
         if epoch in decisions or epoch == config.epochs or ends:
@@ -71,7 +82,7 @@ def train_again(
     moved = MovedWeights(folder)
     loop = _first_epoch(trial_id, config, data, moved)
     for epoch, val_loss in enumerate(val_losses, start=1):
-        metrics = loop.run(epoch, begun, val_loss)
+        metrics, _ = loop.run(epoch, begun, val_loss)
         if epoch == len(val_losses):
             moved.note()
             moved.write()
@@ -84,7 +95,7 @@ def _first_epoch(trial_id: str, config: TrialConfig, data: TrialData, moved: Mov
     unet = _warm_unet(*_shape(config, data))
     unet.reset(config.seed, config.dropout)
     moved.watch(unet.logits.trainable_variables)
-    return _EpochLoop(trial_id, config, data, unet)
+    return _EpochLoop(trial_id, config, data, unet, moved)
 
 
 def _shape(config: TrialConfig, data: TrialData) -> tuple[TrialConfig, int]:
@@ -108,9 +119,9 @@ def _warm_steps(unet: UNet, loss: str, optimizer: str) -> steps.MaskSteps:
 
 
 class _EpochLoop:
-    """Runs the epochs of a trial."""
+    """Runs the epochs of a trial, of each of its folds in turn."""
 
-    def __init__(self, trial_id: str, config: TrialConfig, data: TrialData, unet: UNet) -> None:
+    def __init__(self, trial_id: str, config: TrialConfig, data: TrialData, unet: UNet, moved: MovedWeights) -> None:
         self._trial_id = trial_id
         self._config = config
         self._data = data
@@ -118,7 +129,13 @@ class _EpochLoop:
         self._masks = np.load(data.masks[config.image_side], mmap_mode="r")
         self._steps = _warm_steps(unet, config.mask_loss, config.optimizer)
         self._steps.begin(config.weight_decay)
-        self._schedule = Schedule(
+        self._trainings = [(own, self._schedule(own)) for own in data.in_turn]
+        self._turns = Turns(len(self._trainings))
+        self._turns.enter(moved.watched, self._steps.optimizer_state)
+
+    def _schedule(self, data: TrialData) -> Schedule:
+        config = self._config
+        return Schedule(
             config.schedule,
             config.learning_rate,
             steps=steps_of_epoch(config, data),
@@ -126,20 +143,35 @@ class _EpochLoop:
             warmup=config.warmup,
         )
 
-    def run(self, epoch: int, begun: float, val_loss: float | None = None) -> EpochMetrics:
-        """One epoch of a trial that began at `begun`; one with a validation loss given validates nothing itself."""
+    def run(self, epoch: int, begun: float, val_loss: float | None = None) -> tuple[EpochMetrics, Arrays]:
+        """One epoch of a trial that began at `begun`; its metrics and the counts of the validation images.
+
+        The latter are arrays `index` and `counts` (images, 4), and with folds `fold`. Where a validation loss is given,
+        it is taken for the epoch's own; there are no metrics and no counts then.
+        """
+        ran = [self._run(*self._trainings[number], epoch, begun, val_loss) for number in self._turns.each()]
+        metrics = mean_epoch([each for each, _ in ran])
+        for _, schedule in self._trainings:
+            schedule.observe(metrics.val["loss"] if val_loss is None else val_loss)
+        return metrics, {} if val_loss is not None else held_out(self._data, {"counts": [found for _, found in ran]})
+
+    def _run(
+        self, data: TrialData, schedule: Schedule, epoch: int, begun: float, val_loss: float | None
+    ) -> tuple[EpochMetrics, NDArray[np.float32]]:
+        """One epoch of one training, and the counts of its validation images, (images, 4)."""
         pixels = self._config.image_side**2
         start = time.perf_counter()
-        rates = self._schedule.next_epoch()
-        train = evaluate_masks(self._train(epoch, rates), pixels)
+        rates = schedule.next_epoch()
+        train = evaluate_masks(self._train(data, epoch, rates), pixels)
         trained = time.perf_counter()
         val: dict[str, float] = {}
+        counts = np.empty((0, len(COUNTS)), np.float32)
         if val_loss is None:
-            val = evaluate_masks(self._steps.count(self._plain, self._data.val), pixels)
+            counts = self._steps.count(self._plain, data.val)
+            val = evaluate_masks(counts, pixels)
             val_loss = val["loss"]
         check_finite(epoch, train["loss"], val_loss, rates.max())
-        self._schedule.observe(val_loss)
-        return EpochMetrics(
+        metrics = EpochMetrics(
             trial_id=self._trial_id,
             epoch=epoch,
             phase=0,
@@ -147,14 +179,15 @@ class _EpochLoop:
             train=train,
             val=val,
             seconds=time.perf_counter() - start,
-            images_per_second=len(self._data.train) / (trained - start),
+            images_per_second=len(data.train) / (trained - start),
             device=steps.device(),
             trial_seconds=time.perf_counter() - begun,
         )
+        return metrics, counts
 
-    def _train(self, epoch: int, rates: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _train(self, data: TrialData, epoch: int, rates: NDArray[np.float32]) -> NDArray[np.float32]:
         """Counts (training images, 4), in the order the images were seen."""
-        batches = Batches.of_epoch(self._config, self._data, epoch, self._steps.dropout_layers)
+        batches = Batches.of_epoch(self._config, data, epoch, self._steps.dropout_layers)
         counts = [
             self._steps.train(both, batches.weights[some], batches.seeds[some], rates[some])
             for some, both in batches.gathered(self._views(epoch))

@@ -1,8 +1,10 @@
 """How much better the best of many trials looks on the images it was chosen on than it is."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,9 @@ from cxr_models.metrics import FloatArray, IntArray, measure
 
 LEADERS = 50  # weaker trials hardly ever win a resample
 RESAMPLES = 200
+
+# How often each image counts in each draw, (images, draws) -> a trial's metric in each draw, (draws,).
+Figure = Callable[[FloatArray], FloatArray]
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,11 @@ def selection_optimism(
     metric: str,
     mode: str,
     *,
+    folds: IntArray | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Optimism:
-    """Choose again in each bootstrap sample of patients, and look at the patients it left out.
-
-    This is the bootstrap bias correction of Tsamardinos, Greasidou and Borboudakis (Machine Learning 107, 2018), for
-    one validation set: no trial is trained again. What choosing the best epoch within each trial adds is not in it.
+    """What a choice among classifiers did, by the method of `choice_optimism`.
 
     Args:
         labels: (images,) true class as an index into `classes`.
@@ -53,24 +56,85 @@ def selection_optimism(
         patients: (images,) patient of each image.
         metric: that was chosen by, a name in `trial.METRICS`.
         mode: `max` or `min`, which way is better.
+        folds: (images,) number of each image's fold; the metric is then the mean over them.
+        resamples: bootstrap samples.
+        seed: of the resampling.
+    """
+    parts = _parts(folds)
+
+    def figure(scores: FloatArray, weights: FloatArray) -> FloatArray:
+        areas = metric == "auroc"
+        of_parts = [measure(labels[part], scores[part], classes, weights[part], areas=areas)[metric] for part in parts]
+        mean: FloatArray = np.mean(of_parts, axis=0)
+        return mean
+
+    figures = [partial(figure, scores) for scores in trials]
+    return choice_optimism(figures, patients, mode, resamples=resamples, seed=seed)
+
+
+def mean_optimism(
+    trials: Sequence[FloatArray],
+    patients: Sequence[str],
+    mode: str,
+    *,
+    folds: IntArray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Optimism:
+    """What a choice by a mean over images did, by the method of `choice_optimism`.
+
+    Args:
+        trials: (images,) figure of each image, of each trial, the chosen one first.
+        patients: (images,) patient of each image.
+        mode: `max` or `min`, which way is better.
+        folds: (images,) number of each image's fold; the mean is then that over the folds.
+        resamples: bootstrap samples.
+        seed: of the resampling.
+    """
+    parts = _parts(folds)
+
+    def figure(values: FloatArray, weights: FloatArray) -> FloatArray:
+        of_parts = [values[part] @ weights[part] / weights[part].sum(axis=0) for part in parts]
+        mean: FloatArray = np.mean(of_parts, axis=0)
+        return mean
+
+    figures = [partial(figure, values) for values in trials]
+    return choice_optimism(figures, patients, mode, resamples=resamples, seed=seed)
+
+
+def _parts(folds: IntArray | None) -> list[Any]:
+    """The images of each fold, or all."""
+    return [slice(None)] if folds is None else [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
+
+
+def choice_optimism(
+    trials: Sequence[Figure], patients: Sequence[str], mode: str, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Optimism:
+    """Choose again in each bootstrap sample of patients, and look at the patients it left out.
+
+    This is the bootstrap bias correction of Tsamardinos, Greasidou and Borboudakis (Machine Learning 107, 2018), for
+    one validation set: no trial is trained again. What choosing the best epoch within each trial adds is not in it.
+
+    Args:
+        trials: each trial's metric on these images, counted in any way; the chosen one first.
+        patients: (images,) patient of each image.
+        mode: `max` or `min`, which way is better.
         resamples: bootstrap samples.
         seed: of the resampling.
     """
     leaders = trials[:LEADERS]
     sign = 1.0 if mode == "max" else -1.0
-    areas = metric == "auroc"
     inside, outside = [], []
     for weights in resampled(patients, resamples, seed):
         both = np.concatenate([weights, weights == 0], axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):  # a resample of a few patients may leave none out
-            scores = np.stack([measure(labels, own, classes, both, areas=areas)[metric] for own in leaders])
-        inside.append(scores[:, : weights.shape[1]])
-        outside.append(scores[:, weights.shape[1] :])
+            figures = np.stack([leader(both) for leader in leaders])
+        inside.append(figures[:, : weights.shape[1]])
+        outside.append(figures[:, weights.shape[1] :])
     within, without = np.concatenate(inside, axis=1), np.concatenate(outside, axis=1)
     usable = np.isfinite(within).all(axis=0) & np.isfinite(without).all(axis=0)
     within, without = within[:, usable], without[:, usable]
-    ones = np.ones((len(labels), 1))
-    best = float(measure(labels, leaders[0], classes, ones, areas=areas)[metric][0])
+    best = float(leaders[0](np.ones((len(patients), 1)))[0])
     if not usable.any():
         return Optimism(len(trials), best, math.nan, math.nan)
     chosen = (sign * within).argmax(axis=0)

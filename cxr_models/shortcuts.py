@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from cxr_models.dataset import ImageRecord, Manifest
 from cxr_models.storage import written_whole
 
-SHORTCUTS_VERSION = 1  # raise it with any change of what is found: stored results are then not used again
+SHORTCUTS_VERSION = 2  # raise it with any change of what is found: stored results are then not used again
 FOLDS = 5
 MOST_VALUES = 100  # of a source that are told apart; the rarer ones count as one
 LEAST_IN_LEAF = 5  # images; fewer would let a tree learn single images by their sizes
-STANDARD_ERRORS = 3.0  # above chance, for a class to follow from something; none of 150 sets made by chance came so far
+STANDARD_ERRORS = 3.0  # above chance, for a class to follow from something; none of 320 sets made by chance came so far
 LEAST_GAIN = 0.02  # above chance too, since among many images any trifle is certain
 TOGETHER = "together"
 
@@ -98,8 +98,9 @@ def find_shortcuts(manifest: Manifest, groups: Sequence[str], cache_dir: Path | 
     """Measure how well classes are told from what files say of themselves.
 
     The classifier is a decision tree of scikit-learn, cross-validated over `FOLDS` folds that share no group. The class
-    follows from something if accuracy or balanced accuracy lies above the majority's or chance by `LEAST_GAIN` and by
-    `STANDARD_ERRORS` of what as many independent groups would give.
+    follows from something if accuracy or balanced accuracy lies above the majority's or chance by `LEAST_GAIN`, and by
+    `STANDARD_ERRORS` of what as many independent groups would give. These count as `_effective` says, since a few may
+    have most of the images; or each as much as any other, in an accuracy that is a mean over groups.
 
     Args:
         manifest: of two classes or more.
@@ -147,19 +148,41 @@ def _measured(manifest: Manifest, groups: Sequence[str]) -> Shortcuts:
     fold_of = _folds(labels, groups) if varied else None
     if fold_of is None:
         return Shortcuts(majority, chance, ())
-    patients = Counter(own for own, _ in {*zip(labels.tolist(), groups, strict=True)}).values()
-    noise = majority * (1.0 - majority) / len(set(groups))
-    balanced_noise = sum(0.25 / number for number in patients) / len(counts) ** 2
+    owners = np.array(groups)
+    _, group, sizes = np.unique(owners, return_inverse=True, return_counts=True)
+    shares = 1.0 / (len(sizes) * sizes[group])  # of an image, where every group counts alike
+    largest = float(np.bincount(labels, weights=shares).max())
+    group_noise = largest * (1.0 - largest) / len(sizes)
+    noise = majority * (1.0 - majority) / _effective(owners)
+    balanced_noise = sum(0.25 / _effective(owners[labels == own]) for own in range(len(counts))) / len(counts) ** 2
     if len(varied) > 1:
         varied[TOGETHER] = [sum(rows, ()) for rows in zip(*varied.values(), strict=True)]
     found = []
     for name, values in varied.items():
-        accuracy = float(np.mean(_predicted(values, labels, fold_of, "natural") == labels))
+        natural = _predicted(values, labels, fold_of, "natural") == labels
         right = _predicted(values, labels, fold_of, "balanced") == labels
+        accuracy = float(natural.mean())
         balanced = float(np.mean([right[labels == own].mean() for own in range(len(counts))]))
-        follows = _above(accuracy, majority, noise) or _above(balanced, chance, balanced_noise)
+        gains = accuracy > majority + LEAST_GAIN or balanced > chance + LEAST_GAIN
+        follows = (
+            _above(accuracy, majority, noise)
+            or _above(balanced, chance, balanced_noise)
+            or (gains and _above(float(shares[natural].sum()), largest, group_noise))
+        )
         found.append(Shortcut(name, len(set(values)), accuracy, balanced, follows))
     return Shortcuts(majority, chance, tuple(found))
+
+
+def _effective(groups: NDArray[np.str_]) -> float:
+    """How many groups of one size would give a share as uncertain as these do: Kish's effective sample size.
+
+    All images of a group may be right or wrong together, so that where a few groups have most images, these decide.
+
+    Args:
+        groups: (images,) the group of each, of at least one image.
+    """
+    _, sizes = np.unique(groups, return_counts=True)
+    return float(sizes.sum() ** 2 / np.square(sizes).sum())
 
 
 def _above(value: float, chance: float, variance: float) -> bool:

@@ -136,7 +136,9 @@ def patients_on_two_sides(manifest: Manifest, splits: Sequence[str]) -> tuple[st
 def write_split_csv(
     path: Path, manifest: Manifest, splits: Sequence[str], folds: NDArray[np.int16] | None = None
 ) -> None:
-    """Write path, label, patient, split of every record; beside the images it is itself a data set to read.
+    """Write path, label, patient, split and pixels of every record; beside the images it is a data set to read.
+
+    `pixels` is the digest of the picture, by which a later run knows images that a model of this one has learned from.
 
     Args:
         path: of the file.
@@ -148,7 +150,7 @@ def write_split_csv(
     folds = np.empty((0, len(splits)), np.int16) if folds is None else folds
     columns = ["fold"] if len(folds) == 1 else [f"fold_{number}" for number in range(1, len(folds) + 1)]
     rows = [
-        (r.path, r.label, r.patient, part, *(str(fold + 1) if fold >= 0 else "" for fold in own))
+        (r.path, r.label, r.patient, part, r.pixels, *(str(fold + 1) if fold >= 0 else "" for fold in own))
         for r, part, own in zip(manifest.records, splits, folds.T, strict=True)
     ]
     # A lone carriage return ends a row for readers, yet csv before Python 3.13 does not quote it of its own accord.
@@ -158,7 +160,7 @@ def write_split_csv(
         scratch.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         writer = csv.writer(file, quoting=csv.QUOTE_ALL if must_quote else csv.QUOTE_MINIMAL, lineterminator="\n")
-        writer.writerows([("path", "label", "patient", "split", *columns), *rows])
+        writer.writerows([("path", "label", "patient", "split", "pixels", *columns), *rows])
 
 
 def _cut(

@@ -293,6 +293,11 @@ class MaskSteps:
         """How many there are; each takes two numbers in a step."""
         return len(self._dropout_seeds)
 
+    @property
+    def optimizer_state(self) -> list[keras.Variable]:
+        """What the optimizer remembers of the steps so far."""
+        return list(self._optimizer.variables)
+
     def begin(self, weight_decay: float) -> None:
         """Start a trial with a fresh optimizer."""
         for variable in self._optimizer.variables:

@@ -20,6 +20,7 @@ from cxr_models.listing import (
     is_picture,
     nearest,
 )
+from cxr_models.misplaced import check_present
 from cxr_models.storage import written_whole
 
 # What a column may be called; the first name is the one that messages use.
@@ -92,6 +93,8 @@ def list_table(file: Path) -> Listing:
             "\n    ".join(problems[:SHOWN_PROBLEMS] + more or absent) or "no lines below the header",
             "correct the file",
         )
+    if not by_id:  # labels by id are published for whole collections, of which many people have a part
+        check_present(file, [path for path in images if not os.path.isfile(file.parent / path)], len(images))
     lost = {image.mask for image in images.values() if image.mask and not (file.parent / image.mask).is_file()}
     listed = tuple(image._replace(mask="") if image.mask in lost else image for image in images.values())
     unreadable += [Unreadable(mask, "the mask is missing", Flaw.MASK) for mask in sorted(lost)]

@@ -21,6 +21,7 @@ from cxr_models.epochs import (
     MovedWeights,
     Turns,
     check_finite,
+    held_out,
     make_optimizer,
     mean_epoch,
     steps_of_epoch,
@@ -309,13 +310,8 @@ class _EpochLoop:
             training.schedule.observe(metrics.val["loss"] if val_loss is None else val_loss)
         if val_loss is not None:
             return metrics, {}
-        index = np.concatenate([training.data.val for training in self._trainings])
-        scores = np.concatenate([scores for _, scores in ran])
-        found: dict[str, NDArray[np.generic]] = {"index": index, "labels": self._data.labels[index], "scores": scores}
-        if self._data.folds:
-            sizes = [len(training.data.val) for training in self._trainings]
-            found["fold"] = np.repeat(np.arange(len(sizes)), sizes)
-        return metrics, found
+        labels = [training.data.labels[training.data.val] for training in self._trainings]
+        return metrics, held_out(self._data, {"labels": labels, "scores": [scores for _, scores in ran]})
 
     def _run(
         self, training: _Training, gather: Gather, epoch: int, begun: float, val_loss: float | None

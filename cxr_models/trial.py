@@ -17,7 +17,8 @@ from cxr_models.features import FeatureBudget
 TRAIN, VAL, TEST = SPLITS = ("train", "val", "test")
 
 # What a trial leaves in its folder: the weights of its best epoch that had moved, by their paths in the network, and
-# its validation scores there (arrays `index`, `labels` and `scores`, which are log-probabilities).
+# its validation scores there (arrays `index`, `labels` and `scores`, which are log-probabilities; of a segmentation
+# `index` and `counts`, see `mask_metrics.COUNTS`).
 BEST_WEIGHTS = "best.npz"
 VALIDATION_SCORES = "validation.npz"
 PIXELS = "pixels"  # what `EpochMetrics.source` begins with where an epoch ran the whole network
@@ -364,7 +365,8 @@ class TrialResult:
         best_epoch: epoch with the best objective value, 0 if no epoch finished.
         val: metrics of that epoch, empty if no epoch finished; with folds the means over them.
         by_fold: the objective of that epoch in each fold; empty without folds.
-        trainable_parameters, frozen_parameters: of the last phase; batch norms' moving statistics are frozen always.
+        trainable_parameters, frozen_parameters: in the phase of the best epoch, else in the last; batch norms' moving
+            statistics are frozen always.
         train_seconds: from the trial's start in its process to its last epoch: building and compiling included, and the
             features that it computed or waited for, which later trials then find.
         error: for a failed trial, one line with the cause; the traceback is in `traceback`.

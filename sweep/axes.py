@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from graphlib import CycleError, TopologicalSorter
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from cxr_models.backbones import BACKBONES
 from cxr_models.freezing import parse_strategy
@@ -45,6 +45,22 @@ def read_space(document: Document, defaults: Mapping[str, Value]) -> Space:
         if axis is not None:
             axes[name] = axis
     return Space(_in_order(_with_scratch_weights(_with_live_conditions(axes, document)), document))
+
+
+def list_notes(document: Document) -> tuple[str, ...]:
+    """How overrides were taken that can be read in two ways: a list, for an axis whose values are lists themselves."""
+    space = document.values.get("space")
+    notes = []
+    for name in (name for name, kind in KINDS.items() if get_origin(kind) is tuple):
+        raw = space.get(name) if isinstance(space, dict) else None
+        if not (isinstance(raw, list) and document.overridden(("space", name))):
+            continue
+        if len(raw) > 1 and not any(isinstance(value, list) for value in raw):
+            notes.append(
+                f"--set {name}='{raw}' was taken as {len(raw)} choices, {' or '.join(map(str, raw))}; "
+                f"one choice that is this list is --set {name}='[{raw}]'"
+            )
+    return tuple(notes)
 
 
 def read_point(raw: Any, space: Space, where: Where, document: Document) -> dict[str, Value] | None:

@@ -14,7 +14,8 @@ from sweep.section import Section, validated
 MOST_FOLDS, MOST_REPEATS = 20, 20
 
 ClassName = Annotated[str, Field(min_length=1)]
-Leak = Literal["patient_on_two_sides", "duplicate_on_two_sides", "one_image_two_labels"]  # those of `audit.LEAKS`
+# Those of `audit.LEAKS`.
+Leak = Literal["patient_on_two_sides", "duplicate_on_two_sides", "one_image_two_labels", "earlier_model_saw_test"]
 
 
 def _checked_pattern(patient: str | None) -> str | None:

@@ -7,45 +7,59 @@ Everything that needs Keras runs in a child process; the driver's own never impo
 """
 
 import signal
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_models.calibration import Calibration, calibrate
+from cxr_models.doctor import examine
 from cxr_models.intervals import patient_intervals
 from cxr_models.metrics import classification_report, confusion_matrix, evaluate_further
 from cxr_models.storage import written_whole
-from cxr_models.trial import METRICS, TEST, TRAIN, VAL, VALIDATION_SCORES, TrialConfig, TrialData, TrialResult
+from cxr_models.trial import (
+    METRICS,
+    TEST,
+    TRAIN,
+    VAL,
+    VALIDATION_SCORES,
+    Diagnosis,
+    TrialConfig,
+    TrialData,
+    TrialResult,
+)
 from sweep.cross_validation import HeldOut
 from sweep.finals import FinalTraining, FinalTrainings
+from sweep.keras_child import CALL_TIMEOUT_S, Call, keras_child
 from sweep.machine import this_machine
+from sweep.openings import Openings
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress
-from sweep.record import RunFolder, append_line, best_by_strategy, read_lines, write_json
+from sweep.record import RunFolder, best_by_strategy, write_json
 from sweep.tracking import Tracker
-from sweep.worker import redirect_output
 
-CALL_TIMEOUT_S = 600.0
 IMAGE_TIMEOUT_S = 1.0  # added for each image of a call; the largest backbones take less on one core
 
 PartFigures = Mapping[str, Any]
 
 
-class Call(Protocol):
-    """Runs a function in a child process and returns what it returns."""
+@dataclass(frozen=True)
+class FailedSeeds:
+    """Of the final trainings of a strategy, those that failed.
 
-    def __call__(self, function: Any, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any: ...
+    Attributes:
+        failed, trained: how many did, and how many did not.
+        problem: why one of them did.
+    """
+
+    failed: int
+    trained: int
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -78,9 +92,12 @@ class FinalEvaluation:
         calibration: trial -> what one temperature, fitted on the validation images with the trial's own model, does to
             its first final model on the test images.
         verdict: `summary.json`'s `verdict`; None before all strategies were evaluated.
+        doctor: trial -> what is wrong with its final models on the test images.
+        failed_seeds: trial -> why some of its final trainings failed, where others are there to stand for it.
+        openings: of the test set.
     """
 
-    def __init__(self, plan: Plan, folder: RunFolder) -> None:
+    def __init__(self, plan: Plan, folder: RunFolder, cache_dir: Path) -> None:
         self._plan = plan
         self._folder = folder
         self._predictions: list[pd.DataFrame] = []
@@ -91,8 +108,12 @@ class FinalEvaluation:
         self.test_scores: dict[str, list[NDArray[np.float32]]] = {}
         self.calibration: dict[str, Calibration] = {}
         self.verdict: dict[str, Any] | None = None
+        self.doctor: dict[str, tuple[Diagnosis, ...]] = {}
+        self.failed_seeds: dict[str, FailedSeeds] = {}
         self.chosen_by = np.concatenate([plan.indices(VAL), plan.indices(TRAIN)])
         self.tested_by = plan.indices(TEST)
+        tested = [plan.manifest.records[index].sha256 for index in self.tested_by]
+        self.openings = Openings.of_images(tested, folder, cache_dir)
 
     def add_trial(self, result: TrialResult, scores: NDArray[np.float32]) -> None:
         """Take a trial's log-probabilities (images, classes) of `chosen_by`, and write its predictions down."""
@@ -126,8 +147,12 @@ class FinalEvaluation:
         """Take a final model's log-probabilities (images, classes) of `tested_by`, and write its predictions down."""
         trial_id, seed = training.trial.trial_id, training.config.seed
         figures = self._figures(self.tested_by, scores)
-        if training.number == 0:
+        if trial_id not in self.by_seed:
             self.figures.setdefault(trial_id, {})[TEST] = figures
+        labels, _ = self.test_images
+        known = {diagnosis.name: diagnosis for diagnosis in self.doctor.get(trial_id, ())}
+        told = {each.name: each for each in examine(labels, scores, self._plan.manifest.classes)}
+        self.doctor[trial_id] = tuple({**told, **known}.values())
         metrics = {name: figures[name] for name in METRICS}
         self.by_seed.setdefault(trial_id, []).append({"seed": seed, **metrics})
         self.test_scores.setdefault(trial_id, []).append(scores)
@@ -219,8 +244,8 @@ def evaluate_finalists(
     finalists = best_by_strategy(results, plan.spec.objective)
     failure: Exception | None = None
     with keras_child(folder.log("evaluation")) as call, progress:
-        if len(found.tested_by):
-            record_opening(folder, finalists, tracker, models=len(trainings.done))
+        if len(found.tested_by) and trainings.done:
+            found.openings.record(finalists, tracker, models=len(trainings.done))
         for number, result in enumerate(finalists, start=1):
             best = result is finalists[0]
             images = len(found.tested_by) + (0 if data.folds else len(found.chosen_by))
@@ -251,10 +276,10 @@ def _evaluate(
     *,
     best: bool,
 ) -> None:
-    """Evaluate one strategy.
+    """Evaluate one strategy. Where some of its final trainings failed, the others stand for it.
 
     Raises:
-        RuntimeError, TimeoutError: a model of it could not be evaluated, or was not trained.
+        RuntimeError, TimeoutError: a model of it could not be evaluated, or none was trained.
     """
     threads = min(plan.allotment.threads * plan.allotment.concurrency, this_machine().cores)
 
@@ -266,12 +291,13 @@ def _evaluate(
         scores: NDArray[np.float32] = call(best_scores, finalist, indices, model, timeout_s=timeout_s)
         return scores
 
-    for training in trainings.of(result):
-        model = folder.model if best and training.number == 0 else None
+    problem, trained = trainings.problem(result), trainings.of(result)
+    for training in trained:
+        model = folder.model if best and training is trained[0] else None
         scores = scores_of(training.config, training.training_id, found.tested_by, model)
         with uninterrupted():
             if model:
-                _write_best_config(plan, result, data, folder)
+                _write_best_config(plan, training, data, folder)
             if len(found.tested_by):
                 if model:
                     found.add_test(scores)
@@ -284,19 +310,22 @@ def _evaluate(
         scores = scores_of(result.config, result.trial_id, found.chosen_by)
         with uninterrupted():
             found.add_trial(result, scores)
-    if problem := trainings.problem(result):
+    if problem and not trained:
         raise RuntimeError(problem)
+    if problem:
+        found.failed_seeds[result.trial_id] = FailedSeeds(trainings.seeds - len(trained), len(trained), problem)
 
 
 def _overall(parts: Mapping[str, PartFigures]) -> dict[str, dict[str, float]]:
     return {part: {name: figures[name] for name in METRICS} for part, figures in parts.items()}
 
 
-def _write_best_config(plan: Plan, result: TrialResult, data: TrialData, folder: RunFolder) -> None:
+def _write_best_config(plan: Plan, training: FinalTraining, data: TrialData, folder: RunFolder) -> None:
     """All that is needed to use the model: an image's side and channels, and which class a probability belongs to."""
     shape = {"classes": list(plan.manifest.classes), "channels": data.channels}
-    fitted = {"fitted_on": "train+val", "fitted_epochs": result.best_epoch}
-    write_json(folder.best_config, {"trial_id": result.trial_id, **fitted, **shape, **result.config.to_json()})
+    trial, config = training.trial, training.config.to_json()
+    fitted = {"fitted_on": "train+val", "fitted_epochs": trial.best_epoch}
+    write_json(folder.best_config, {"trial_id": trial.trial_id, **fitted, **shape, **config})
 
 
 def register(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData, tracker: Tracker, call: Call) -> None:
@@ -312,22 +341,6 @@ def register(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData
         tracker.note(f"the best model was not registered: {error}")
 
 
-def record_opening(folder: RunFolder, finalists: Sequence[TrialResult], tracker: Tracker, *, models: int) -> None:
-    """Note that the test set is about to be read, before it is: by which strategies' trials, the best one first.
-
-    Args:
-        folder: of the sweep.
-        finalists: the best trial of each strategy.
-        tracker: tells the sweep's run.
-        models: how many final models will read it.
-    """
-    trials = [result.trial_id for result in finalists]
-    opening = {"opened": datetime.now(UTC).isoformat(timespec="seconds"), "trials": trials, "models": models}
-    append_line(folder.test_openings, opening)
-    text = f"{opening['opened']}: {models} final models of {len(trials)} strategies"
-    tracker.test_opened(sum(1 for _ in read_lines(folder.test_openings)), text)
-
-
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Let what has ended be written down; a second Ctrl-C would leave half of it."""
@@ -337,73 +350,6 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def keras_child(log: Path) -> Iterator[Call]:
-    """Yield `call(function, *arguments)`, which runs in one child process with its output in `log`.
-
-    The child is killed at the end of the block, however it ends. A call that takes longer than its `timeout_s` raises
-    `TimeoutError`, one that ends the child `RuntimeError`; the next call then has a new child. What the function
-    raises is raised here as `RuntimeError`.
-    """
-    child = _Child(log)
-    try:
-        yield child.call
-    finally:
-        child.end()
-
-
-class _Child:
-    def __init__(self, log: Path) -> None:
-        self._log = log
-        self._running: tuple[SpawnProcess, Connection] | None = None
-
-    def call(self, function: Any, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        _, connection = self._running = self._running or self._start()
-        try:
-            connection.send((function, arguments))
-            if not connection.poll(timeout_s):
-                self.end()
-                raise TimeoutError(f"{function.__name__} took longer than {timeout_s:g} s; its output: {self._log}")
-            answer, error = connection.recv()
-        except (EOFError, ConnectionError):
-            self.end()
-            raise RuntimeError(f"{function.__name__} ended its process; its output: {self._log}") from None
-        if error is not None:
-            raise error
-        return answer
-
-    def end(self) -> None:
-        if self._running:
-            process, connection = self._running
-            process.kill()
-            process.join()
-            connection.close()
-            self._running = None
-
-    def _start(self) -> tuple[SpawnProcess, Connection]:
-        context = get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_answer_calls, args=(theirs, self._log), daemon=True)
-        process.start()
-        theirs.close()
-        return process, ours
-
-
-def _answer_calls(connection: Connection, log: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    redirect_output(log)
-    while True:
-        try:
-            function, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send((function(*arguments), None))
-        except Exception as error:
-            traceback.print_exc()
-            connection.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 def best_scores(finalist: Finalist, indices: NDArray[np.int64], model: Path | None) -> NDArray[np.float32]:

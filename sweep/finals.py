@@ -52,6 +52,7 @@ class FinalTrainings:
         told: hears of each training as it begins.
 
     Attributes:
+        seeds: as given.
         done: those that can be evaluated, in the order of their ends.
         problems: training id -> why it cannot.
     """
@@ -69,7 +70,7 @@ class FinalTrainings:
     ) -> None:
         self._search = search
         self._objective = objective
-        self._seeds = seeds
+        self.seeds = seeds
         self._strategies = strategies
         self._results = results
         self._epochs = epochs
@@ -134,7 +135,7 @@ class FinalTrainings:
 
     def problem(self, trial: TrialResult) -> str:
         """Why a training of a strategy's best trial cannot be evaluated, or an empty string."""
-        own = [FinalTraining(trial, number).training_id for number in range(self._seeds)]
+        own = [FinalTraining(trial, number).training_id for number in range(self.seeds)]
         return next((f"final training: {self.problems[name]}" for name in own if name in self.problems), "")
 
     def _planned(self) -> list[tuple[FinalTraining, tuple[float, ...]]]:
@@ -146,5 +147,5 @@ class FinalTrainings:
             for trial in best
         }
         return [
-            (FinalTraining(trial, number), losses[trial.trial_id]) for number in range(self._seeds) for trial in best
+            (FinalTraining(trial, number), losses[trial.trial_id]) for number in range(self.seeds) for trial in best
         ]

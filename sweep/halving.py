@@ -103,12 +103,14 @@ class Halving:
       the best `least_survivors` of all that ever come to a rung have gone on from there. An equal that went on counts
       as better: trials that answer one class alone tie exactly, and a strategy of such trials is halved as any other.
     - fewer than `least_survivors` of those that went on from the rung are still alive: neither ended at a later rung
-      nor failed. Whenever a trial is ended, so many others of its stratum are therefore ahead of it, and these reach
-      their last epochs unless they fail after the stratum's last such decision, which nothing can take back.
+      nor struck. Whenever a trial is ended, so many others of its stratum are therefore ahead of it, and these come to
+      their own end, their last epoch or that of their patience, unless they are struck after the stratum's last such
+      decision, which nothing can take back.
 
-    A trial that fails, by diverging or for another reason, is struck from every rung: one that learned fast at a rate
-    that then tore it apart does not end others which would have come through, nor does it count for them. What it had
-    ended before its failure stays ended. A value that is not finite ends a trial, and does not count either.
+    A trial that fails, by diverging or for another reason, or that gives itself up (`hopeless.is_hopeless`) is struck
+    from every rung: one that learned fast at a rate that then tore it apart or killed it does not end others which
+    would have come through, nor does it count for them. What it had ended before stays ended. A value that is not
+    finite ends a trial, and does not count either.
 
     Args:
         rungs: where trials are judged.
@@ -139,7 +141,7 @@ class Halving:
         self._journal = journal
         self._arrivals: dict[tuple[Stratum, int], dict[str, _Arrival]] = defaultdict(dict)
         self._ended: set[str] = set()
-        self._failed: set[str] = set()
+        self._struck: set[str] = set()
         if journal:
             self._read(journal)
 
@@ -166,17 +168,17 @@ class Halving:
             self._note(arrival)
         return arrived[trial_id].goes_on
 
-    def failed(self, trial_id: str) -> None:
-        """Strike a trial that came to a bad end, or that a sweep which goes on does not take up again."""
+    def strike(self, trial_id: str) -> None:
+        """Strike a trial that failed, gave itself up, or that a sweep which goes on does not take up again."""
         if self._journal:
-            append_line(self._journal, {"failed": trial_id})
-        self._failed.add(trial_id)
+            append_line(self._journal, {"struck": trial_id})
+        self._struck.add(trial_id)
 
     def _read(self, journal: Path) -> None:
         drop_cut_line(journal)
         for entry in read_lines(journal):
-            if "failed" in entry:
-                self._failed.add(entry["failed"])
+            if "struck" in entry:
+                self._struck.add(entry["struck"])
             else:
                 self._note(_Arrival(**entry))
 
@@ -192,7 +194,7 @@ class Halving:
         rivals = {
             trial_id: arrival
             for trial_id, arrival in arrived.items()
-            if trial_id not in self._failed and math.isfinite(arrival.value)
+            if trial_id not in self._struck and math.isfinite(arrival.value)
         }
         better = sum(self._sign * rival.value > self._sign * value for rival in rivals.values())
         equal = sum(rival.value == value and rival.goes_on for rival in rivals.values())

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cxr_models.trial import TrialConfig
+from cxr_models.trial import UNET, TrialConfig
 from sweep.halving import Rungs, Stratum, head_epochs, stratum_of
 from sweep.spec import HalvingSpec
-from sweep.wording import count
+from sweep.wording import U_NET, count
 
 SHOWN_STRATA = 8
 SHARES = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 10: "tenth"}
@@ -57,9 +57,10 @@ def _sentence(spec: HalvingSpec, rungs: Rungs, longest: Sequence[TrialConfig]) -
     epochs, images = (_listed([f"{images // unit:,}" for images in rungs.images]) for unit in (rungs.epoch_images, 1))
     share = SHARES.get(spec.reduction_factor, f"1 in {spec.reduction_factor}")
     plural = "s" if len(rungs.images) > 1 else ""
+    whose = "" if all(config.backbone == UNET for config in longest) else " of each backbone and freeze strategy"
     sentence = (
-        f"after epoch{plural} {epochs} ({images} images seen), the best {share} so far of each backbone and freeze "
-        f"strategy goes on, at least {spec.least_survivors}, and the others end"
+        f"after epoch{plural} {epochs} ({images} images seen), the best {share} so far{whose} goes on, at least "
+        f"{spec.least_survivors}, and the others end"
     )
     if any(map(head_epochs, longest)):
         sentence += "; where the head alone trains first, epochs count from the end of that"
@@ -93,6 +94,7 @@ def _listed(words: Sequence[str]) -> str:
 def _named(strata: Sequence[Stratum]) -> str:
     """By the backbone too where there are several."""
     several = len({backbone for backbone, _ in strata}) > 1
-    names = [f"{backbone} {freeze}" if several else freeze for backbone, freeze in strata]
+    plain = (f"{backbone} {freeze}" if several else freeze for backbone, freeze in strata)
+    names = [U_NET if backbone == UNET else name for (backbone, _), name in zip(strata, plain, strict=True)]
     more = [f"{len(names) - SHOWN_STRATA} more"] if len(names) > SHOWN_STRATA else []
     return _listed([*names[:SHOWN_STRATA], *more])

@@ -11,7 +11,7 @@ from cxr_models.dataset import Manifest, Progress
 from cxr_models.masking import chunks, in_channels, masked_array
 from cxr_models.pixels import mask_array, pixel_array
 from cxr_models.storage import written_whole
-from sweep.evaluation import keras_child
+from sweep.keras_child import keras_child
 from sweep.lung_masks import EarlierModel
 from sweep.plan import Plan
 

@@ -34,11 +34,13 @@ from sweep.caching import (
     plan_cache,
 )
 from sweep.dataspec import SourceSpec
+from sweep.earlier import earlier_findings, earlier_models
 from sweep.halving import Stratum
 from sweep.halving_plan import HalvingPlan, plan_halving
 from sweep.lung_masks import LungMasks, find_lung_masks
 from sweep.machine import Allotment, Machine, allot
 from sweep.memory import trial_memory
+from sweep.patient_notes import patient_notes
 from sweep.segment_plan import UNetRow, unet_memory, unet_order, unet_rows, with_masks
 from sweep.space import Range, Space
 from sweep.spec import SpecError, SweepSpec
@@ -104,13 +106,13 @@ class Plan:
     unets: tuple[UNetRow, ...] = ()
     lung_masks: tuple[LungMasks, ...] = ()
 
-    def parameters(self, config: TrialConfig) -> tuple[int, int]:
-        """A configuration's (trainable, frozen) parameters in its last phase."""
+    def parameters(self, config: TrialConfig, phase: int) -> tuple[int, int]:
+        """A configuration's (trainable, frozen) parameters in a phase, -1 for the last."""
         if config.backbone == UNET:
             return unet.count_parameters(config, self.channels), 0
         table = self.tables[config.backbone, config.image_side]
-        phase = parse_strategy(config.freeze).phases[-1]
-        return network.count_parameters(config, phase, table, len(self.manifest.classes))
+        trained = parse_strategy(config.freeze).phases[phase]
+        return network.count_parameters(config, trained, table, len(self.manifest.classes))
 
     def head_parameters(self, config: TrialConfig) -> int:
         """Those of a configuration's head; 0 for a U-Net, which has none."""
@@ -225,6 +227,13 @@ def make_plan(
     tables = layer_tables({(config.backbone, config.image_side) for config in networks}, cache_dir)
     weights = find_weights(networks, tables, weights_dir, cache_dir, problems)
     lung_masks = find_lung_masks(spec.space, manifest, problems)
+    earlier = earlier_findings(
+        earlier_models(weights, lung_masks),
+        manifest,
+        splits,
+        chosen_by=TRAIN if len(folds) else VAL,
+        allow=spec.data.allow,
+    )
     counts = Counter(splits)
     folded = bool(len(folds))
     rules = CacheRules(tables, len(manifest.classes), counts[TRAIN], counts[TRAIN if folded else VAL], folded)
@@ -254,7 +263,7 @@ def make_plan(
         manifest=manifest,
         splits=splits,
         folds=folds,
-        audit=audit_data(manifest, splits, duplicates, shortcuts, allow=spec.data.allow),
+        audit=audit_data(manifest, splits, duplicates, shortcuts, allow=spec.data.allow).with_findings(earlier),
         strategies=strategies,
         trials=trials,
         max_epochs=max_epochs,
@@ -395,28 +404,17 @@ def _trains_from_scratch(config: TrialConfig) -> bool:
 def _data_notes(spec: SweepSpec, manifest: Manifest, splits: Sequence[str]) -> Iterator[str]:
     sources = spec.data.all_sources
     phantom = any(source.source == PHANTOM for source in sources)
-    patterns = sorted({source.patient for source in sources if source.patient})
     if phantom:
         yield "phantom data: synthetic drawings to try the sweep on, a demonstration and not medicine"
     yield from manifest.notes
     if TEST not in splits:
         yield "no test part (data.split): figures are validation figures that choices were made on"
-    if manifest.patients == len(manifest.records) and patterns:
-        named = " or ".join(map(repr, patterns))
-        yield f"data.patient {named} gives every image a patient of its own; does it match the names?"
-    if manifest.patients == len(manifest.records) and not patterns:
-        yield "no file name tells a patient: each image counts as its own (data.patient says how names tell them)"
-    if manifest.patients < len(manifest.records) and not patterns and not phantom:
-        yield (
-            "patients follow from a CSV, from DICOM's PatientID, or from names as NIH and Kermany give them; "
-            "data.patient: none ignores PatientID and names"
-        )
-    own = sum(record.patient == record.path for record in manifest.records)
-    if 0 < own < len(manifest.records):
-        yield f"the names of {own} images tell no patient: each of these counts as its own"
+    if not all(source.source == PHANTOM for source in sources):
+        yield from patient_notes(manifest, [source.patient for source in sources if source.patient])
 
 
 def _notes(spec: SweepSpec, networks: Sequence[TrialConfig]) -> Iterator[str]:
+    yield from spec.notes
     if any(config.weights == "none" and not _trains_from_scratch(config) for config in networks):
         yield (
             "some trials start from random weights but keep part of them: with weights: none, what is frozen stays "

@@ -12,7 +12,7 @@ from sweep.audit_view import render_audit
 from sweep.caching import PhaseCache
 from sweep.plan import Plan
 from sweep.space import Constant
-from sweep.tasks import AXES_OF
+from sweep.tasks import SHOWN_AXES_OF
 
 
 def render_plan(plan: Plan) -> RenderableType:
@@ -20,8 +20,9 @@ def render_plan(plan: Plan) -> RenderableType:
     spec, allotment = plan.spec, plan.allotment
     device = f"{allotment.gpus_per_trial:g} GPU" if allotment.gpus_per_trial else "no GPU"
     facts = Table.grid(padding=(0, 2))
+    images = subset_words(len(plan.manifest.records), plan.manifest.spared, spec.data.subset)
     for name, value in (
-        ("data", f"{spec.data.name} ({plan.manifest.layout}), {subset_words(plan.manifest, spec.data.subset)}"),
+        ("data", f"{spec.data.name} ({plan.manifest.layout}), {images}"),
         ("patients", f"{plan.manifest.patients}, {_two_sides(plan)}"),
         ("objective", f"validation {spec.objective.metric}, {spec.objective.mode}imum{_mean(plan)}"),
         ("search", f"{spec.search.algorithm}, {plan.trials} trials, at most {plan.max_epochs} epochs each"),
@@ -54,6 +55,9 @@ def _final(plan: Plan) -> str:
     if not len(plan.indices(TEST)):
         return f"the best configuration trained again on {images}; there is no test set"
     seeds = _counted(plan.spec.final.seeds, "seed")
+    if plan.unets:
+        first = "then tested" if plan.spec.final.seeds == 1 else "the first of them tested"
+        return f"the best configuration trained again on {images} ({seeds}), {first}"
     return f"each strategy's best configuration trained again on {images} ({seeds}), then tested"
 
 
@@ -93,7 +97,7 @@ def _two_sides(plan: Plan) -> str:
 
 
 def _constants(plan: Plan) -> Text:
-    own = AXES_OF[plan.spec.task]
+    own = SHOWN_AXES_OF[plan.spec.task]
     axes = [axis for axis in plan.spec.space.axes.values() if axis.name in own]
     fixed = (f"{axis.name} {axis.domain}" for axis in axes if not axis.cases and isinstance(axis.domain, Constant))
     return Text(f"the same in every trial: {', '.join(fixed)}")

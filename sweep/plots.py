@@ -16,12 +16,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from cxr_models.metrics import FloatArray
-from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult
+from cxr_models.trial import SEGMENT, UNET, EpochMetrics, Objective, Outcome, TrialResult
 from sweep.record import best_by_strategy, ranked, strategy_of
-from sweep.wording import heading, in_points, is_number, metric_name
+from sweep.wording import U_NET, heading, in_points, is_number, metric_name
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")  # the next one for every round through the colours
+PHASE = "D"  # the marker of a phase that begins
 GREY, PALE = "#595959", "#D9D9D9"
 Style = tuple[str, str]  # (colour, line)
 
@@ -37,6 +38,8 @@ def svg(figure: Figure) -> str:
 def sweep_curves(epochs: Iterable[EpochMetrics], results: Sequence[TrialResult], objective: Objective) -> Figure:
     """Validation objective by epoch of every trial that may rank; the best of each strategy is drawn strong.
 
+    Where a freeze strategy has phases, a diamond stands on the first epoch of each later one.
+
     Args:
         epochs: of all trials, each trial's in order.
         results: of all trials.
@@ -50,6 +53,7 @@ def sweep_curves(epochs: Iterable[EpochMetrics], results: Sequence[TrialResult],
     styles, names = _styles(results, objective), _strategy_names(results)
     figure = _figure(9.5, 4.8)
     panel = figure.subplots()
+    phased = False
     for result in reversed(able):  # the best on top
         strong = result.trial_id in best
         curve = curves.get(result.trial_id, [])
@@ -59,14 +63,25 @@ def sweep_curves(epochs: Iterable[EpochMetrics], results: Sequence[TrialResult],
         panel.plot(steps, values, color=colour, linestyle=line, linewidth=width, alpha=opacity)
         end = "x" if result.outcome is Outcome.STOPPED_EARLY else "o"
         panel.plot(steps[-1:], values[-1:], color=colour, marker=end, markersize=5, alpha=opacity)
+        begins = phase_begins(curve)
+        phased = phased or bool(begins)
+        at, heights = [steps[k] for k in begins], [values[k] for k in begins]
+        panel.plot(at, heights, PHASE, color=colour, markerfacecolor="white", markersize=6, alpha=opacity, zorder=3)
     _style(panel, "Epoch", f"{heading(metric_name(objective.metric))}, validation")
     handles = [
         Line2D([], [], color=colour, linestyle=line, linewidth=2.2, label=names[strategy])
         for strategy, (colour, line) in styles.items()
     ]
     ends = [_end_handle("o", "ran its epochs"), _end_handle("x", "stopped early")]
+    if phased:
+        ends.append(_end_handle(PHASE, "next phase begins", face="white"))
     figure.legend(handles=[*handles, *ends], loc="outside right upper", frameon=False, fontsize=9)
     return figure
+
+
+def phase_begins(epochs: Sequence[EpochMetrics]) -> list[int]:
+    """The places of the epochs with which a later phase begins, 0 for the first epoch of all."""
+    return [place for place in range(1, len(epochs)) if epochs[place].phase != epochs[place - 1].phase]
 
 
 def _end_handle(marker: str, label: str, face: str = GREY) -> Line2D:
@@ -95,7 +110,7 @@ def strategy_comparison(results: Sequence[TrialResult], objective: Objective) ->
     _style(panel, f"{heading(metric_name(objective.metric))}, validation, best epoch of each trial", "")
     panel.xaxis.set_major_locator(MaxNLocator(8))
     panel.grid(axis="y", visible=False)
-    best = _end_handle("|", "best of the strategy")
+    best = _end_handle("|", "best" if objective.task == SEGMENT else "best of the strategy")
     ends = [_end_handle("o", "ran its epochs"), _end_handle("o", "stopped early", face="white"), best]
     figure.legend(handles=ends, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
@@ -196,10 +211,11 @@ def _styles(results: Sequence[TrialResult], objective: Objective) -> dict[tuple[
 
 
 def _strategy_names(results: Sequence[TrialResult]) -> dict[tuple[str, str], str]:
-    """How the strategies are written: with the backbone only where there are several."""
+    """How the strategies are written: with the backbone only where there are several; `U-Net` for one."""
     strategies = {strategy_of(result) for result in results}
     several = len({backbone for backbone, _ in strategies}) > 1
-    return {(backbone, freeze): f"{backbone}  {freeze}" if several else freeze for backbone, freeze in strategies}
+    plain = {(backbone, freeze): f"{backbone}  {freeze}" if several else freeze for backbone, freeze in strategies}
+    return {strategy: U_NET if strategy[0] == UNET else name for strategy, name in plain.items()}
 
 
 def _spread(count: int) -> FloatArray:

@@ -19,7 +19,7 @@ from cxr_models.dataset import Progress
 from cxr_models.features import UnderWay, under_way
 from cxr_models.trial import PIXELS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
 from sweep.finals import FinalTraining
-from sweep.wording import duration, noted
+from sweep.wording import duration, noted, strategy_text
 
 SHOWN_TRIALS = 12
 LINE_INTERVAL_S = 5.0
@@ -220,7 +220,7 @@ class SweepProgress:
         self._final_began = self._final_began or time.monotonic()
         config = training.config
         line = (
-            f"final training {done + 1} of {total}: {config.backbone} {config.freeze}, seed {config.seed}, "
+            f"final training {done + 1} of {total}: {strategy_text(config)}, seed {config.seed}, "
             f"{training.trial.best_epoch} epochs on training and validation images"
         )
         if done:
@@ -289,8 +289,8 @@ class EvaluationProgress:
 
     def begins(self, number: int, total: int, result: TrialResult, images: int) -> None:
         """A strategy's best trial is about to be evaluated."""
-        config = result.config
-        self._show(f"evaluating {number} of {total} strategies on {images:,} images: {config.backbone} {config.freeze}")
+        on = f" on {images:,} images" if images else ""  # there are none with folds and without a test part
+        self._show(f"evaluating {number} of {total} strategies{on}: {strategy_text(result.config)}")
 
     def registers(self) -> None:
         """The best model is about to be registered."""
@@ -298,10 +298,7 @@ class EvaluationProgress:
 
     def failed(self, result: TrialResult, problem: str) -> None:
         """A strategy could not be evaluated."""
-        config = result.config
-        self._console.print(
-            Text(f"note: {config.backbone} {config.freeze} was not evaluated: {problem}", style="yellow")
-        )
+        self._console.print(Text(f"note: {strategy_text(result.config)} was not evaluated: {problem}", style="yellow"))
 
     def _show(self, line: str) -> None:
         if self._status:
@@ -314,7 +311,7 @@ def describe(suggestion: Suggestion) -> str:
     """A trial in one phrase."""
     config = suggestion.config
     return (
-        f"{config.backbone} {config.freeze}, lr {config.learning_rate:.1e}, "
+        f"{strategy_text(config)}, lr {config.learning_rate:.1e}, "
         f"dropout {config.dropout:.2g}, batch {config.batch_size}"
     )
 
@@ -323,6 +320,6 @@ def describe_result(result: TrialResult, objective: Objective) -> str:
     """A trial that ended, in one phrase."""
     config = result.config
     return (
-        f"{config.backbone} {config.freeze}, lr {config.learning_rate:.1e}, "
+        f"{strategy_text(config)}, lr {config.learning_rate:.1e}, "
         f"val {objective.metric} {result.val[objective.metric]:.3f} at epoch {result.best_epoch}{noted(result)}"
     )

@@ -12,8 +12,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_models.metrics import confusion_matrix
-from cxr_models.trial import AXES, CLASSIFY, TEST, VAL, EpochMetrics, Objective, TrialResult
-from sweep.record import RunFolder, ranked, read_lines
+from cxr_models.trial import CLASSIFY, TEST, VAL, EpochMetrics, Objective, TrialResult
+from sweep.record import RunFolder, ranked, read_lines, varied_axes
 from sweep.reference import ReferenceSpec
 from sweep.samples import Samples, read_samples
 from sweep.spec import read_spec
@@ -120,9 +120,8 @@ class Run:
 
     @cached_property
     def varied(self) -> tuple[str, ...]:
-        """The axes that differ between trials, what the sweep compares first."""
-        seen = {axis: {getattr(result.config, axis) for result in self.results} for axis in AXES}
-        return tuple(axis for axis in AXES if len(seen[axis]) > 1)
+        """See `record.varied_axes`."""
+        return varied_axes(self.results)
 
 
 def read_run(folder: RunFolder) -> Run:

@@ -95,7 +95,7 @@ class RunFolder:
 
     @property
     def halving(self) -> Path:
-        """One line a trial at a rung, with what was decided; and one for each trial that failed."""
+        """One line a trial at a rung, with what was decided; and one for each that failed or gave itself up."""
         return self.state / "halving.jsonl"
 
     @property
@@ -249,6 +249,12 @@ def best_by_strategy(results: tuple[TrialResult, ...], objective: Objective) -> 
     for result in ranked(results, objective):
         best.setdefault(strategy_of(result), result)
     return tuple(best.values())
+
+
+def varied_axes(results: Sequence[TrialResult]) -> tuple[str, ...]:
+    """The axes that differ between trials, what a sweep compares first."""
+    seen = {axis: {getattr(result.config, axis) for result in results} for axis in AXES}
+    return tuple(axis for axis in AXES if len(seen[axis]) > 1)
 
 
 def write_trials_csv(path: Path, results: tuple[TrialResult, ...], objective: Objective) -> None:

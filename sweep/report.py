@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cxr_models.storage import written_whole
-from cxr_models.trial import NO_MASK, SPLITS, Outcome, TrialConfig
+from cxr_models.trial import NO_MASK, SEGMENT, SPLITS, Outcome
 from sweep import plots
 from sweep.audit_record import pair_pictures, read_audit
 from sweep.readback import Run, read_run
@@ -31,6 +31,7 @@ from sweep.report_data import (
     class_rows,
     contradictions,
     doctor_rows,
+    evaluated_metrics,
     evaluated_parts,
     evaluated_rows,
     fold_rows,
@@ -45,9 +46,9 @@ from sweep.report_data import (
 )
 from sweep.samples import Pictures
 from sweep.segment_report import overlay_rows
-from sweep.tasks import AXES_OF
+from sweep.tasks import SHOWN_AXES_OF
 from sweep.verdict_view import coded, difference_rows
-from sweep.wording import count, duration, figure, heading, metric_name, percentage_points
+from sweep.wording import count, duration, figure, heading, metric_name, percentage_points, setting
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -73,7 +74,7 @@ def render(run: Run) -> str:
     )
     audit = read_audit(run.folder)
     environment.filters.update(
-        setting=_setting,
+        setting=setting,
         duration=partial(duration, tenths=True),
         figure=figure,
         metric=metric_name,
@@ -94,10 +95,11 @@ def render(run: Run) -> str:
         overview=overview(run),
         best=run.ranking[0] if run.ranking else None,
         strategies=strategy_rows(run),
-        axes=AXES_OF[run.objective.task],
+        segmented=run.objective.task == SEGMENT,
+        axes=SHOWN_AXES_OF[run.objective.task],
         varied=run.varied,
         axis_rows=axis_rows(run),
-        constants=[axis for axis in AXES_OF[run.objective.task] if axis not in run.varied],
+        constants=[axis for axis in SHOWN_AXES_OF[run.objective.task] if axis not in run.varied],
         failed=[result for result in run.results if result.outcome is Outcome.FAILED],
         unranked=[result for result in run.results if result.outcome is not Outcome.FAILED and not result.best_epoch],
         contradictions=contradictions(run),
@@ -112,7 +114,9 @@ def render(run: Run) -> str:
         calibrated=calibrated_rows(run),
         evaluated=evaluated_rows(run),
         fold_rows=fold_rows(run),
+        final_doctor=run.summary.get("strategies", [{}])[0].get("final_doctor", []) if run.ranking else [],
         parts=evaluated_parts(run),
+        evaluated_metrics=evaluated_metrics(run),
         comparisons=compare(run.reference, run.summary) if run.reference else (),
         best_seconds={result.trial_id: result.train_seconds for result in run.results},
         splits=SPLITS,
@@ -157,17 +161,6 @@ def _jpeg(pixels: Pictures) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _setting(config: TrialConfig, axis: str) -> str:
-    value = getattr(config, axis)
-    if axis == "weights":
-        return PurePath(value).name  # of a file; its folder is in spec.yaml
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(str, value)) or "none"
-    return str(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,9 +14,10 @@ from cxr_models.trial import SPLITS, VAL, Diagnosis, Outcome, TrialResult
 from sweep.readback import FinalPredictions, Run
 from sweep.record import strategy_of
 from sweep.verdict_view import verdict_notes
-from sweep.wording import count, duration, figure
+from sweep.wording import count, duration, figure, subset_note
 
 RECALL = "recall/"
+EVALUATED = ("loss", "accuracy", "macro_f1")  # shown of each strategy on every part, whatever the objective
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,8 @@ def overview(run: Run) -> list[str]:
     if run.split is not None:
         patients = run.split["patient"].nunique()
         phrases.append(f"{count(len(run.split), 'image')} of {count(patients, 'patient')}")
+    if subset := subset_note(run.summary.get("data", {})):
+        phrases.append(subset)
     if "epochs" in run.summary:
         phrases.append("{run:,} of {full:,} epochs run".format(**run.summary["epochs"]))
     if spared := run.summary.get("epochs", {}).get("from_features"):
@@ -222,6 +225,14 @@ def evaluated_rows(run: Run) -> list[Mapping[str, Any]]:
 def evaluated_parts(run: Run) -> list[str]:
     """The parts that there are figures of."""
     return [part for part in SPLITS if any(part in row for row in evaluated_rows(run))]
+
+
+def evaluated_metrics(run: Run) -> list[str]:
+    """What is shown of each part: the metrics of `EVALUATED`, and the objective in front of them if it is another."""
+    metric = run.objective.metric
+    names = EVALUATED if metric in EVALUATED else (metric, *EVALUATED)
+    parts = [row[part] for row in evaluated_rows(run) for part in SPLITS if part in row]
+    return [name for name in names if any(name in figures for figures in parts)]
 
 
 def calibrated_rows(run: Run) -> list[Mapping[str, Any]]:

@@ -21,23 +21,22 @@ from rich.table import Table
 from rich.text import Text
 
 from cxr_models.dataset import DataError
-from cxr_models.trial import SPLITS, TEST, Objective, TrialResult
+from cxr_models.trial import SEGMENT, TEST, TrialResult
 from sweep.audit_view import AuditRefused
 from sweep.machine import ClusterUnreachable, Machine, this_machine
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
 from sweep.progress import StepProgress
-from sweep.record import RunFolder, best_by_strategy, ranked
+from sweep.record import RunFolder, ranked
 from sweep.reference import COMPARED, ReferenceSpec, compare
+from sweep.results_view import MARK, doctor_lines, ranking, strategy_table
 from sweep.spec import SpecError, checked_name, read_spec
-from sweep.tasks import AXES_OF
+from sweep.tasks import SHOWN_AXES_OF
 from sweep.verdict_view import print_verdict
 from sweep.weights import WeightsError
-from sweep.wording import duration, noted
+from sweep.wording import duration, figure, subset_note
 
 DONE, UNFINISHED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
-SHOWN_RANKS = 10
-MARK = "! "  # beside the score of a trial in which the doctor found something
 PIPED_WIDTH = 140
 
 
@@ -149,7 +148,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     except ValueError as error:
         raise SpecError("the command", [str(error)]) from None
     console.print(f"run folder: {folder.path}")
-    ended = run_sweep(plan, folder, data, inline=arguments.inline, address=arguments.address, console=console)
+    ended = run_sweep(
+        plan, folder, data, cache_dir, inline=arguments.inline, address=arguments.address, console=console
+    )
     print_results(plan, ended.results, ended.summary, console)
     if ended.tracking_problem:
         console.print(Text(f"note: {ended.tracking_problem}", style="yellow"))
@@ -182,23 +183,28 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
     if not order:
         console.print("no trial finished an epoch", style="red")
         return
-    console.print(_ranking(order, objective))
-    console.print(_strategy_table(summary, objective))
-    for line in _doctor_lines(order, objective):
+    for part in ranking(order, results, objective, console):
+        console.print(part)
+    if objective.task != SEGMENT:
+        console.print(strategy_table(summary, objective))
+    for line in doctor_lines(order, objective):
         console.print(Text(line), soft_wrap=True)
-    console.print(_features_line(summary))
-    own = AXES_OF[objective.task]
+    if objective.task != SEGMENT:
+        console.print(_features_line(summary))
+    own = SHOWN_AXES_OF[objective.task]
     best = {axis: value for axis, value in order[0].config.to_json().items() if axis in own}
     shown = (f"{axis} {value:.4g}" if isinstance(value, float) else f"{axis} {value}" for axis, value in best.items())
     console.print(Text(f"best configuration: {', '.join(shown)}"))
     for diagnosis in order[0].doctor:
         note = f"  {MARK}{diagnosis.name}. {diagnosis.evidence} {diagnosis.remedy}"
         console.print(Text(note, style="red" if diagnosis.grave else "yellow"), soft_wrap=True)
+    if subset := subset_note(summary["data"]):
+        console.print(subset)
     if test := summary.get("test"):
-        console.print(f"test set, opened once: {test['images']} images of {test['patients']} patients")
+        console.print(f"test set{_opened(summary)}: {test['images']} images of {test['patients']} patients")
         for name in (name for name in objective.metrics if name in test):
-            found = test[name]
-            console.print(f"  {name} {found['value']:.3f} (95 % interval {found['low']:.3f} to {found['high']:.3f})")
+            value, low, high = (figure(test[name][part]) for part in ("value", "low", "high"))
+            console.print(f"  {name} {value} (95 % interval {low} to {high})")
     elif not len(plan.indices(TEST)):
         console.print("no test part: these are validation figures, and the choice was made on them")
     if verdict := summary.get("verdict"):
@@ -207,47 +213,11 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
         _print_reference(plan.spec.reference, summary, console)
 
 
-def _ranking(order: Sequence[TrialResult], objective: Objective) -> Table:
-    title = f"Best {min(SHOWN_RANKS, len(order))} of {len(order)} trials by validation {objective.metric}"
-    table = Table(title=title, title_justify="left")
-    for name in ("trial", "backbone", "freeze", "learning rate", "dropout", "batch", "epochs", "outcome"):
-        table.add_column(name)
-    table.add_column(objective.metric, justify="right")
-    for result in order[:SHOWN_RANKS]:
-        config = result.config
-        row = [result.trial_id, config.backbone, config.freeze, f"{config.learning_rate:.2e}", f"{config.dropout:g}"]
-        row += [str(config.batch_size), str(result.epochs), result.outcome.replace("_", " ")]
-        table.add_row(*map(Text, row), f"{MARK if result.doctor else ''}{result.val[objective.metric]:.3f}")
-    return table
-
-
-def _strategy_table(summary: Mapping[str, Any], objective: Objective) -> Table:
-    """Validation scores, sizes and times; where the final evaluation came to, the accuracy of each best trial."""
-    parts = [part for part in SPLITS if any(part in row for row in summary["strategies"])]
-    accuracy = f", accuracy of the best on {', '.join(parts)}" if parts else ""
-    table = Table(title=f"Strategies by validation {objective.metric}{accuracy}", title_justify="left")
-    for name in ("backbone", "freeze"):
-        table.add_column(name)
-    for name in ("trials", "best", "median", *parts, "trainable", "frozen", "time"):
-        table.add_column(name, justify="right")
-    for row in summary["strategies"]:
-        values = f"{MARK if row['doctor'] else ''}{row['best_val']:.3f}", f"{row['median_val']:.3f}"
-        accuracies = (f"{row[part]['accuracy']:.3f}" if part in row else "–" for part in parts)
-        counts = f"{row['trainable_parameters']:,}", f"{row['frozen_parameters']:,}"
-        names = row["backbone"], row["freeze"], str(row["trials"])
-        table.add_row(*names, *values, *accuracies, *counts, duration(row["train_seconds"]))
-    return table
-
-
-def _doctor_lines(order: tuple[TrialResult, ...], objective: Objective) -> list[str]:
-    """What the doctor found in the trials of the two tables above."""
-    shown = {result.trial_id: result for result in (*order[:SHOWN_RANKS], *best_by_strategy(order, objective))}
-    lines = [
-        f"  {result.trial_id} {result.config.backbone} {result.config.freeze}{noted(result)}"
-        for result in shown.values()
-        if result.doctor
-    ]
-    return [f"{MARK}the doctor found (report.html has evidence and remedies):", *lines] if lines else []
+def _opened(summary: Mapping[str, Any]) -> str:
+    """How often, as far as is known."""
+    openings = summary["test_openings"]
+    earlier = max((opening["earlier_sweeps"] for opening in openings), default=0)
+    return f", opened once by this sweep and by {earlier} before it" if earlier else ", opened once"
 
 
 def _print_reference(reference: ReferenceSpec, summary: Mapping[str, Any], console: Console) -> None:

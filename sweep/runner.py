@@ -63,7 +63,7 @@ class Conductor:
         work: what all trials have in common.
         search: suggests them.
         halving: ends weak ones early, if given.
-        parameters: a configuration's (trainable, frozen) parameters.
+        parameters: a configuration's (trainable, frozen) parameters in a phase, -1 for the last.
         listeners: hear of everything.
         head_parameters: those of a configuration's head, 0 where unknown.
     """
@@ -73,7 +73,7 @@ class Conductor:
         work: Work,
         search: Search,
         halving: Halving | None,
-        parameters: Callable[[TrialConfig], tuple[int, int]],
+        parameters: Callable[[TrialConfig, int], tuple[int, int]],
         listeners: Sequence[Listener],
         *,
         head_parameters: Callable[[TrialConfig], int] = lambda config: 0,
@@ -146,6 +146,8 @@ class Conductor:
         # The trial has given itself up where more epochs were wasted.
         config = running.suggestion.config
         gave_up = len(running.epochs) < config.epochs and is_hopeless(running.epochs, config)
+        if (gave_up or end.error) and self._halving:
+            self._halving.strike(trial_id)
         ended_well = Outcome.STOPPED_EARLY if gave_up else Outcome.COMPLETED
         self._finish(running, Outcome.FAILED if end.error else ended_well, end)
 
@@ -158,8 +160,6 @@ class Conductor:
     def _finish(self, running: _Running, outcome: Outcome, end: TrialEnd) -> None:
         suggestion = running.suggestion
         del self._running[suggestion.trial_id]
-        if outcome is Outcome.FAILED and self._halving:
-            self._halving.failed(suggestion.trial_id)
         result = self._result(running, outcome, end)
         value = result.val.get(self.work.objective.metric)
         self._search.finish(suggestion.number, outcome, value)
@@ -169,7 +169,7 @@ class Conductor:
     def _result(self, running: _Running, outcome: Outcome, end: TrialEnd) -> TrialResult:
         config = running.suggestion.config
         best = best_epoch(running.epochs, self.work.objective)
-        trainable, frozen = self._parameters(config)
+        trainable, frozen = self._parameters(config, best.phase if best else -1)
         return TrialResult(
             trial_id=running.suggestion.trial_id,
             config=config,

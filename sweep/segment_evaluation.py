@@ -12,17 +12,10 @@ from PIL import Image
 from cxr_models.intervals import mean_intervals
 from cxr_models.mask_metrics import COUNTS, INSIDE, count_masks, image_metrics, telling_examples
 from cxr_models.storage import written_whole
-from cxr_models.trial import SEGMENT, TEST, VAL, TrialConfig, TrialData, TrialResult
-from sweep.evaluation import (
-    CALL_TIMEOUT_S,
-    IMAGE_TIMEOUT_S,
-    FinalEvaluation,
-    keras_child,
-    record_opening,
-    register,
-    uninterrupted,
-)
+from cxr_models.trial import SEGMENT, TEST, VAL, VALIDATION_SCORES, TrialConfig, TrialData, TrialResult
+from sweep.evaluation import IMAGE_TIMEOUT_S, FinalEvaluation, register, uninterrupted
 from sweep.finals import FinalTraining, FinalTrainings
+from sweep.keras_child import CALL_TIMEOUT_S, keras_child
 from sweep.plan import Plan
 from sweep.record import RunFolder, ranked, write_json
 from sweep.tracking import Tracker
@@ -39,14 +32,15 @@ class BestUNet:
     """What the child needs to rebuild the best trial's U-Net and its final one, and read images and masks with them.
 
     Attributes:
-        trial_folder: where the trial left its weights; its U-Net reads the validation images.
+        trial_folder: where the trial left its weights; its U-Net reads the validation images. None with folds, where
+            there is no such U-Net, and no validation image is read.
         final_folder: where the final training left its own; the final U-Net reads the test images.
         indices: the validation and test images, in this order.
         tested: (images,) which of them are the test set's.
     """
 
     config: TrialConfig
-    trial_folder: Path
+    trial_folder: Path | None
     final_folder: Path
     channels: int
     pixels: Path
@@ -87,12 +81,13 @@ def evaluate_segmentation(
         RuntimeError, TimeoutError: the best trial could not be evaluated, or not be trained again.
     """
     result = ranked(results, plan.spec.objective)[0]
-    if problem := trainings.problem(result):
-        raise RuntimeError(problem)
-    best = best_model(plan, trainings.of(result)[0], folder, data)
+    trained = trainings.of(result)
+    if not trained:
+        raise RuntimeError(trainings.problem(result))
+    best = best_model(plan, trained[0], folder, data)
     with keras_child(folder.log("evaluation")) as call:
         if best.tested.any():
-            record_opening(folder, [result], tracker, models=1)
+            found.openings.record([result], tracker, models=1)
         masks = call(save_and_predict, best, timeout_s=CALL_TIMEOUT_S + IMAGE_TIMEOUT_S * len(best.indices))
         with uninterrupted():
             found.test = evaluate_test(plan, best, masks)
@@ -103,10 +98,10 @@ def evaluate_segmentation(
 def best_model(plan: Plan, training: FinalTraining, folder: RunFolder, data: TrialData) -> BestUNet:
     """The best trial's U-Net and the final one, with the validation and test images, in this order."""
     config = training.config
-    val, test = plan.indices(VAL), plan.indices(TEST)
+    val, test = plan.indices(VAL), plan.indices(TEST)  # with folds there is no validation part
     return BestUNet(
         config=config,
-        trial_folder=folder.trial(training.trial.trial_id),
+        trial_folder=None if data.folds else folder.trial(training.trial.trial_id),
         final_folder=folder.trial(training.training_id),
         channels=data.channels,
         pixels=data.pictures(config),
@@ -123,10 +118,8 @@ def save_and_predict(best: BestUNet) -> FoundMasks:
     from cxr_models import segmentation, steps
 
     steps.configure(best.threads)
-    trial, final = (
-        segmentation.best_unet(best.config, folder, channels=best.channels)
-        for folder in (best.trial_folder, best.final_folder)
-    )
+    final = segmentation.best_unet(best.config, best.final_folder, channels=best.channels)
+    trial = best.trial_folder and segmentation.best_unet(best.config, best.trial_folder, channels=best.channels)
     with written_whole(best.model) as scratch:
         final.save(scratch)
     pixels, masks = (np.load(path, mmap_mode="r") for path in (best.pixels, best.masks))
@@ -170,23 +163,15 @@ def evaluate_test(plan: Plan, best: BestUNet, found: FoundMasks) -> dict[str, An
 
 def record_predictions(plan: Plan, best: BestUNet, result: TrialResult, found: FoundMasks, folder: RunFolder) -> None:
     """Write `masks.csv`, the overlays and `best/config.json`."""
-    records = [plan.manifest.records[index] for index in best.indices]
-    metrics = image_metrics(found.counts, best.config.image_side**2)
     overlays = {
         position: f"{kind}-{number}.png"
         for kind, masks in found.examples.items()
         for number, position in enumerate(masks, start=1)
     }
-    frame = pd.DataFrame(
-        {
-            "trial_id": result.trial_id,
-            "image": [record.path for record in records],
-            "patient": [record.patient for record in records],
-            "split": [plan.splits[index] for index in best.indices],
-            **{name: metrics[name] for name in SHOWN},
-            "overlay": [overlays.get(position, "") for position in range(len(records))],
-        }
-    )
+    frame = _table(plan, result, best.indices, found.counts)
+    frame["overlay"] = [overlays.get(position, "") for position in range(len(frame))]
+    if best.trial_folder is None:
+        frame = pd.concat([_held_out(plan, result, folder), frame])
     with written_whole(folder.masks) as scratch:
         frame.to_csv(scratch, index=False, errors="surrogateescape")
     pixels, masks = (np.load(path, mmap_mode="r") for path in (best.pixels, best.masks))
@@ -199,8 +184,32 @@ def record_predictions(plan: Plan, best: BestUNet, result: TrialResult, found: F
     # All that is needed to use the model: an image's side and channels.
     fitted = {"fitted_on": "train+val", "fitted_epochs": result.best_epoch}
     shape = {"task": SEGMENT, "channels": best.channels}
-    config = {"trial_id": result.trial_id, **fitted, **shape, **result.config.to_json()}
+    config = {"trial_id": result.trial_id, **fitted, **shape, **best.config.to_json()}
     write_json(folder.best_config, config)
+
+
+def _table(
+    plan: Plan, result: TrialResult, indices: NDArray[np.int64], counts: NDArray[np.floating[Any]]
+) -> pd.DataFrame:
+    """A row an image of `masks.csv`."""
+    records = [plan.manifest.records[index] for index in indices]
+    metrics = image_metrics(counts, result.config.image_side**2)
+    return pd.DataFrame(
+        {
+            "trial_id": result.trial_id,
+            "image": [record.path for record in records],
+            "patient": [record.patient for record in records],
+            "split": [plan.splits[index] for index in indices],
+            **{name: metrics[name] for name in SHOWN},
+            "overlay": "",
+        }
+    )
+
+
+def _held_out(plan: Plan, result: TrialResult, folder: RunFolder) -> pd.DataFrame:
+    """The rows of the images of the folds, each segmented by a training that had not seen it."""
+    with np.load(folder.trial(result.trial_id) / VALIDATION_SCORES) as kept:
+        return _table(plan, result, kept["index"], kept["counts"]).assign(split=VAL)
 
 
 def overlay(pixels: NDArray[np.uint8], truth: NDArray[np.bool_], predicted: NDArray[np.bool_]) -> Image.Image:

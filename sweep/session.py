@@ -19,6 +19,7 @@ from cxr_models.splits import write_split_csv
 from cxr_models.storage import written_whole
 from cxr_models.trial import SEGMENT, TEST, TrialData, TrialResult
 from sweep.audit_record import audit_tags, write_audit
+from sweep.champion import note_champion
 from sweep.evaluation import FinalEvaluation, evaluate_finalists, uninterrupted
 from sweep.finals import FinalTrainings
 from sweep.halving import Halving
@@ -27,12 +28,13 @@ from sweep.masking import masked_arrays
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress, StepProgress, SweepProgress
 from sweep.readback import read_epochs
-from sweep.record import Record, RunFolder, ranked, read_lines, write_json
+from sweep.record import Record, RunFolder, ranked, write_json
 from sweep.report import write_report
 from sweep.runner import Conductor, Listener, SweepFailed, run_inline
 from sweep.samples import take_samples, write_samples
 from sweep.search import Search
 from sweep.segment_evaluation import evaluate_segmentation
+from sweep.segment_verdict import judge_segmentation
 from sweep.summary import summarise
 from sweep.timeline import Timeline
 from sweep.tracking import DatasetInfo, RunStatus, Tracker
@@ -88,7 +90,9 @@ class Stopwatch:
         return {"total": time.perf_counter() - self._begun, **self._parts}
 
 
-def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, address: str, console: Console) -> Ended:
+def run_sweep(
+    plan: Plan, folder: RunFolder, data: TrialData, cache_dir: Path, *, inline: bool, address: str, console: Console
+) -> Ended:
     """Run every trial, evaluate each strategy's best one, and write everything into the run folder.
 
     The test set is opened once, for that evaluation. A sweep that was interrupted or failed keeps its finished trials.
@@ -120,7 +124,7 @@ def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, a
         epochs=lambda: read_epochs(folder.epoch_record),
         told=progress.trained_again,
     )
-    evaluation = FinalEvaluation(plan, folder)
+    evaluation = FinalEvaluation(plan, folder, cache_dir)
     failure, interrupted = "", False
     try:
         if not inline:
@@ -129,13 +133,10 @@ def run_sweep(plan: Plan, folder: RunFolder, data: TrialData, *, inline: bool, a
             _run_trials(trainings, plan, folder, inline=inline, address=address, progress=progress)
         if ranked(record.results, plan.spec.objective):
             with watch.time("evaluate"):
-                console.print(
-                    "opening the test set, once, for the final models of each strategy"
-                    if tests
-                    else "no test part: the best trial of each strategy is evaluated on the images it was chosen by"
-                )
+                console.print(_opening(plan.spec.task, tests=tests))
                 if plan.spec.task == SEGMENT:
                     evaluate_segmentation(plan, record.results, trainings, folder, data, tracker, evaluation)
+                    evaluation.verdict = judge_segmentation(plan, record.results, folder, evaluation)
                 else:
                     shown = EvaluationProgress(console)
                     evaluate_finalists(plan, record.results, trainings, folder, data, tracker, shown, evaluation)
@@ -232,6 +233,21 @@ def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> TrialData:
     )
 
 
+def _opening(task: str, *, tests: bool) -> str:
+    """What the final evaluation is about to do."""
+    if task == SEGMENT:
+        return (
+            "opening the test set, once, for the final U-Net"
+            if tests
+            else "no test part: the best U-Net is evaluated on the images it was chosen by"
+        )
+    return (
+        "opening the test set, once, for the final models of each strategy"
+        if tests
+        else "no test part: the best trial of each strategy is evaluated on the images it was chosen by"
+    )
+
+
 def _conductor(plan: Plan, folder: RunFolder, data: TrialData, listeners: tuple[Listener, ...]) -> Conductor:
     spec = plan.spec
     work = Work(
@@ -274,10 +290,10 @@ def _run_trials(
 
 
 def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tracker, status: RunStatus) -> None:
-    summary["test_openings"] = list(read_lines(folder.test_openings))
     if tracker.parent_run_id:
         summary["mlflow_run_id"] = tracker.parent_run_id
     write_json(folder.summary, summary)
+    note_champion(folder, summary)
     write_report(folder)
     overlays = sorted(folder.overlays.glob("*.png"))
     files = (folder.summary, folder.report, folder.trials, folder.predictions, folder.masks, folder.audit, *overlays)

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from cxr_models.backbones import BACKBONES
 from cxr_models.freezing import parse_strategy, strategy_problem
 from cxr_models.trial import AXES, CLASSIFY, PHASE_RATE, PHASED, TASK_METRICS, Objective
-from sweep.axes import condition_schema, point_schema, read_point, read_space, space_schema
+from sweep.axes import condition_schema, list_notes, point_schema, read_point, read_space, space_schema
 from sweep.dataspec import DataSpec, data_schema, read_data_section
 from sweep.document import Document, SpecError, Where, parse_value, read_document, shown, unknown, write_yaml
 from sweep.reference import ReferenceResult, ReferenceSpec
@@ -122,6 +122,7 @@ class SweepSpec:
         task: what is trained, `classify` or `segment`.
         dropped_points: how many fixed points of the file lie outside the space that `--set` left.
         dropped_strategies: freeze strategies of the file with more phases than the epochs that `--set` left.
+        notes: how values were taken that can be read in two ways.
     """
 
     name: str
@@ -136,6 +137,7 @@ class SweepSpec:
     final: FinalSpec = field(default_factory=FinalSpec)
     dropped_points: int = field(default=0, compare=False)
     dropped_strategies: tuple[str, ...] = field(default=(), compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def to_yaml(self) -> str:
         """The resolved file, with every default written out; `read_spec` reads it back equal."""
@@ -185,7 +187,7 @@ def read_spec(path: Path, overrides: Sequence[str] = ()) -> SweepSpec:
     document.check()
     if spec is None:  # `_resolve` notes a problem whenever it has no answer, and then `check` has raised
         raise SpecError(document.source, ["could not be read"])
-    return replace(spec, dropped_strategies=dropped)
+    return replace(spec, dropped_strategies=dropped, notes=list_notes(document))
 
 
 def _drop_long_strategies(document: Document) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult, best
 from sweep.audit_record import bar_json, finding_json
 from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
-from sweep.record import best_by_strategy, ranked, strategy_of
+from sweep.record import best_by_strategy, ranked, read_lines, strategy_of
 from sweep.verdict import cautions
+from sweep.weights import weights_inputs
 
 PACKAGES = ("cxr-sweep", "ray", "tensorflow", "keras", "optuna", "mlflow", "scikit-learn", "numpy")
 
@@ -48,7 +49,7 @@ def summarise(
         "name": plan.spec.name,
         "seed": plan.spec.search.seed,
         "task": plan.spec.task,
-        "inputs": [source.to_json() for source in plan.lung_masks],
+        "inputs": [*(source.to_json() for source in plan.lung_masks), *weights_inputs(plan.weights)],
         "objective": {"metric": objective.metric, "mode": objective.mode},
         "data": _data(plan),
         "audit": [finding_json(finding) for finding in plan.audit.findings],
@@ -75,6 +76,7 @@ def summarise(
             "concurrency": plan.allotment.concurrency,
             "threads_per_trial": plan.allotment.threads,
         },
+        "test_openings": list(read_lines(evaluation.openings.own)),
         "interrupted": interrupted,
         "notes": list(plan.notes),
     }
@@ -103,6 +105,8 @@ def _data(plan: Plan) -> dict[str, Any]:
         "source": plan.spec.data.name,
         "layout": manifest.layout,
         "images": len(manifest.records),
+        "subset": plan.spec.data.subset,
+        "spared": manifest.spared,
         "found": plan.audit.found,
         "bar": bar_json(plan.audit),
         "patients": manifest.patients,
@@ -151,6 +155,10 @@ def _strategies(
                 "test_by_seed": evaluation.by_seed.get(best.trial_id, []),
             }
         )
+        if found := evaluation.doctor.get(best.trial_id):
+            rows[-1]["final_doctor"] = [asdict(diagnosis) for diagnosis in found]
+        if failed := evaluation.failed_seeds.get(best.trial_id):
+            rows[-1]["failed_seeds"] = asdict(failed)
         if calibration := evaluation.calibration.get(best.trial_id):
             rows[-1]["calibration"] = asdict(calibration)
         if problem := evaluation.problems.get(best.trial_id):

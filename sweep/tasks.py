@@ -39,6 +39,12 @@ AXES_OF: Mapping[str, tuple[str, ...]] = {
     SEGMENT: (*_COMMON_AXES, *_UNET_AXES),
 }
 
+# Of these what a person is told of a trial: a U-Net has one backbone, random weights, and trains as a whole.
+SHOWN_AXES_OF: Mapping[str, tuple[str, ...]] = {
+    CLASSIFY: AXES_OF[CLASSIFY],
+    SEGMENT: tuple(name for name in AXES_OF[SEGMENT] if name not in ("backbone", "weights", "freeze")),
+}
+
 # What an axis is where the file does not name it, for tasks in which that is not `TrialConfig`'s default.
 DEFAULTS_OF: Mapping[str, Mapping[str, Value]] = {CLASSIFY: {}, SEGMENT: {"freeze": "none"}}
 _DEFAULTS = {field.name: field.default for field in fields(TrialConfig) if field.default is not MISSING}

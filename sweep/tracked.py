@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from cxr_models.metrics import FloatArray, classification_report, confusion_matrix
-from cxr_models.trial import VALIDATION_SCORES, EpochMetrics, Suggestion, TrialConfig, TrialResult
+from cxr_models.trial import UNET, VALIDATION_SCORES, EpochMetrics, Suggestion, TrialConfig, TrialResult
+from sweep.wording import is_number, strategy_text
 
 MAX_CLASS_NAME_LENGTH = 200  # MLflow takes metric names of 250 characters
 
@@ -48,7 +49,7 @@ class DatasetInfo:
 def run_name(trial: Suggestion | TrialResult) -> str:
     """`mobilenet_v2_0.35 convs:1 lr 3e-03 · 1a2b3c4d`"""
     config = trial.config
-    return f"{config.backbone} {config.freeze} lr {config.learning_rate:.0e} · {trial.trial_id}"
+    return f"{strategy_text(config)} lr {config.learning_rate:.0e} · {trial.trial_id}"
 
 
 def flat_params(spec: Mapping[str, Any]) -> dict[str, str]:
@@ -123,7 +124,8 @@ class MetricNames:
             if isinstance(interval, Mapping) and ("/" not in name or name.startswith("recall/"))
         }
         for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
-            named = self._named("test", {name: interval[part] for name, interval in test.items()})
+            known = {name: interval[part] for name, interval in test.items() if is_number(interval[part])}
+            named = self._named("test", known)
             metrics |= {f"{name}{suffix}": value for name, value in named.items()}
         return metrics
 
@@ -210,7 +212,8 @@ def trial_files(result: TrialResult, folder: Path, classes: Sequence[str]) -> di
     """
     files = {"error.txt": result.traceback or result.error} if result.error else {}
     scores_file = folder / VALIDATION_SCORES
-    if result.best_epoch and scores_file.is_file():
+    # A segmentation keeps counts of pixels there, of which there is no matrix of classes.
+    if result.best_epoch and result.config.backbone != UNET and scores_file.is_file():
         with np.load(scores_file) as kept:
             labels, scores = kept["labels"], kept["scores"]
         report = classification_report(labels, scores, classes)

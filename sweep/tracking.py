@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from cxr_models.trial import EpochMetrics, Objective, Outcome, Suggestion, TrialResult
 from sweep.backlog import Backlog, TrackedTrial
+from sweep.champion import champion_notes
 from sweep.record import RunFolder
 from sweep.tracked import DatasetInfo as DatasetInfo
 from sweep.tracked import (
@@ -183,7 +184,7 @@ class Tracker:
         self._tasks.put(lambda runs: runs.tag({f"test_opening_{number}": opening}))
 
     def finished(self, summary: Mapping[str, Any], artifacts: Sequence[Path], status: RunStatus = "FINISHED") -> None:
-        """End the sweep's run, and as killed those of trials still open.
+        """End the sweep's run, and as killed those of trials still open; note on the model what is said of it.
 
         Args:
             summary: what `summary.json` holds; an interrupted sweep may have any part of it.
@@ -319,6 +320,7 @@ class _Runs:
         try:
             metrics = self._metrics(self._names.of_summary(summary), at_ms)
             self._log(self.parent, metrics=metrics, tags=summary_tags(summary))
+            self._note_champion(champion_notes(summary))
             for path in artifacts:
                 self._client.log_artifact(self.parent, str(path))
             self._log_files(self._parent_artifacts, summary_files(summary))
@@ -327,6 +329,12 @@ class _Runs:
                 if trial.run_id:
                     self._client.set_terminated(trial.run_id, "KILLED", at_ms)
             self._client.set_terminated(self.parent, status, at_ms)
+
+    def _note_champion(self, notes: Mapping[str, str]) -> None:
+        """Tag the model that this sweep has registered, if it has: the verdict is known only after that."""
+        for registered in self._client.search_model_versions(f"run_id = '{self.parent}'"):
+            for name, text in notes.items():
+                self._client.set_model_version_tag(registered.name, registered.version, name, text)
 
     def _find_experiment(self) -> str:
         name = self._sweep.experiment

@@ -5,15 +5,16 @@ one on the test images. No test figure ever changes which strategy that is.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cxr_models.comparison import ALPHA, POWER, Comparison, compare
 from cxr_models.metrics import FloatArray, IntArray
-from cxr_models.selection import selection_optimism
+from cxr_models.selection import Optimism, selection_optimism
 from cxr_models.trial import TEST, VALIDATION_SCORES, Objective, TrialResult
 from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
@@ -60,7 +61,7 @@ def judge(
     finalists = best_by_strategy(results, objective)
     several = len({result.config.backbone for result in results}) > 1
     names = {result.trial_id: " ".join(strategy_of(result)[0 if several else 1 :]) for result in results}
-    found: dict[str, Any] = {"optimism": _optimism(plan, results, folder)}
+    found: dict[str, Any] = {"optimism": optimism_json(_optimism(plan, results, folder))}
     if not len(plan.indices(TEST)):
         return {"sentence": WITHOUT_TEST_PART, "metric": objective.metric, **found, "comparisons": []}
     contenders = [
@@ -265,34 +266,57 @@ def _without_number(row: Mapping[str, Any], metric: str) -> str:
 def _needed(rows: Sequence[Mapping[str, Any]]) -> str:
     """`rows` come in the order of how many images they need."""
     needed = float(rows[0]["images_needed"])
-    shown = f"more than {MOST_IMAGES:,}" if needed > MOST_IMAGES else f"about {rounded_up(needed):,}"
+    shown = number_needed(needed)
     rest = f" for `{rows[0]['second']}`, and more for the rest" if len(rows) > 1 else ""
     return f"{shown} would be needed{rest}"
 
 
-def _optimism(plan: Plan, results: tuple[TrialResult, ...], folder: RunFolder) -> dict[str, Any] | None:
-    """How much better the chosen trial looks on the validation images than it is; None where nothing was chosen."""
+def number_needed(images: float) -> str:
+    """How many images would be needed, as a sentence has it."""
+    return f"more than {MOST_IMAGES:,}" if images > MOST_IMAGES else f"about {rounded_up(images):,}"
+
+
+def _optimism(plan: Plan, results: tuple[TrialResult, ...], folder: RunFolder) -> Optimism | None:
     objective = plan.spec.objective
-    kept = []
-    for result in ranked(results, objective):
+    kept = [arrays for _, arrays in validated_alike(ranked(results, objective), folder)]
+    if len(kept) < 2:
+        return None
+    return selection_optimism(
+        kept[0]["labels"],
+        [each["scores"] for each in kept],
+        plan.manifest.classes,
+        [plan.manifest.records[index].patient for index in kept[0]["index"]],
+        objective.metric,
+        objective.mode,
+        folds=kept[0].get("fold"),
+        seed=plan.spec.search.seed,
+    )
+
+
+def validated_alike(
+    ranking: Sequence[TrialResult], folder: RunFolder
+) -> list[tuple[TrialResult, dict[str, NDArray[Any]]]]:
+    """The trials that kept what they made of the same validation images as the best of them, and what they kept.
+
+    Args:
+        ranking: the best trial first.
+        folder: where the trials left it.
+    """
+    kept: list[tuple[TrialResult, dict[str, NDArray[Any]]]] = []
+    for result in ranking:
         path = folder.trial(result.trial_id) / VALIDATION_SCORES
         if path.is_file():
             with np.load(path) as arrays:
-                kept.append({name: arrays[name] for name in ("index", "labels", "scores")})
-    alike = [each for each in kept if np.array_equal(each["index"], kept[0]["index"])]
-    if len(alike) < 2:
-        return None
-    patients = [plan.manifest.records[index].patient for index in alike[0]["index"]]
-    found = selection_optimism(
-        alike[0]["labels"],
-        [each["scores"] for each in alike],
-        plan.manifest.classes,
-        patients,
-        objective.metric,
-        objective.mode,
-        seed=plan.spec.search.seed,
-    )
-    return asdict(found) if math.isfinite(found.gain) else None
+                kept.append((result, dict(arrays)))
+    return [each for each in kept if np.array_equal(each[1]["index"], kept[0][1]["index"])]
+
+
+def optimism_json(found: Optimism | None) -> dict[str, Any] | None:
+    """`optimism` of a verdict: how much better the chosen trial looks on the validation images than it is.
+
+    None where nothing was chosen, and where too few patients were there to resample.
+    """
+    return asdict(found) if found and math.isfinite(found.gain) else None
 
 
 def cautions(summary: Mapping[str, Any]) -> list[str]:
@@ -312,6 +336,7 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
         for each in row.get("doctor", [])
         if each["grave"] and names.get(row["trial_id"], verdict.get("reference")) != verdict.get("reference")
     ]
+    lines += _of_final_models(summary, names)
     for name, why in verdict.get("problems", {}).items():
         what = "was not tested in full" if name in verdict["strategies"] else "could not be tested"
         lines.append(f"`{name}` {what}: {why}")
@@ -320,6 +345,31 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Of some classes fewer than {FEW_OF_CLASS} patients are tested, each of whom weighs much: {classes}."
         )
-    if verdict["comparisons"] and verdict["patients"] < FEW_PATIENTS:
+    if (verdict["comparisons"] or "known" in verdict) and verdict["patients"] < FEW_PATIENTS:
         lines.append(f"The test set has {count(verdict['patients'], 'patient')} only: its intervals are rough.")
     return lines
+
+
+def _of_final_models(summary: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with the models that were tested, and how often others were tested on the same images.
+
+    Args:
+        summary: of the sweep.
+        names: trial -> the strategy that it stands for.
+    """
+    for row in summary.get("strategies", []):
+        name = f"`{names.get(row['trial_id'], row['trial_id'])}`"
+        for each in row.get("final_doctor", []):
+            yield f"The final model of {name} went wrong ({each['name']}): {each['evidence']}"
+        if failed := row.get("failed_seeds"):
+            total = failed["failed"] + failed["trained"]
+            yield (
+                f"{name} stands for {failed['trained']} of {count(total, 'final training')}, since the others failed "
+                f"({failed['problem']}): it looks better than it is if those were its worst."
+            )
+    earlier = max((opening.get("earlier_sweeps", 0) for opening in summary.get("test_openings", [])), default=0)
+    if earlier:
+        yield (
+            f"{count(earlier, 'sweep')} before this one opened the same test images: what was chosen after a look at "
+            "their figures is flattered by these here."
+        )

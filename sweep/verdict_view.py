@@ -85,6 +85,11 @@ def verdict_notes(verdict: Verdict) -> list[str]:
             f"out, gives {figure(chosen['corrected'])}. The choice flatters by about {amount(metric, chosen['gain'])}. "
             "What choosing the best epoch of each trial adds is not in it."
         )
+    if "known" in verdict:
+        notes.append(
+            "One final U-Net was tested: what other trials would do on the test images is not known. Another seed "
+            "would move its figures too; the interval is of the images alone."
+        )
     own = [row["smallest_difference"] for row in verdict["comparisons"] if row["first"] == verdict["reference"]]
     if smallest := [each for each in own if is_number(each)]:
         others = f" ({amount(metric, min(smallest))} for the one most like it)" if len(smallest) > 1 else ""

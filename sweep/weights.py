@@ -39,18 +39,36 @@ class WeightsError(ValueError):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The model of an earlier sweep that weights were taken from.
+
+    Attributes:
+        place: its path or address.
+        sha256: of the file.
+        path: where it lies; None for one that was fetched, whose sweep is not known.
+    """
+
+    place: str
+    sha256: str
+    path: Path | None
+
+    def __str__(self) -> str:
+        return f"{self.place} (sha256 {self.sha256})"
+
+
+@dataclass(frozen=True)
 class WeightsFile:
     """A file of backbone weights.
 
     Attributes:
         path: where it lies, or will lie once fetched.
         fetch: it is not there yet; Keras fetches it from its server.
-        origin: the model of an earlier sweep it was taken from, with its checksum; else empty.
+        origin: the model of an earlier sweep it was taken from.
     """
 
     path: Path
     fetch: bool = False
-    origin: str = ""
+    origin: Origin | None = None
 
 
 class _MissingError(ValueError):
@@ -128,12 +146,19 @@ def find_weights(
 
 def origin_notes(found: Mapping[tuple[str, str, int], WeightsFile]) -> tuple[str, ...]:
     """What a plan says of weights that come from models of earlier sweeps."""
-    taken = {(backbone, file.origin) for (backbone, _, _), file in found.items() if file.origin}
+    taken = {(backbone, str(file.origin)) for (backbone, _, _), file in found.items() if file.origin}
     return tuple(
-        f"{backbone} starts from the model of an earlier sweep, {origin}; whether that was trained on images that are "
-        "test images here is not known"
-        for backbone, origin in sorted(taken)
+        f"{backbone} starts from the model of an earlier sweep, {origin}" for backbone, origin in sorted(taken)
     )
+
+
+def weights_inputs(found: Mapping[tuple[str, str, int], WeightsFile]) -> list[dict[str, str]]:
+    """The models of earlier sweeps that weights were taken from, as `summary.json` has its `inputs`."""
+    taken = {weights: file.origin for (_, weights, _), file in found.items() if file.origin}
+    return [
+        {"weights": weights, "model": origin.place, "sha256": origin.sha256}
+        for weights, origin in sorted(taken.items())
+    ]
 
 
 def bundled_note(found: Mapping[tuple[str, str, int], WeightsFile], *, phantom: bool) -> tuple[str, ...]:
@@ -167,13 +192,12 @@ def _find(
         return WeightsFile(row.bundled_path)
     if _URL.match(config.weights):
         path = _downloaded(config.weights, cache_dir)
-        place = config.weights.partition("#")[0]
+        address = config.weights.partition("#")[0]
     else:
         path = Path(config.weights).expanduser().resolve()
-        place = str(path)
+        address = ""
     if path.is_dir():
         path = path / "best" / "model.keras"
-        place = str(path)
         if not path.is_file():
             raise ValueError(f"expected the folder of a finished run, but there is no {path}")
     if not path.name.endswith(ENDINGS):
@@ -186,7 +210,7 @@ def _find(
     taken = cache_dir / "weights" / digest[:24] / f"{row.name}.weights.h5"
     if not taken.is_file():
         extract_backbone(path, row, table, taken)
-    return WeightsFile(taken, origin=f"{place} (sha256 {digest})")
+    return WeightsFile(taken, origin=Origin(address or str(path), digest, None if address else path))
 
 
 def _imagenet(row: Backbone, side: int, weights_dir: Path | None, reachable: Callable[[], bool]) -> WeightsFile:

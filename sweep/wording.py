@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
-from cxr_models.trial import TrialResult
+from cxr_models.cohort import subset_words
+from cxr_models.trial import UNET, TrialConfig, TrialResult
+
+U_NET = "U-Net"
 
 # Metric -> as a person says it. A classification's loss is the cross-entropy, a segmentation's its `mask_loss`.
 METRIC_NAMES: Mapping[str, str] = {
@@ -76,6 +80,28 @@ def rounded_up(number: float) -> int:
 def listed(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def strategy_text(config: TrialConfig) -> str:
+    """`mobilenet_v2_0.35 convs:1`; a U-Net trains as a whole and has no strategy to name."""
+    return U_NET if config.backbone == UNET else f"{config.backbone} {config.freeze}"
+
+
+def subset_note(data: Mapping[str, Any]) -> str:
+    """How many images of how many a sweep used, from `summary.json`'s `data`; "" where it used all."""
+    return subset_words(data["images"], data["spared"], data["subset"]) if data.get("spared") else ""
+
+
+def setting(config: TrialConfig, axis: str) -> str:
+    """The value of an axis."""
+    value = getattr(config, axis)
+    if axis == "weights":
+        return PurePath(value).name  # of a file; its folder is in spec.yaml
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
 
 
 def noted(result: TrialResult) -> str:

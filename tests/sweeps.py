@@ -19,6 +19,7 @@ search: {{algorithm: {algorithm}, trials: {trials}}}
 space:
   backbone: vanilla_cnn
   weights: none
+  freeze: "{freeze}"
   seed: {seeds}
   epochs: {epochs}
 """
@@ -59,6 +60,7 @@ def fake_sweep(
     rungs: tuple[int, ...] = (),
     heard: Heard | None = None,
     algorithm: str = "grid",
+    freeze: str = "all",
     head_parameters: Callable[[TrialConfig], int] = lambda config: 0,
 ) -> tuple[Conductor, Heard]:
     """A sweep over the seeds 0, 1, 2, ..., and what is heard of it.
@@ -71,11 +73,14 @@ def fake_sweep(
         rungs: epochs after which the weaker half ends; none if empty.
         heard: listens, in place of a new one.
         algorithm: a grid runs every seed once, in order.
+        freeze: strategy of every trial.
         head_parameters: of a configuration; each has about 110 in all, see `parameters`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "fake.yaml"
-    path.write_text(SPACE.format(algorithm=algorithm, trials=trials, seeds=list(range(trials)), epochs=epochs))
+    path.write_text(
+        SPACE.format(algorithm=algorithm, trials=trials, seeds=list(range(trials)), epochs=epochs, freeze=freeze)
+    )
     heard = heard or Heard()
     halving = Halving(Rungs(rungs, epoch_images=1), 2, "max") if rungs else None
     search = Search(read_spec(path))
@@ -83,5 +88,5 @@ def fake_sweep(
     return Conductor(jobs, search, halving, parameters, [heard], head_parameters=head_parameters), heard
 
 
-def parameters(config: TrialConfig) -> tuple[int, int]:
-    return 10 + config.seed, 100
+def parameters(config: TrialConfig, phase: int) -> tuple[int, int]:
+    return 10 + config.seed + phase, 100

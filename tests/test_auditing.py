@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,15 +18,19 @@ from rich.console import Console
 from cxr_models.audit import LEAKS, Audit, Example, Finding, Severity
 from cxr_models.dataset import read_manifest
 from cxr_models.shortcuts import Shortcut, Shortcuts
+from cxr_models.splits import assign_splits, write_split_csv
 from sweep.audit_record import audit_tags, bar_json, finding_json, pair_pictures, read_audit, write_audit
 from sweep.audit_view import AuditRefused, render_audit
 from sweep.dataspec import Leak
+from sweep.earlier import EarlierModel, Learned, earlier_findings
 from sweep.record import RunFolder
 from sweep.report import write_report
 from sweep.run import DONE, UNFINISHED, WRONG_INPUT, main
 from sweep.spec import read_spec
+from sweep.verdict import cautions
 from tests import layouts
 from tests.test_report import Page
+from tests.test_weights import saved_model
 
 ROOT = Path(__file__).parent.parent
 SPACE = """\
@@ -86,11 +91,48 @@ def test_what_is_allowed_does_not_stop(tmp_path, cache_dir, leaking, capsys):
     assert "patient_on_two_sides: " not in shown.err
     assert "allowed leak: patient_on_two_sides" in shown.out
     everything = f"data.allow=[{', '.join(LEAKS)}]"
-    assert f"--set data.allow='[{', '.join(LEAKS)}]'" in shown.err, "what the file allows is still allowed"
+    made = "patient_on_two_sides, duplicate_on_two_sides, one_image_two_labels"
+    assert f"--set data.allow='[{made}]'" in shown.err, "what the file allows is still allowed"
     assert main([str(some), "--plan", "--cache-dir", str(cache_dir), "--set", everything]) == DONE
     shown = capsys.readouterr()
     assert shown.err == ""
     assert "allowed leak: one_image_two_labels" in shown.out
+
+
+def test_an_earlier_model_that_knows_the_test_images_ends_a_sweep_too(tmp_path, cache_dir, capsys):
+    data = layouts.class_folders(tmp_path / "data", images=20)
+    model = saved_model(tmp_path / "runs" / "first" / "best" / "model.keras", "mobilenet_v2_0_35")
+    manifest = read_manifest(data)
+    write_split_csv(tmp_path / "runs" / "first" / "split.csv", manifest, assign_splits(manifest, seed=1))
+    model.with_name("config.json").write_text('{"weights": "imagenet"}')
+    (tmp_path / "runs" / "first" / "summary.json").write_text("{}")
+    space = write_space(tmp_path, data)
+    known = ["--plan", "--cache-dir", str(cache_dir), "--weights", str(tmp_path / "runs" / "first")]
+    arguments = [str(space), *known]
+    assert main([*arguments, "--seed", "1"]) == DONE
+    shown = capsys.readouterr().out
+    assert "warning: earlier_model_saw_validation: The model that mobilenet_v2_0.35 starts from" in shown
+    assert "earlier_model_saw_test" not in shown
+    assert main([*arguments, "--seed", "2"]) == UNFINISHED
+    shown = capsys.readouterr()
+    assert re.search(r"has learned from \d+ of the \d+ test images\. They are no test of what builds", shown.err)
+    assert "remedy: Take the split of that sweep" in shown.err
+    assert "--set data.allow='[earlier_model_saw_test]'" in shown.err
+    assert main([*arguments, "--seed", "2", "--set", "data.allow=[earlier_model_saw_test]"]) == DONE
+    assert "allowed leak: earlier_model_saw_test" in capsys.readouterr().out
+
+
+def test_what_an_earlier_model_saw_is_told_beside_the_verdict(tmp_path):
+    manifest = read_manifest(layouts.class_folders(tmp_path / "data", images=4))
+    models = [EarlierModel("The model", Learned(frozenset(record.pixels for record in manifest.records)))]
+    models += [EarlierModel("The other", Learned(whole=False))]
+    allowed = earlier_findings(models, manifest, ["test"] * 12, chosen_by="val", allow=["earlier_model_saw_test"])
+    verdict = {"comparisons": [], "strategies": {}}
+    told = cautions({"verdict": verdict, "audit": [finding_json(each) for each in allowed], "strategies": []})
+    assert told == [
+        "The data's audit: The model has learned from 12 of the 12 test images. They are no test of what builds on it.",
+        "The data's audit: The other has learned from images that are not all known. Test images may be among them.",
+    ]
 
 
 def test_a_leak_that_does_not_exist_is_named_with_the_nearest(tmp_path, cache_dir, leaking, capsys):

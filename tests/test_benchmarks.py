@@ -392,7 +392,8 @@ class TestDarkCovidNet:
     def test_every_image_is_held_out_once_and_patients_only_where_they_should(self, grouping):
         manifest, everything = self.manifest(), np.arange(80)
         held_out, astray = [], 0
-        for rest, fold in darkcovidnet.cut(manifest, everything, grouping, 5, seed=0):
+        together = [record.patient for record in manifest.records] if grouping == "patient" else everything.tolist()
+        for rest, fold in darkcovidnet.cut(manifest, everything, together, 5, seed=0):
             assert {*rest} | {*fold} == {*everything}
             assert not {*rest} & {*fold}
             patients = [{manifest.records[index].patient for index in part} for part in (rest, fold)]

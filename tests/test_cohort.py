@@ -147,8 +147,9 @@ class TestSubset:
             "Viral Pneumonia": 336,
         }
         assert set(quarter.records) < set(half.records)
-        assert subset_words(quarter, 0.25) == "5,291 of 21,165 images, a stratified quarter"
-        assert subset_words(manifest, 1.0) == "21,165 images"
+        words = subset_words(len(quarter.records), quarter.spared, 0.25)
+        assert words == "subset 0.25: 5,291 of 21,165 images, chosen by patients, stratified by class"
+        assert subset_words(len(manifest.records), manifest.spared, 1.0) == "21,165 images"
 
     def test_the_seed_decides(self):
         manifest = study(0)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cxr_models import dataset
 from cxr_models.dataset import DataError, Manifest, read_manifest
+from cxr_models.patients import PATIENT_PATTERNS
 from cxr_models.sizes import MAX_PIXELS
 from cxr_models.splits import assign_splits, patients_on_two_sides, write_split_csv
 from cxr_models.trial import TEST, TRAIN, VAL
@@ -148,6 +149,19 @@ def test_csv(tmp_path: Path) -> None:
         ("", "person10_virus_35.jpeg", "person10_virus"),
         ("", "20200101_12.png", None),  # a date is no NIH patient
         ("none", "00001582_021.png", None),
+        ("montgomery", "MCUCXR_0001_0.png", "MCUCXR_0001"),
+        ("shenzhen", "CHNCXR_0327_1.png", "CHNCXR_0327"),
+        ("montgomery", "CHNCXR_0327_1.png", None),
+        ("shenzhen", "CHNCXR_0327_1_mask.png", None),
+        ("", "MCUCXR_0399_1.png", "MCUCXR_0399"),
+        ("", "CHNCXR_0001_0.png", "CHNCXR_0001"),
+        ("", "XMCUCXR_0399_1.png", None),
+        ("chexpert", "patient00007/study1/view1_frontal.jpg", "patient00007"),
+        ("", "patient00007/study2/view2_lateral.jpg", "patient00007"),
+        ("", "patient00007_study2_view2_lateral.jpg", "patient00007"),
+        ("", "patient7/study2/view2_lateral.jpg", None),
+        ("", "study2/view2_lateral.jpg", None),
+        ("none", "patient00007/study1/view1_frontal.jpg", None),
     ],
 )
 def test_patient_of_a_file_name(tmp_path: Path, pattern: str, name: str, patient: str | None) -> None:
@@ -304,7 +318,8 @@ def test_a_file_that_is_no_csv_is_refused(tmp_path: Path) -> None:
 
 def test_a_bad_pattern_says_where(tmp_path: Path) -> None:
     save_images(tmp_path, "a/1.png", "b/1.png")
-    with pytest.raises(DataError, match=r"one of nih, kermany, none or .*\n.*unterminated subpattern at position 3"):
+    names = ", ".join((*PATIENT_PATTERNS, "none"))
+    with pytest.raises(DataError, match=rf"one of {names} or .*\n.*unterminated subpattern at position 3"):
         read_manifest(tmp_path, patient=r"^\d(x")
 
 
@@ -319,9 +334,10 @@ def test_odd_file_names_survive_the_split_file(tmp_path: Path) -> None:
     write_split_csv(tmp_path / "split.csv", manifest, splits)
     with (tmp_path / "split.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["path", "label", "patient", "split"]
-    assert [(r[0], r[1], r[2], r[3]) for r in rows[1:]] == [
-        (record.path, record.label, record.patient, part) for record, part in zip(manifest.records, splits, strict=True)
+    assert rows[0] == ["path", "label", "patient", "split", "pixels"]
+    assert [tuple(row) for row in rows[1:]] == [
+        (record.path, record.label, record.patient, part, record.pixels)
+        for record, part in zip(manifest.records, splits, strict=True)
     ]
     again = read_manifest(tmp_path / "split.csv")
     assert assign_splits(again, seed=99) == splits

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_models.doctor import curves, diagnose
+from cxr_models.doctor import curves, diagnose, examine
 from cxr_models.mask_metrics import count_masks, evaluate_masks
 from cxr_models.metrics import evaluate
 from cxr_models.trial import SEGMENT, Diagnosis, EpochMetrics, Objective, TrialConfig
@@ -119,10 +119,55 @@ class TestNeverPredicted:
         epochs = changed({6: {**scored(predicted), "macro_f1": 0.95, "loss": 0.3}})
         (found,) = diagnose(epochs, CONFIG, MACRO_F1, class_counts=COUNTS)
         assert (found.name, found.grave) == ("class_never_predicted", True)
-        assert "In epoch 6, the best one, not one validation image is recognised of the 20 of viral" in found.evidence
+        assert found.evidence == (
+            "In epoch 6, the best one, not one of 20 validation images of viral is recognised (recall 0.00)."
+        )
         assert "Set sampling or class_weights to balanced" in found.remedy
         (found,) = diagnose(epochs, replace(CONFIG, sampling="balanced"), MACRO_F1)
         assert "balanced already" in found.remedy
+
+    def test_also_where_the_class_is_named_but_never_rightly(self):
+        """A recall of 0 tells that no image is recognised, not that no other one is taken for the class."""
+        predicted = np.where(LABELS == 2, 1, LABELS)
+        predicted[np.flatnonzero(LABELS == 0)[:3]] = 2
+        epochs = changed({6: {**scored(predicted), "macro_f1": 0.95, "loss": 0.3}})
+        (found,) = diagnose(epochs, CONFIG, MACRO_F1, class_counts=COUNTS)
+        assert "not one of 20 validation images of viral is recognised" in found.evidence
+        assert "predicted" not in found.evidence
+
+    @pytest.mark.parametrize(
+        ("counts", "grave"),
+        [
+            ({"recall/a": (0.9, 40), "recall/b": (0.0, 4)}, False),
+            ({"recall/a": (0.9, 40), "recall/b": (0.0, 1)}, False),
+            ({"recall/a": (0.9, 40), "recall/b": (0.0, 5)}, True),
+            ({"recall/a": (0.9, 40), "recall/b": (0.0, 4), "recall/c": (0.0, 30)}, True),
+            ({"recall/a": (0.9, 40), "recall/b": (0.0, None)}, True),
+        ],
+    )
+    def test_a_few_images_may_be_missed_by_chance(self, counts, grave):
+        val = {name: recall for name, (recall, _) in counts.items()}
+        images = {name.removeprefix("recall/"): own for name, (_, own) in counts.items() if own}
+        epochs = training([{**val, "macro_f1": 0.6, "loss": 0.5}] * 2)
+        found = next(
+            each
+            for each in diagnose(epochs, CONFIG, MACRO_F1, class_counts=images)
+            if each.name == "class_never_predicted"
+        )
+        assert found.grave is grave
+        number = counts["recall/b"][1]
+        told = f"not one of {number} validation image{'' if number == 1 else 's'} of b"
+        assert (told if number else "not one validation image of b") in found.evidence
+        assert ("That may be chance: no figure of a class holds with fewer than 5" in found.remedy) is not grave
+
+    @pytest.mark.parametrize(("images", "grave"), [(4, False), (5, True)])
+    def test_a_final_model_neither(self, images, grave):
+        labels = np.repeat([0, 1, 2], [20, 20, images]).astype(np.int32)
+        scores = np.log(np.eye(3, dtype=np.float32)[np.minimum(labels, 1)] * 0.9 + 0.03)
+        (found,) = examine(labels, scores, ("a", "b", "c"))
+        assert (found.name, found.grave) == ("class_never_predicted", grave)
+        assert found.evidence == f"Not one of {len(labels)} test images is taken for c."
+        assert ("Do not use this final model" in found.remedy) is grave
 
     def test_not_at_another_epoch_nor_for_one_image(self):
         predicted = np.where(LABELS == 2, 1, LABELS)

@@ -19,8 +19,9 @@ from rich.console import Console
 from cxr_models.dataset import ImageRecord, Manifest
 from cxr_models.trial import METRICS, Objective, Outcome, TrialConfig, TrialData, TrialResult
 from sweep import evaluation
-from sweep.evaluation import FinalEvaluation, Finalist, evaluate_finalists, keras_child
+from sweep.evaluation import FailedSeeds, FinalEvaluation, Finalist, evaluate_finalists
 from sweep.finals import FinalTraining
+from sweep.keras_child import keras_child
 from sweep.progress import EvaluationProgress
 from sweep.record import RunFolder
 
@@ -43,7 +44,7 @@ BEST_FIRST = ["trial-1", "trial-3", "trial-0"]
 def plan_of(splits: tuple[str, ...] = SPLITS) -> Any:
     """What the evaluation asks of a plan."""
     records = tuple(
-        ImageRecord(f"{k}.png", CLASSES[k % 2], f"p{k // 2}", "", "", "", "", 8, 8, "L", True)
+        ImageRecord(f"{k}.png", CLASSES[k % 2], f"p{k // 2}", "", "", "", f"{k:064x}", 8, 8, "L", True)
         for k in range(len(splits))
     )
     return SimpleNamespace(
@@ -91,7 +92,7 @@ class Evaluated:
         train, val = (self.plan.indices(part) for part in ("train", "val"))
         self.data = TrialData(CLASSES, labels, train, val, 1, {96: tmp_path / "pixels.npy"})
         self.tracker, self.output = FakeTracker(), StringIO()
-        self.found = FinalEvaluation(self.plan, self.folder)
+        self.found = FinalEvaluation(self.plan, self.folder, tmp_path / "cache")
         self.calls: list[str] = []
         self._monkeypatch = monkeypatch
 
@@ -123,6 +124,7 @@ class Evaluated:
         all_done = [FinalTraining(result, number) for number in range(self.seeds) for result in strategies]
         done = [training for training in all_done if training.training_id not in self.problems]
         return SimpleNamespace(
+            seeds=self.seeds,
             done=done,
             of=lambda result: [training for training in done if training.trial is result],
             problem=lambda result: next(
@@ -165,7 +167,8 @@ def test_the_final_model_is_tested_and_the_trial_judged_by_the_images_it_was_cho
         assert figures["train"]["patients"] == 4
         assert sweep.tracker.told[trial]["val"]["loss"] == pytest.approx(-np.log(0.1))
         assert sweep.tracker.told[trial]["test"]["loss"] == pytest.approx(-np.log(0.9 if trial == "trial-1" else 0.1))
-    assert sweep.found.test["accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    # Two patients: that all of their images are right is seen in 2.5 % of test sets where 15.8 % of images are.
+    assert sweep.found.test["accuracy"] == pytest.approx({"value": 1.0, "low": 0.025**0.5, "high": 1.0})
     assert sweep.found.test["confusion_matrix"] == [[2, 0], [0, 2]]
     assert "evaluating 2 of 3 strategies on 16 images: mobilenet_v2_0.35 stages:1" in sweep.output.getvalue()
 
@@ -268,6 +271,56 @@ def test_without_a_final_model_of_the_best_strategy_the_sweep_fails(sweep):
     assert set(sweep.found.figures["trial-3"]) == {"train", "val", "test"}
     assert sweep.found.test is None
     assert "register" not in sweep.calls
+
+
+def test_where_some_seeds_failed_the_others_stand_for_their_strategy(tmp_path, monkeypatch):
+    sweep = Evaluated(tmp_path, monkeypatch, seeds=3)
+    sweep.problems = {
+        "trial-1-final-1": "final training: DivergedError: loss nan",
+        "trial-3-final-2": "final training: ValueError: no luck",
+    }
+    sweep.run(lambda name, indices: sweep.right(indices, 0.5 if name == "trial-1-final-2" else 1.0))
+    assert sweep.calls[:4] == ["trial-1-final-2 saved", "trial-1-final-3", "trial-1", "register"]
+    assert sweep.found.test["accuracy"]["value"] == 0.5  # of the model that is kept
+    assert json.loads(sweep.folder.best_config.read_text())["seed"] == 1
+    assert sweep.found.figures["trial-1"]["test"]["accuracy"] == 0.5
+    assert not sweep.found.problems
+    assert sweep.found.failed_seeds == {
+        "trial-1": FailedSeeds(1, 2, "final training: DivergedError: loss nan"),
+        "trial-3": FailedSeeds(1, 2, "final training: ValueError: no luck"),
+    }
+    assert [len(scores) for scores in sweep.found.test_scores.values()] == [2, 2, 3]
+
+
+def test_a_final_model_that_went_wrong_is_told(sweep):
+    def answer(name: str, indices: np.ndarray) -> np.ndarray:
+        scores = sweep.right(indices, 1.0)
+        return np.zeros_like(scores) - np.array([0.1, 2.0], np.float32) if name == "trial-3-final-1" else scores
+
+    sweep.run(answer)
+    (found,) = sweep.found.doctor["trial-3"]
+    assert (found.name, found.grave) == ("constant_predictor", True)
+    assert found.evidence == "Every one of 4 test images is taken for a."
+    assert sweep.found.doctor["trial-1"] == sweep.found.doctor["trial-0"] == ()
+
+
+def test_a_test_set_that_nothing_reads_is_not_opened(sweep):
+    sweep.problems = {f"trial-{number}-final-1": "final training: ValueError: no luck" for number in (0, 1, 3)}
+    with pytest.raises(RuntimeError, match="no luck"):
+        sweep.run(lambda name, indices: sweep.right(indices, 1.0))
+    assert sweep.openings == []
+
+
+def test_sweeps_before_this_one_on_the_same_test_images_are_counted(tmp_path, monkeypatch):
+    def earlier(splits: tuple[str, ...] = SPLITS) -> int:
+        sweep = Evaluated(tmp_path, monkeypatch, splits)
+        sweep.run(lambda name, indices: sweep.right(indices, 1.0))
+        (opening,) = sweep.openings
+        return opening["earlier_sweeps"]
+
+    assert [earlier() for _ in range(3)] == [0, 1, 2]
+    assert earlier(("test", "train") * 4 + ("val",) * 4) == 0
+    assert earlier() == 3
 
 
 def test_without_the_best_trial_the_sweep_fails_and_the_others_are_still_evaluated(sweep):

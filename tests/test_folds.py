@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from cxr_models import training
-from cxr_models.epochs import drawn_images
+from cxr_models.epochs import DivergedError, drawn_images
 from cxr_models.hopeless import same_answer
 from cxr_models.training import run_trial, train_again
 from cxr_models.trial import BEST_WEIGHTS, VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialData
 from tests.trainings import LOSS, drain, images_of, keeping
 
 SIDE, IMAGES, FOLDS = 32, 30, 3
-MOBILE = TrialConfig("mobilenet_v2_0.35", image_side=SIDE, freeze="none", batch_size=8, epochs=3, dropout=0.3)
+MOBILE = TrialConfig("mobilenet_v2_0.35", image_side=SIDE, freeze="none", batch_size=8, epochs=2, dropout=0.3)
 MACRO_F1 = Objective("macro_f1", "max")
 
 
@@ -32,15 +32,21 @@ def kept(folder: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+EVERYTHING = replace(MOBILE, batch_norm="train", schedule="cosine")
+PHASES = replace(MOBILE, freeze="all>convs:1", optimizer="adam>sgd", warmup=0.2)
+AUGMENTED = replace(MOBILE, freeze="all", augmentation="light", class_weights="balanced")
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("config", "stored"),
     [
-        pytest.param(replace(MOBILE, batch_norm="train", schedule="cosine"), id="everything trains"),
-        pytest.param(replace(MOBILE, freeze="all>convs:1", optimizer="adam>sgd", warmup=0.2), id="phases"),
-        pytest.param(replace(MOBILE, freeze="all", augmentation="light", class_weights="balanced"), id="augmented head"),
+        pytest.param(EVERYTHING, False, id="everything trains", marks=pytest.mark.slow),
+        pytest.param(PHASES, False, id="phases", marks=pytest.mark.slow),
+        pytest.param(PHASES, True, id="phases from features"),
+        pytest.param(AUGMENTED, True, id="augmented from features"),
+        pytest.param(AUGMENTED, False, id="augmented", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("stored", [False, True], ids=["from pixels", "from features"])
 def test_each_fold_is_trained_as_if_alone(config: TrialConfig, stored: bool, data: TrialData, tmp_path: Path) -> None:
     if stored:
         data = keeping(data, [config], tmp_path / "features")
@@ -93,11 +99,10 @@ def test_scores_are_those_of_the_best_mean_and_no_weights_are_kept(data: TrialDa
     assert not (tmp_path / "t" / BEST_WEIGHTS).exists()
 
 
-def test_a_training_on_all_folds_repeats_the_learning_rates(
-    data: TrialData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_on_all_folds_repeats_the_learning_rates(data: TrialData, tmp_path: Path) -> None:
     """Schedules and patience go by the mean, so that a final training can follow them without a validation part."""
-    config = replace(MOBILE, freeze="all>convs:1", schedule="plateau", learning_rate=0.3, patience=2, epochs=12)
+    config = replace(MOBILE, freeze="all>convs:1", schedule="plateau", learning_rate=0.3, patience=5, epochs=24)
+    data = keeping(data, [config], tmp_path / "features")
     epochs = drain(run_trial("t", config, data, tmp_path / "t", LOSS))
     losses = [epoch.val["loss"] for epoch in epochs]
     again = drain(train_again("again", config, data.together(), tmp_path / "again", losses))
@@ -118,9 +123,7 @@ def test_repeats_are_more_trainings(data: TrialData, tmp_path: Path) -> None:
     assert (np.bincount(found["index"]) == 2).all()
 
 
-def test_one_diverging_fold_fails_the_trial(
-    data: TrialData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_diverging_fold_fails_the_trial(data: TrialData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
     def evaluate(*given: object) -> dict[str, float]:
@@ -128,7 +131,7 @@ def test_one_diverging_fold_fails_the_trial(
         return {"loss": float("nan") if len(ran) == 4 else 1.0}  # the validation of the second fold
 
     monkeypatch.setattr(training, "evaluate", evaluate)
-    with pytest.raises(training.DivergedError if hasattr(training, "DivergedError") else RuntimeError, match="epoch 1"):
+    with pytest.raises(DivergedError, match=r"diverged in epoch 1: training loss 1\.0, validation loss nan"):
         drain(run_trial("t", replace(MOBILE, freeze="all"), data, tmp_path / "t", LOSS))
 
 

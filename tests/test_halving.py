@@ -226,7 +226,7 @@ class Arrivals:
         """One trial runs an epoch, or fails in it."""
         trial = self.draw.choice(sorted(self.running))
         if self.draw.random() < self.failing:
-            self.halving.failed(trial)
+            self.halving.strike(trial)
             self.failed.add(trial)
             self.running.remove(trial)
             return
@@ -256,7 +256,7 @@ class TestSurvivors:
     def test_a_survivor_that_fails_makes_room(self):
         halving = Halving(rungs(1), 3, "max")
         assert judged(halving, [0.6, 0.5]) == [True, False]
-        halving.failed("none-0")
+        halving.strike("none-0")
         # The one that had to end is still better, but nobody of the stratum would come to the end without the next.
         assert halving.keep("next", TRIAL, 1, 0.4)
         assert not halving.keep("one more", TRIAL, 1, 0.3)
@@ -268,7 +268,7 @@ class TestSurvivors:
         assert halving.keep("two", TRIAL, 3, 0.7)
         assert not halving.keep("one", TRIAL, 3, 0.6)
         assert not halving.keep("three", TRIAL, 1, 0.4), "two is on its way"
-        halving.failed("two")
+        halving.strike("two")
         assert halving.keep("four", TRIAL, 1, 0.4)
 
     @pytest.mark.parametrize("least", [1, 2, 3])
@@ -300,7 +300,7 @@ class TestFailures:
         """A rate that learns fast and then diverges."""
         halving = Halving(rungs(1), 2, "max")
         assert judged(halving, [0.9, 0.5, 0.4]) == [True, False, False]
-        halving.failed("none-0")
+        halving.strike("none-0")
         assert halving.keep("next", TRIAL, 1, 0.6)
 
     def test_nor_does_it_count_as_one_that_others_are_better_than(self):
@@ -311,20 +311,20 @@ class TestFailures:
         assert halving.keep("last", TRIAL, 1, 0.5)
         halving = Halving(rungs(1), 2, "max")
         judged(halving, values)
-        halving.failed("none-0")
-        halving.failed("none-1")
+        halving.strike("none-0")
+        halving.strike("none-1")
         assert not halving.keep("last", TRIAL, 1, 0.5)
 
     def test_what_it_ended_before_stays_ended(self):
         halving = Halving(rungs(1), 2, "max")
         assert judged(halving, [0.9, 0.5]) == [True, False]
-        halving.failed("none-0")
+        halving.strike("none-0")
         assert not halving.keep("none-1", TRIAL, 1, 0.5)
 
 
 class TestRestart:
     def events(self, seed: int) -> list[tuple]:
-        """What a sweep tells halving: epochs of several strategies side by side, and failures."""
+        """What a sweep tells halving: epochs of several strategies side by side, and trials to strike."""
         draw = random.Random(seed)
         trials = {f"t{index}": replace(TRIAL, freeze=draw.choice(["all", "none", "all>none"])) for index in range(24)}
         events: list[tuple] = []
@@ -333,11 +333,11 @@ class TestRestart:
             trial = draw.choice(sorted(epochs))
             epochs[trial] += 1
             if draw.random() < 0.02:
-                events.append(("failed", trial))
+                events.append(("strike", trial))
             else:
                 value = math.nan if draw.random() < 0.02 else draw.random()
                 events.append(("keep", trial, trials[trial], epochs[trial], value))
-            if events[-1][0] == "failed" or epochs[trial] == TRIAL.epochs:
+            if events[-1][0] == "strike" or epochs[trial] == TRIAL.epochs:
                 del epochs[trial]
         return events
 

@@ -33,6 +33,13 @@ def test_rungs_in_epochs_and_in_images():
     assert plan.notes == ()
 
 
+def test_a_segmentation_has_no_strategies_to_tell_apart():
+    plan = planned(longest("none", backbone="unet"), known=Counter({("unet", "none"): 1}))
+    assert "the best third so far goes on, at least 1, and the others end" in plan.sentence
+    (note,) = plan.notes
+    assert note.startswith("halving cannot end any trial of U-Net: ")
+
+
 @pytest.mark.parametrize(
     ("section", "words"),
     [

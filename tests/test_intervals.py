@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cxr_models.intervals import patient_intervals, resampled
+from cxr_models.intervals import Interval, known_within, mean_intervals, patient_intervals, patients_needed, resampled
 from cxr_models.metrics import evaluate_further
 from tests.test_metrics import CLASSES, random_case, scores_of
 
@@ -90,3 +90,38 @@ def test_what_cannot_be_computed_has_no_bounds():
     labels, scores = np.zeros(6, int), random_case(0, images=6, classes=2)[1]
     found = patient_intervals(labels, scores, CLASSES[:2], list("abcdef"), resamples=10)["auroc"]
     assert all(math.isnan(bound) for bound in (found.value, found.low, found.high))
+
+
+@pytest.mark.parametrize("patients", [6, 40])
+def test_the_true_mean_lies_as_near_as_is_said_however_few_the_patients(patients):
+    """Images of one patient resemble each other; the percentiles alone hold the truth less often."""
+    generator = np.random.default_rng(0)
+    owner = np.repeat(np.arange(patients), 3)
+    inside = between = 0
+    for _ in range(300):
+        values = generator.normal(size=patients)[owner] + generator.normal(size=len(owner))
+        found = mean_intervals({"dice": values}, owner.tolist(), resamples=200)["dice"]
+        inside += abs(found.value) <= known_within(found, patients)
+        between += found.low <= 0 <= found.high
+    assert 0.92 <= inside / 300 <= 0.98
+    assert between <= inside
+
+
+@pytest.mark.parametrize(("patients", "half"), [(2, 0.02), (6, 0.04), (6, 0.008), (300, 0.0101)])
+def test_with_the_patients_needed_the_truth_lies_within(patients, half):
+    found = Interval(0.9, 0.9 - half, 0.9 + half)
+    needed = patients_needed(found, patients, 0.01)
+    shrunk = half * math.sqrt(patients / needed * (needed - 1) / needed * patients / (patients - 1))
+    assert known_within(Interval(0.9, 0.9 - shrunk, 0.9 + shrunk), needed) == pytest.approx(0.01)
+    assert needed > patients
+
+
+def test_patients_that_are_enough_are_all_that_is_needed():
+    assert patients_needed(Interval(0.9, 0.895, 0.905), 50, 0.01) == 50
+
+
+def test_patients_without_a_spread_tell_nothing():
+    assert math.isnan(patients_needed(Interval(0.9, 0.9, 0.9), 10, 0.01))
+    assert math.isnan(known_within(Interval(0.9, 0.9, 0.9), 10))
+    assert math.isnan(known_within(Interval(0.9, 0.8, 1.0), 1))
+    assert math.isnan(known_within(Interval(0.9, math.nan, math.nan), 10))

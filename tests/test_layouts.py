@@ -180,6 +180,49 @@ class TestTheWrongFolder:
         with pytest.raises(DataError, match=rf"did you mean .*, or the folder that holds all class folders, {root}\?"):
             read_manifest(root / "COVID" / "images")
 
+    def test_parts_of_a_split_under_other_names(self, tmp_path):
+        for part in ("training", "testing"):
+            for name in ("NORMAL", "PNEUMONIA"):
+                layouts.save(tmp_path / part / name / f"{part}-{name}.png", 0)
+        with pytest.raises(
+            DataError, match=r"whole data sets in 'testing', 'training'\n.*rename them train, val and test"
+        ):
+            read_manifest(tmp_path)
+
+    def test_a_part_beside_the_split_that_is_not_read_is_told(self, tmp_path):
+        for part in ("train", "testing", "other"):
+            for name in ("NORMAL", "PNEUMONIA"):
+                layouts.save(tmp_path / part / name / f"{part}-{name}.png", 0)
+        (note,) = read_manifest(tmp_path).notes
+        assert note.startswith("the folder 'testing' with 2 images is not used; rename it train, val or test")
+
+    def test_two_data_sets_side_by_side(self, tmp_path):
+        for hospital, names in (("berlin", ("Covid-19", "No_findings")), ("porto", ("covid-19", "Lung_Opacity"))):
+            for name in names:
+                layouts.save(tmp_path / hospital / name / f"{hospital}-{name}.png", 0)
+        with pytest.raises(
+            DataError, match=rf"sets in 'berlin', 'porto'\n.*did you mean {tmp_path}/berlin or .*/porto\?"
+        ):
+            read_manifest(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("outer", "inner", "noted"),
+        [
+            (("sick", "well"), ("lateral", "PA"), True),
+            (("COVID", "NORMAL"), ("lateral", "PA"), False),  # these are classes
+            (("sick", "well"), ("1", "2"), False),  # persons
+            (("sick", "well"), ("patient7", "patient8"), False),
+        ],
+    )
+    def test_folders_in_classes_may_be_classes_views_or_persons(self, tmp_path, outer, inner, noted):
+        for name in outer:
+            for own in inner:
+                layouts.save(tmp_path / name / own / f"{name}-{own}.png", 0)
+        manifest = read_manifest(tmp_path)
+        assert manifest.classes == outer
+        told = "the classes 'sick' and 'well' both hold folders 'lateral', 'PA'; if these are the classes, name sick or"
+        assert [note.startswith(told) for note in manifest.notes] == [True] * noted
+
     def test_one_above_a_single_data_set_is_entered_at_any_depth(self, tmp_path):
         layouts.nested(tmp_path / "downloads" / "archive", images=2)
         (tmp_path / "downloads" / "notes.txt").write_text("x")
@@ -230,6 +273,45 @@ class TestTables:
         with pytest.raises(DataError, match=r"line 4: '0\.png' again(.|\n)*line 5: '1' is the name of") as caught:
             read_manifest(file)
         assert "line 3" not in str(caught.value)
+
+    @pytest.mark.parametrize("lost", [9, 16])
+    def test_a_table_most_of_whose_files_are_missing_is_refused(self, tmp_path, lost):
+        file = layouts.csv_file(tmp_path)
+        for path in sorted((tmp_path / "files").iterdir())[:lost]:
+            path.unlink()
+        expected = (
+            rf"{lost} of 16 are missing; the first is 'files/flu0\.png', not a file below {tmp_path}\n.*remedy: copy"
+        )
+        with pytest.raises(DataError, match=expected):
+            read_manifest(file)
+
+    def test_half_of_a_table_is_read(self, tmp_path):
+        file = layouts.csv_file(tmp_path)
+        for path in sorted((tmp_path / "files").iterdir())[4:12]:
+            path.unlink()
+        manifest = read_manifest(file)
+        assert (len(manifest.records), len(manifest.unreadable)) == (8, 8)
+
+    @pytest.mark.parametrize(("here", "goes"), [("below/files", "below"), ("../files", "..")])
+    def test_a_table_in_the_wrong_folder_is_told_where_it_belongs(self, tmp_path, here, goes):
+        root = tmp_path / "data"
+        file = layouts.csv_file(root)
+        (root / here).parent.mkdir(exist_ok=True)
+        (root / "files").rename(root / here)
+        with pytest.raises(DataError, match=rf"16 of 16 .*\n.*exists: move the CSV file to {(root / goes).resolve()};"):
+            read_manifest(file)
+
+    def test_files_that_lie_elsewhere_below_are_pointed_at(self, tmp_path):
+        file = layouts.csv_file(tmp_path)
+        (tmp_path / "files").rename(tmp_path / "pictures")
+        with pytest.raises(DataError, match=rf"{tmp_path}/pictures/flu0\.png exists: paths must lead there"):
+            read_manifest(file)
+
+    def test_of_a_table_of_ids_people_may_have_a_part_of_the_images(self, tmp_path):
+        file = self.write(tmp_path, "image_id,label\n0,a\n1,b\n77,b\n77,b\n78,a\n79,a\n")
+        manifest = read_manifest(file)
+        assert len(manifest.records) == 2
+        assert {bad.path for bad in manifest.unreadable} == {"77", "78", "79"}
 
     def test_several_tables_in_a_folder_are_one_too_many(self, tmp_path):
         layouts.dicom(tmp_path, images=4)

@@ -10,13 +10,14 @@ from rich.console import Console
 from cxr_models.dataset import DataError
 from cxr_models.splits import patients_on_two_sides
 from cxr_models.trial import SPLITS, TEST, TRAIN, VAL
-from sweep import plan as planning
+from sweep import splitting
 from sweep.document import SpecError
 from sweep.halving import Rungs
 from sweep.machine import Machine
-from sweep.plan import Plan, make_plan, stored_splits
+from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
 from sweep.spec import read_spec
+from sweep.splitting import stored_splits
 from tests import layouts
 
 SPACE = """\
@@ -69,6 +70,55 @@ def test_without_a_test_part_the_plan_says_what_figures_are(plan, tmp_path):
     assert (made.trial_data({}, {}).labels >= 0).all()
 
 
+def test_folds_are_dealt_from_all_that_is_not_the_test_set(plan, tmp_path, monkeypatch):
+    source = layouts.nested(tmp_path / "x", images=40)
+    plain = plan(f"{{source: {source}}}")
+    made = plan(f"{{source: {source}, folds: 3, repeats: 2}}", ("algorithm: grid", "halving: {grace_epochs: 1}"))
+    assert made.folds.shape == (2, 80)
+    assert set(made.indices(TEST)) == set(plain.indices(TEST))  # the same test set with folds and without
+    pool = set(made.indices(TRAIN).tolist())
+    assert pool == {*range(80)} - set(plain.indices(TEST).tolist())
+    data = made.trial_data({}, {})
+    assert {*data.train.tolist()} == {*data.val.tolist()} == pool
+    assert len(data.folds) == 6
+    for own in data.in_turn:
+        assert not {*own.train.tolist()} & {*own.val.tolist()}
+        assert {*own.train.tolist()} | {*own.val.tolist()} == pool
+    assert "validation macro_f1, maximum, the mean over 3 folds, dealt 2 times: 6 trainings a trial" in shown(made)
+    assert "trained again on the images of all folds (1 seed), then tested" in shown(made)
+    assert made.halving.rungs.epoch_images == sum(len(own.train) for own in data.in_turn)
+    monkeypatch.setattr(splitting, "assign_folds", None)  # what is stored is not made again
+    again = plan(f"{{source: {source}, folds: 3, repeats: 2}}")
+    assert (again.folds == made.folds).all()
+
+
+def test_folds_take_no_more_room_than_their_images(plan, tmp_path):
+    source = layouts.nested(tmp_path / "x", images=40)
+    augmented = {"augmentation": "light", "epochs": "2"}
+    sizes = {}
+    for folds in ("", ", folds: 4"):
+        for axes in ({}, augmented):
+            made = plan(f"{{source: {source}, split: {{train: 0.75, val: 0.25}}{folds}}}", axes=axes)
+            ((phase,),) = made.strategies[0].caches
+            sizes[folds, bool(axes)] = phase.stored_bytes // phase.cut.bytes_per_image
+    assert sizes == {("", False): 80, (", folds: 4", False): 80, ("", True): 20 + 2 * 60, (", folds: 4", True): 3 * 80}
+
+
+def test_a_given_validation_part_joins_the_folds(plan, tmp_path):
+    for part, images in ((TRAIN, 40), (VAL, 40), (TEST, 20)):
+        layouts.class_folders(tmp_path / "x" / part, images=images)
+    given = plan(f"{{source: {tmp_path / 'x'}, allow: [duplicate_on_two_sides]}}")
+    made = plan(f"{{source: {tmp_path / 'x'}, folds: 2, allow: [duplicate_on_two_sides]}}")
+    counts = Counter(given.splits)
+    assert counts[VAL]
+    assert Counter(made.splits) == {TRAIN: counts[TRAIN] + counts[VAL], TEST: counts[TEST]}
+
+
+def test_too_many_folds_are_refused(plan, tmp_path):
+    with pytest.raises(DataError, match=r"one for each fold \(data.folds\)\n.*\n.*set fewer folds"):
+        plan(f"{{source: {layouts.nested(tmp_path / 'x', images=8)}, folds: 20}}")
+
+
 def test_a_given_test_part_is_kept_where_none_would_be_cut(plan, tmp_path):
     source = layouts.kermany(tmp_path / "x", images=40)
     made = plan(f"{{source: {source}, split: {{train: 0.7, val: 0.3}}}}")
@@ -78,7 +128,7 @@ def test_a_given_test_part_is_kept_where_none_would_be_cut(plan, tmp_path):
 
 def test_a_subset_is_said_in_the_plan_and_split_by_patient(plan, tmp_path):
     made = plan(f"{{source: {layouts.covid_radiography(tmp_path / 'x', images=24)}, subset: 0.25}}")
-    assert "24 of 96 images, a stratified quarter" in shown(made)
+    assert "subset 0.25: 24 of 96 images, chosen by patients, stratified by class" in shown(made)
     assert Counter(record.label for record in made.manifest.records) == dict.fromkeys(layouts.RADIOGRAPHY, 6)
     assert patients_on_two_sides(made.manifest, made.splits) == ()
 
@@ -147,7 +197,7 @@ def test_a_stored_split_is_that_of_its_shares(plan, tmp_path, cache_dir, monkeyp
     thirds = stored_splits(manifest, 0, cache_dir, (0.5, 0.5, 0.0))
     assert Counter(thirds) == {TRAIN: 20, VAL: 20}
     assert stored_splits(manifest, 0, cache_dir) != thirds
-    monkeypatch.setattr(planning, "assign_splits", None)  # what is stored is not made again
+    monkeypatch.setattr(splitting, "assign_splits", None)  # what is stored is not made again
     assert stored_splits(manifest, 0, cache_dir, (0.5, 0.5, 0.0)) == thirds
 
 

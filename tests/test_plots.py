@@ -1,11 +1,12 @@
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from cxr_models.trial import METRICS, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
-from sweep.plots import confusion_matrix, differences, strategy_comparison, svg, sweep_curves
+from sweep.plots import PHASE, confusion_matrix, differences, strategy_comparison, svg, sweep_curves
 
 F1 = Objective("macro_f1", "max")
 BACKBONE = "mobilenet_v2_0.35"
@@ -50,6 +51,10 @@ def test_the_backbone_is_named_where_there_are_several():
     assert row_names(several) == ["mobilenet_v2_0.35  stages:1", "densenet121  all", "mobilenet_v2_0.35  all"]
 
 
+def test_a_segmentation_s_row_is_what_it_is():
+    assert row_names([result("a", "none", 0.8, backbone="unet")]) == ["U-Net"]
+
+
 def test_every_trial_of_a_strategy_is_a_point():
     (axes,) = strategy_comparison(RESULTS, F1).axes
     points = [collection.get_offsets()[:, 0].tolist() for collection in axes.collections]
@@ -65,6 +70,21 @@ def test_a_strategy_has_one_colour_in_all_figures():
     assert [legend["stages:1"], legend["all"]] == bars
     drawn = {line.get_color() for line in curves.axes[0].lines}
     assert drawn == set(bars)
+
+
+def test_the_beginning_of_a_later_phase_is_marked_on_its_curve():
+    results = [result("a", "none>convs:1", 0.6), result("b", "all", 0.5)]
+    phased = [replace(m, phase=phase) for m, phase in zip(curve("a", [0.1, 0.3, 0.2, 0.6]), (0, 0, 1, 1), strict=True)]
+    figure = sweep_curves([*phased, *curve("b", [0.1, 0.2, 0.3])], results, F1)
+    marks = [line.get_xydata().tolist() for line in figure.axes[0].lines if line.get_marker() == PHASE]
+    assert [mark for mark in marks if mark] == [[[3.0, 0.2]]]
+    assert "next phase begins" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_without_phases_nothing_is_marked():
+    figure = sweep_curves(curve("a", [0.1, 0.2, 0.3]), RESULTS, F1)
+    assert not [line for line in figure.axes[0].lines if line.get_marker() == PHASE and len(line.get_xdata())]
+    assert "next phase begins" not in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_many_strategies_stay_distinguishable():

@@ -255,6 +255,13 @@ def test_epochs_that_were_spared_the_frozen_layers_are_told(folder: RunFolder) -
     assert "9 of 16 epochs run · 6 of these from stored features of frozen layers" in Page(write_report(folder)).text
 
 
+def test_a_subset_is_told_with_what_it_leaves_out_and_the_whole_is_not(tmp_path: Path, folder: RunFolder) -> None:
+    data = {**summary(CLASSES)["data"], "images": 42, "spared": 126, "subset": 0.25}
+    page = Page(write_report(ended_run(tmp_path, data=data)))
+    assert "subset 0.25: 42 of 168 images, chosen by patients, stratified by class" in page.text
+    assert "chosen by patients" not in Page(write_report(folder)).text
+
+
 def test_how_halving_judged_is_told_where_it_did(tmp_path: Path) -> None:
     sentence = "after epochs 4 and 12 (4,000 and 12,000 images seen), the best third goes on"
     page = Page(write_report(ended_run(tmp_path / "halved", halving=sentence)))
@@ -518,6 +525,18 @@ def test_every_strategy_is_shown_on_every_part_with_both_best_epochs(tmp_path: P
     assert rows["covid"] == ["covid", "0.700", "0.700", "0.700", "8"]
     assert rows["macro average"][1:] == rows["weighted average"][1:] == ["0.700", "0.700", "0.700", "24"]
     assert "a choice by the test columns would make these optimistic too" in page.text
+
+
+def test_an_objective_that_is_no_column_otherwise_is_shown_on_every_part(tmp_path: Path) -> None:
+    figures = {name: {**part(value), "balanced_accuracy": 0.5} for name, value in (("val", 0.8), ("test", 0.7))}
+    strategies = [{**STRATEGIES[0], "train": part(0.9), **figures}, STRATEGIES[1]]
+    objective = {"metric": "balanced_accuracy", "mode": "max"}
+    page = Page(write_report(ended_run(tmp_path, strategies=strategies, objective=objective)))
+    names, _, row, problem = page.tables["evaluation"]
+    assert names[-4:] == ["Balanced accuracy", "Loss", "Accuracy", "Macro F1"]
+    assert row[5:] == ["–", "0.500", "0.500", *(["0.900", "0.800", "0.700"] * 3)]
+    assert problem[-1] == "not evaluated: out of memory"
+    assert ("colspan", "12") in page.attributes
 
 
 def test_the_figures_of_the_test_set_are_those_of_the_best_trial_wherever_its_rows_stand(tmp_path: Path) -> None:

@@ -156,6 +156,13 @@ def test_data_that_cannot_be_used(refuse, space, tmp_path, images, message):
     assert "remedy" in said or "do:" in said
 
 
+def test_a_table_beside_the_wrong_folder(refuse, space, tmp_path):
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"x/{k}.png,{'ab'[k % 2]}\n" for k in range(9)))
+    said = refuse(space, "--data", tmp_path / "list.csv")
+    assert "found: 9 of 9 are missing; the first is 'x/0.png'" in said
+    assert "remedy: copy the missing files there" in said
+
+
 def test_data_that_is_not_there(refuse, space, tmp_path):
     assert str(tmp_path / "nowhere") in refuse(space, "--data", tmp_path / "nowhere")
 
@@ -213,6 +220,7 @@ def test_a_size_for_nothing_is_refused(capsys):
         (["--no-cache"], "no features are kept: every trial runs its frozen layers in every epoch"),
         (["--cache-gb", "1e-6"], "and the cache has room for 1.0 kB: these trials run from the pixels"),
         ([], "Features may take"),
+        (["--set", "hidden_units=[32, 16]"], "note: --set hidden_units='[32, 16]' was taken as 2 choices, 32 or 16;"),
         (["--set", "augmented_views=2"], "note: augmented_views does nothing here: no trial augments its images"),
     ],
 )
@@ -302,7 +310,10 @@ def wait_for(condition: object, timeout_s: float) -> None:
 
 
 def printed(
-    parts: tuple[str, ...], reference: ReferenceSpec | None = None, doctor: tuple[Diagnosis, ...] = ()
+    parts: tuple[str, ...],
+    reference: ReferenceSpec | None = None,
+    doctor: tuple[Diagnosis, ...] = (),
+    data: dict[str, Any] | None = None,
 ) -> list[str]:
     """What a sweep ends with on the terminal, whose test part has images if `parts` says so."""
     config = TrialConfig("efficientnet_v2_b0", freeze="all>stages:1>none")
@@ -310,17 +321,19 @@ def printed(
     result = TrialResult("1a2b3c4d", config, Outcome.COMPLETED, 3, 2, values, 12_345_678, 12_345_678, 4000.0)
     result = replace(result, doctor=doctor)
     row: dict[str, Any] = {"backbone": config.backbone, "freeze": config.freeze, "trials": 10, "best_val": 0.9}
+    row |= {"best_epoch": 2, "outcome": "completed"}
     row |= {"median_val": 0.8, "trainable_parameters": 12_345_678, "frozen_parameters": 12_345_678}
     row |= {
         "train_seconds": 4000.0,
         "doctor": [asdict(each) for each in doctor],
         **{part: {"accuracy": 0.5, "loss": 0.7} for part in parts},
     }
-    summary: dict[str, Any] = {"strategies": [row], "data": {"classes": ["COVID", "Normal"]}}
+    summary: dict[str, Any] = {"strategies": [row], "data": {"classes": ["COVID", "Normal"], **(data or {})}}
     summary |= {"epochs": {"run": 3, "full": 3, "from_features": 0}}
     if "test" in parts:
         figures = {key: {"value": 0.5, "low": 0.4, "high": 0.6} for key in METRICS}
         summary["test"] = {**figures, "images": 9, "patients": 5}
+        summary["test_openings"] = [{"opened": "2026-01-01", "earlier_sweeps": 0}]
     objective = Objective("balanced_accuracy", "max")
     spec = SimpleNamespace(objective=objective, reference=reference)
     plan = SimpleNamespace(spec=spec, indices=lambda part: np.arange(9 if part in parts else 0))
@@ -342,7 +355,7 @@ def test_the_best_is_not_printed_without_what_the_doctor_found():
     blind = Diagnosis("class_never_predicted", True, "Of [the] 4 of covid none is recognised.", "Balance.")
     late = Diagnosis("still_improving", False, "The best epoch is 4 of 4.", "Allow more epochs.")
     lines = printed(("train", "val", "test"), doctor=(blind, late))
-    in_tables = [line for line in lines if "efficientnet_v2_b0 │" in line]
+    in_tables = [line for line in lines if line.startswith(("│ 1a2b3c4d", "│ efficientnet_v2_b0 "))]
     assert len(in_tables) == 2, "ranking and strategies"
     assert all("│ ! 0.900 │" in " ".join(line.split()) for line in in_tables)
     assert "  1a2b3c4d efficientnet_v2_b0 all>stages:1>none (class_never_predicted, still_improving)" in lines
@@ -360,6 +373,13 @@ def test_a_sweep_without_a_test_part_says_so():
     text = "\n".join(printed(("train", "val")))
     assert "no test part: these are validation figures, and the choice was made on them" in text
     assert "accuracy of the best on train, val" in text
+
+
+def test_a_subset_is_told_beside_the_figures_and_the_whole_is_not():
+    told = "subset 0.25: 281 of 1,124 images, chosen by patients, stratified by class"
+    assert told in printed(("train", "val", "test"), data={"images": 281, "spared": 843, "subset": 0.25})
+    whole = printed(("train", "val", "test"), data={"images": 1124, "spared": 0, "subset": 1.0})
+    assert not [line for line in whole if "subset" in line]
 
 
 def test_strategies_that_were_not_evaluated_have_no_such_columns():

@@ -111,6 +111,19 @@ def test_a_trial_that_gave_itself_up_is_stopped_early_and_told_to_the_study_as_p
     assert states == ["COMPLETE", "PRUNED"] * 2
 
 
+def test_a_trial_that_gave_itself_up_takes_nobody_s_place_and_the_next_comes_to_its_end(tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "blind", trials=3, epochs=8, rungs=(2, 4))
+    blind = {"auroc": 0.5, "recall/a": 1.0, "recall/b": 0.0, "accuracy": 0.5}
+    dead, late, later = (conductor.next_job() for _ in range(3))
+    assert all(conductor.epoch(measured(dead, epoch, 0.60, **blind)) for epoch in (1, 2, 3, 4, 5))
+    conductor.ended(dead.trial_id, TrialEnd())
+    assert (heard.results[0].outcome, heard.results[0].epochs) == (Outcome.STOPPED_EARLY, 5)
+    assert all(conductor.epoch(measured(late, epoch, 0.59)) for epoch in range(1, 9)), "the best of those alive"
+    conductor.ended(late.trial_id, TrialEnd())
+    assert heard.results[1].outcome is Outcome.COMPLETED
+    assert [conductor.epoch(measured(later, epoch, 0.58)) for epoch in (1, 2)] == [True, False]
+
+
 def test_a_blind_trial_that_has_no_epoch_left_is_completed(tmp_path):
     conductor, heard = fake_sweep(tmp_path, "blind", trials=2, epochs=3)
     run_inline(conductor)
@@ -255,3 +268,14 @@ class TestBestEpoch:
     @pytest.mark.parametrize("values", [(), (math.nan, math.nan)])
     def test_none(self, values, epochs_with):
         assert best_epoch(epochs_with(*values), Objective("macro_f1", "max")) is None
+
+
+@pytest.mark.parametrize(("values", "phase"), [((0.9, 0.5), 0), ((0.5, 0.9), 1)])
+def test_parameters_are_those_of_the_phase_that_the_kept_weights_are_of(tmp_path, values, phase):
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=1, epochs=2, freeze="all>none")
+    job = conductor.next_job()
+    for number, value in enumerate(values):
+        val = {"loss": 1.0, "macro_f1": value}
+        conductor.epoch(EpochMetrics(job.trial_id, number + 1, number, 0.1, {"loss": 1.0}, val, 0.1, 1.0))
+    conductor.ended(job.trial_id, TrialEnd())
+    assert heard.results[0].trainable_parameters == 10 + phase

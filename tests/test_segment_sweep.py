@@ -16,6 +16,7 @@ from PIL import Image
 from cxr_models.phantom import CLASSES, draw, patient_drawings
 from cxr_models.trial import TrialConfig
 from cxr_models.unet import count_parameters
+from tests.test_report import Page
 
 ROOT = Path(__file__).parent.parent
 SIDE = 32
@@ -148,12 +149,38 @@ def test_the_report_shows_masks(segmented):
     assert "Val accuracy" not in page
 
 
+def test_the_verdict_is_about_the_test_images_and_shown(segmented):
+    folder, said = segmented
+    summary = json.loads((folder / "summary.json").read_text())
+    verdict, test = summary["verdict"], summary["test"]
+    assert verdict["sentence"].startswith(f"The final U-Net reaches Dice {test['dice']['value']:.3f} on ")
+    assert {name: verdict["known"][name] for name in ("value", "low", "high")} == test["dice"]
+    assert (verdict["images"], verdict["patients"]) == (test["images"], test["patients"])
+    assert verdict["optimism"]["best"] == pytest.approx(summary["best"]["val"]["dice"])
+    assert verdict["optimism"]["trials"] == 2
+    assert verdict["comparisons"] == []
+    assert verdict["sentence"] in " ".join(said.split())
+    assert verdict["sentence"] in (folder / "report.html").read_text()
+
+
+def test_nobody_is_told_of_freeze_strategies(segmented):
+    folder, said = segmented
+    shown, _, _ = Page(folder / "report.html").text.partition("spec.yaml, as resolved")
+    assert "A U-Net of 4 filters and depth 2 has the highest validation Dice" in shown
+    for text in (shown, said):
+        assert "strategy" not in text
+        assert "freeze" not in text.lower()
+        assert "frozen layers" not in text
+        assert "unet none" not in text
+
+
 def test_mlflow_has_the_figures_the_pictures_and_the_model(segmented):
     folder, _ = segmented
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     run = client.get_run(json.loads((folder / "summary.json").read_text())["mlflow_run_id"])
     assert {"test_dice", "test_iou", "best_val_dice"} <= run.data.metrics.keys()
     assert run.data.tags["task"] == "segment"
+    assert run.data.tags["verdict"] == json.loads((folder / "summary.json").read_text())["verdict"]["sentence"]
     kept = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"masks.csv", "worst-1.png", "report.html"} <= kept
     assert int(client.get_model_version_by_alias("lungs", "champion").version) == 1
@@ -162,10 +189,13 @@ def test_mlflow_has_the_figures_the_pictures_and_the_model(segmented):
 @pytest.mark.slow
 def test_a_classifier_may_see_the_lungs_alone(segmented, images, tmp_path):
     earlier, _ = segmented
+    # The images without a mask make the two splits differ: the U-Net has learned from masks of the test images.
     runs, said = sweep(CLASSIFY.format(data=images, run=earlier), tmp_path, "--inline")
     assert "lungs as found by" in said.replace("\n", " ")
+    assert "warning: earlier_masks_saw_test: The U-Net that finds lungs" in said.replace("\n", " ")
     summary = json.loads((runs / "masked" / "summary.json").read_text())
     assert summary["trials"]["completed"] == 2
+    assert any("The U-Net that finds lungs" in caution for caution in summary["verdict"]["warnings"])
     (source,) = summary["inputs"]
     assert source["lung_mask"] == str(earlier)
     assert source["mlflow_run_id"] == json.loads((earlier / "summary.json").read_text())["mlflow_run_id"]
@@ -186,3 +216,28 @@ def test_a_classifier_may_see_the_lungs_alone(segmented, images, tmp_path):
         scaled = np.asarray(Image.fromarray(lung[..., 0]).resize((48, 48), Image.Resampling.BILINEAR))
         np.testing.assert_array_equal(one[..., 0], np.where(scaled >= 128, image[..., 0], 0))
     assert 0 < (seen > 0).mean() < (whole > 0).mean()
+
+
+@pytest.mark.parametrize("split", ["", ", split: {train: 0.8, val: 0.2}"], ids=["test set", "no test set"])
+def test_folds_of_a_segmentation(images, tmp_path, split):
+    space = (
+        SEGMENT.format(data=images)
+        .replace("(P\\d+)_'}", f"(P\\d+)_', folds: 3{split}}}")
+        .replace("epochs: 4", "epochs: 2")
+    )
+    assert "folds: 3" in space
+    runs, said = sweep(space, tmp_path, "--inline")
+    folder = runs / "lungs"
+    summary = json.loads((folder / "summary.json").read_text())
+    (row,) = summary["strategies"]
+    masks = pd.read_csv(folder / "masks.csv")
+    pool = pd.read_csv(folder / "split.csv").query("split == 'train'")
+    validated = masks[masks["split"] == "val"].merge(pool[["path", "fold"]], left_on="image", right_on="path")
+    assert sorted(validated["image"]) == sorted(pool["path"])
+    by_fold = validated.groupby("fold")["dice"].mean()
+    assert by_fold.tolist() == pytest.approx(row["by_fold"], abs=1e-5)
+    assert row["best_val"] == pytest.approx(by_fold.mean(), abs=1e-5)
+    assert (folder / "best" / "model.keras").is_file()
+    assert bool(list((folder / "best" / "overlays").glob("*.png"))) == ("test" in summary) == (not split)
+    assert '<table id="folds">' in (folder / "report.html").read_text()
+    assert "the mean over 3 folds" in said

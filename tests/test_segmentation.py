@@ -12,7 +12,16 @@ from cxr_models.doctor import diagnose
 from cxr_models.epochs import DivergedError
 from cxr_models.mask_metrics import count_masks, evaluate_masks
 from cxr_models.segmentation import best_unet, predict_masks, run_segmentation, train_again
-from cxr_models.trial import BEST_WEIGHTS, MASK_METRICS, SEGMENT, EpochMetrics, Objective, TrialConfig, TrialData
+from cxr_models.trial import (
+    BEST_WEIGHTS,
+    MASK_METRICS,
+    SEGMENT,
+    VALIDATION_SCORES,
+    EpochMetrics,
+    Objective,
+    TrialConfig,
+    TrialData,
+)
 from tests.trainings import drain
 
 DICE = Objective("dice", "max", SEGMENT)
@@ -91,6 +100,14 @@ def test_the_saved_model_gives_the_best_epoch_s_figures_without_this_package(dat
     assert evaluate_masks(counts, SIDE**2)["dice"] == pytest.approx(best.val["dice"], abs=1e-3)
 
 
+def test_a_trial_keeps_what_its_best_epoch_counted(data, tmp_path):
+    epochs = run(replace(TINY, epochs=6, learning_rate=3e-2), data, tmp_path)
+    with np.load(tmp_path / VALIDATION_SCORES) as kept:
+        assert (kept["index"] == data.val).all()
+        found = evaluate_masks(kept["counts"], SIDE**2)
+    assert found == max(epochs, key=lambda epoch: epoch.val["dice"]).val
+
+
 def test_images_that_fill_up_the_last_batch_weigh_nothing(data, tmp_path):
     """21 images in batches of 8: the counts are of 21."""
     one = run(replace(TINY, epochs=1, learning_rate=1e-12), data, tmp_path / "8")
@@ -131,6 +148,7 @@ def test_trained_again_on_the_same_images_it_ends_with_the_weights_of_the_best_e
     best = max(epochs, key=lambda epoch: epoch.val["dice"]).epoch
     losses = [epoch.val["loss"] for epoch in epochs]
     again = drain(train_again("again", config, data, tmp_path / "again", losses[:best]))
+    assert not (tmp_path / "again" / VALIDATION_SCORES).exists()
     assert [epoch.train for epoch in again] == [epoch.train for epoch in epochs[:best]]
     one, two = (stored(tmp_path / name) for name in ("first", "again"))
     assert {*one} == {*two}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cxr_models.metrics import evaluate
-from cxr_models.selection import LEADERS, selection_optimism
+from cxr_models.selection import LEADERS, mean_optimism, selection_optimism
 
 CLASSES = ("a", "b", "c")
 PATIENTS = [str(k // 2) for k in range(240)]
@@ -70,3 +70,25 @@ def test_resamples_that_leave_nobody_out_are_not_counted():
     labels, scores = np.array([0, 1]), np.log(np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]]))
     found = selection_optimism(labels, [scores, scores[::-1]], CLASSES, ["p", "q"], "accuracy", "max", resamples=40)
     assert (found.best, found.corrected, found.gain) == (1.0, 1.0, 0.0)
+
+
+def test_of_a_mean_over_images_it_is_the_same():
+    """Accuracy is the mean of which images are right."""
+    labels, trials = trials_of(0, [0.8] * 5, "accuracy")
+    classified = selection_optimism(labels, trials, CLASSES, PATIENTS, "accuracy", "max", resamples=50)
+    right = [(scores.argmax(axis=1) == labels).astype(float) for scores in trials]
+    found = mean_optimism(right, PATIENTS, "max", resamples=50)
+    assert (found.trials, found.best) == (classified.trials, pytest.approx(classified.best))
+    assert found.corrected == pytest.approx(classified.corrected)
+    assert found.gain == pytest.approx(classified.gain) != 0
+
+
+def test_with_folds_the_best_is_the_mean_over_them():
+    labels, trials = trials_of(0, [0.8] * 6, "macro_f1")
+    folds = np.arange(len(labels)) // 80
+    found = selection_optimism(labels, trials, CLASSES, PATIENTS, "macro_f1", "max", folds=folds)
+    by_fold = [evaluate(labels[folds == k], trials[0][folds == k], CLASSES)["macro_f1"] for k in range(3)]
+    assert found.best == pytest.approx(np.mean(by_fold))
+    values = np.random.default_rng(0).random(240)
+    means = mean_optimism([values, values - 0.1], PATIENTS, "max", folds=np.arange(240) // 200)
+    assert means.best == pytest.approx((values[:200].mean() + values[200:].mean()) / 2)

@@ -128,6 +128,43 @@ def test_chance_is_no_finding(images):
         assert not [shortcut for shortcut in measured(records).found if shortcut.follows]
 
 
+def skewed(seed: int, patients: int, *, tells: bool) -> list[ImageRecord]:
+    """Two classes of patients of whom few have most of the images; a patient's images are of one class and size.
+
+    Where the size `tells`, it does so for nine patients in ten.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = np.minimum(150, 1 + np.round(3 * rng.pareto(1.1, patients))).astype(int)
+    records = []
+    for patient, images in enumerate(sizes):
+        sick = rng.integers(2)
+        telling = 512 if sick == (rng.random() < 0.9) else 256
+        side = telling if tells else int(rng.choice([256, 300, 512]))
+        records += [
+            record(1000 * patient + image, "ab"[sick], patient=f"P{patient}", side=side) for image in range(images)
+        ]
+    return records
+
+
+def test_chance_is_no_finding_where_a_few_patients_have_most_of_the_images():
+    """By the count of patients alone, 13 of these 80 would be findings."""
+    told = [seed for seed in range(80) if any(row.follows for row in measured(skewed(seed, 60, tells=False)).found)]
+    assert len(told) <= 1, "three standard errors"
+
+
+def test_a_shortcut_among_such_patients_is_found():
+    found = [measured(skewed(seed, 60, tells=True)).bar for seed in range(40)]
+    assert sum(bar.follows for bar in found) >= 36
+
+
+@pytest.mark.parametrize(
+    ("sizes", "effective"), [([4] * 10, 10.0), ([1], 1.0), ([97, 1, 1, 1], 10_000 / 9_412), ([3, 1], 1.6)]
+)
+def test_patients_count_by_their_shares_of_the_images(sizes, effective):
+    groups = np.repeat([f"P{patient}" for patient in range(len(sizes))], sizes)
+    assert shortcuts._effective(groups) == pytest.approx(effective)
+
+
 def test_what_tells_only_together_is_told_by_the_last():
     rng = np.random.default_rng(3)
     bits = rng.integers(0, 2, (400, 2))

@@ -211,6 +211,33 @@ class TestOverrides:
         assert spec.search.fixed == ({"batch_size": 16},)
         assert read(spec.to_yaml()) == spec
 
+    def test_a_list_where_values_are_lists_is_noted_with_the_other_way_to_write_it(self, read):
+        spec = read(SMALL, "hidden_units=[1024, 512]")
+        assert spec.space.reachable("hidden_units") == ((1024,), (512,))
+        assert spec.notes == (
+            "--set hidden_units='[1024, 512]' was taken as 2 choices, 1024 or 512; "
+            "one choice that is this list is --set hidden_units='[[1024, 512]]'",
+        )
+        assert read(SMALL, "hidden_units=[1024, 512]", "hidden_units=[[1024, 512]]").notes == ()
+
+    @pytest.mark.parametrize(
+        ("override", "choices"),
+        [
+            ("hidden_units=[[1024, 512]]", ((1024, 512),)),
+            ("hidden_units=[1024]", ((1024,),)),
+            ("hidden_units=[[], 128]", ((), (128,))),
+            ("hidden_units={choices: [64, 32]}", ((64,), (32,))),
+            ("dropout=[0.1, 0.2]", ((),)),
+        ],
+    )
+    def test_a_list_that_can_be_read_in_one_way_alone_is_not_noted(self, read, override, choices):
+        spec = read(SMALL, override)
+        assert spec.space.reachable("hidden_units") == choices
+        assert spec.notes == ()
+
+    def test_a_list_in_the_file_is_not_noted(self, read):
+        assert read(with_axis("hidden_units: [64, 32]")).notes == ()
+
     @pytest.mark.parametrize(
         ("override", "message"),
         [
@@ -477,6 +504,12 @@ class TestData:
         assert (data.classes, data.split.shares, data.subset) == ({"0": "healthy"}, (0.7, 0.3, 0.0), 0.25)
         assert data.name == "a + b"
 
+    def test_folds_survive_the_round_trip(self, read, tmp_path):
+        spec = read(SMALL, "data.folds=5", "data.repeats=2")
+        assert (spec.data.folds, spec.data.repeats) == (5, 2)
+        (tmp_path / "again.yaml").write_text(spec.to_yaml())
+        assert read_spec(tmp_path / "again.yaml").data == spec.data
+
     def test_without_them_all_images_are_split_as_before(self, read):
         data = read(SMALL).data
         assert (data.split.shares, data.subset, data.classes) == ((0.70, 0.15, 0.15), 1.0, {})
@@ -515,6 +548,9 @@ class TestData:
             ("{source: x, split: {train: 1, val: 0}}", ["train: expected less than 1", "val: expected more than 0"]),
             ("{source: x, split: {train: 0.7, vall: 0.3}}", ["data.split.vall: unknown key; did you mean 'val'?"]),
             ("{source: x, split: half}", ["data.split: expected a section with keys, got 'half'"]),
+            ("{source: x, folds: 1}", ["data.folds: expected at least 2, got 1"]),
+            ("{source: x, folds: 5.0}", ["data.folds: expected a whole number, got 5.0"]),
+            ("{source: x, repeats: 3}", ["line 2, data: repeats 3 needs folds, such as folds: 5"]),
             ("{source: x, subset: 0}", ["data.subset: expected more than 0, got 0"]),
             ("{source: x, subset: 1.5}", ["data.subset: expected at most 1, got 1.5"]),
             ("{source: x, classes: {a: 1}}", ["data.classes.a: expected text, got 1"]),
@@ -525,7 +561,7 @@ class TestData:
                 ["data.subset", "data.split: expected shares", "data.seed: expected at least 0"],
             ),
         ],
-        ids=range(16),
+        ids=range(19),
     )
     def test_every_problem_is_told(self, problems, section, messages):
         found = "\n".join(problems(SMALL.replace("data: phantom", f"data: {section}")))

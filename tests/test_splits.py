@@ -1,5 +1,6 @@
 """Parts and folds are cut between patients, meet their shares in every class, and follow from the seed."""
 
+import csv
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from cxr_models.dataset import DataError, ImageRecord, Manifest
-from cxr_models.splits import assign_splits, patients_on_two_sides
+from cxr_models.splits import assign_folds, assign_splits, patients_on_two_sides, write_split_csv
 from cxr_models.trial import SPLITS, TEST, TRAIN, VAL
 
 
@@ -142,3 +143,70 @@ def test_without_a_test_share_a_given_test_is_still_kept() -> None:
     splits = assign_splits(manifest, seed=0, shares=(0.7, 0.3, 0.0))
     assert [part == TEST for part in splits] == [record.split == TEST for record in manifest.records]
     assert splits.count(VAL) / 1000 == pytest.approx(0.3, abs=0.01)
+
+
+# Folds
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_folds_share_no_patient_and_have_every_class_evenly(seed: int) -> None:
+    manifest = study(seed)
+    splits = assign_splits(manifest, seed=seed)
+    folds = assign_folds(manifest, splits, folds=5, repeats=2, seed=seed)
+    assert folds.shape == (2, len(manifest.records))
+    outside = np.array(splits) == TEST
+    for dealt in folds:
+        assert (dealt[outside] == -1).all()
+        assert {*dealt[~outside].tolist()} == {0, 1, 2, 3, 4}
+        fold_of: dict[str, set[int]] = {}
+        for record, fold in zip(manifest.records, dealt, strict=True):
+            fold_of.setdefault(record.patient, set()).add(int(fold))
+        assert {len(found) for found in fold_of.values()} == {1}
+        for label in range(3):
+            counts = np.bincount(dealt[~outside & (manifest.labels == label)], minlength=5)
+            assert counts.min() >= 1
+            assert counts.max() <= max(2.2 * counts.mean(), counts.mean() + 5)
+
+
+def test_repeats_are_dealt_anew_and_follow_from_the_seed() -> None:
+    manifest = study(0)
+    splits = assign_splits(manifest, seed=0)
+    first = assign_folds(manifest, splits, folds=3, repeats=2, seed=1)
+    assert (first[0] != first[1]).any()
+    assert (assign_folds(study(0), splits, folds=3, repeats=2, seed=1) == first).all()
+    assert (assign_folds(manifest, splits, folds=3, repeats=2, seed=2) != first).any()
+    assert (assign_folds(manifest, splits, folds=3, repeats=1, seed=1)[0] == first[0]).all()
+
+
+def test_copies_stay_in_one_fold() -> None:
+    manifest = manifest_of([(f"P{number}", "ab"[number % 2], "") for number in range(40)])
+    groups = [f"G{number // 4}" for number in range(40)]
+    (dealt,) = assign_folds(manifest, [TRAIN] * 40, folds=3, seed=0, groups=groups)
+    assert all(len({*dealt[start : start + 4].tolist()}) == 1 for start in range(0, 40, 4))
+
+
+def test_more_folds_than_patients_of_a_class_are_refused() -> None:
+    rows = [(f"P{number}", "a", "") for number in range(30)] + [(f"Q{number}", "rare", "") for number in range(4)]
+    manifest = manifest_of(rows)
+    with pytest.raises(DataError, match=r"at least 5 patients of every class .*\n.*4 of class 'rare'\n.*fewer folds"):
+        assign_folds(manifest, [TRAIN] * 34, folds=5, seed=0)
+
+
+def test_folds_that_no_deal_can_fill_are_refused() -> None:
+    rows = [(f"P{number % 3}", label, "") for number in range(3) for label in "ab"] + [("P9", "a", "")] * 90
+    manifest = manifest_of(rows)
+    dealt = assign_folds(manifest, [TRAIN] * len(rows), folds=3, seed=0)
+    assert all(len({*manifest.labels[dealt[0] == fold].tolist()}) == 2 for fold in range(3))
+
+
+def test_the_split_file_has_a_column_for_each_deal(tmp_path: Path) -> None:
+    manifest = study(0)
+    splits = assign_splits(manifest, seed=0)
+    folds = assign_folds(manifest, splits, folds=3, repeats=2, seed=0)
+    write_split_csv(tmp_path / "twice.csv", manifest, splits, folds)
+    write_split_csv(tmp_path / "once.csv", manifest, splits, folds[:1])
+    with (tmp_path / "twice.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "label", "patient", "split", "pixels", "fold_1", "fold_2"]
+    assert [row["fold_2"] for row in rows] == [str(fold + 1) if fold >= 0 else "" for fold in folds[1]]
+    assert (tmp_path / "once.csv").read_text().startswith("path,label,patient,split,pixels,fold\n")

@@ -22,20 +22,22 @@ REFERENCE = ReferenceSpec.model_validate(
 
 def plan() -> Any:
     objective = Objective("macro_f1", "max")
-    search, data = SimpleNamespace(seed=0), SimpleNamespace(name="xrays")
+    search, data = SimpleNamespace(seed=0), SimpleNamespace(name="xrays", subset=0.25)
     return SimpleNamespace(
         spec=SimpleNamespace(
             name="small", task="classify", search=search, objective=objective, data=data, reference=REFERENCE
         ),
         lung_masks=(),
+        weights={},
         halving=HalvingPlan(sentence="after epoch 4"),
-        manifest=Manifest(Path("/nowhere"), "folders", RECORDS, (), 0),
+        manifest=Manifest(Path("/nowhere"), "folders", RECORDS, (), 0, spared=12),
         audit=Audit(4, 4, {}, None, ()),
         trials=2,
         machine=SimpleNamespace(cores=2, gpus=0),
         allotment=SimpleNamespace(cpus_per_trial=1, gpus_per_trial=0, concurrency=2, threads=1),
         notes=(),
         patients=lambda part: 2,
+        folds=(),
         class_counts=lambda: {"train": Counter(a=1, b=1), "val": Counter(a=1, b=1), "test": Counter()},
     )
 
@@ -52,7 +54,9 @@ def epoch(number: int, loss: float, accuracy: float) -> EpochMetrics:
 
 def summary(**found: Any) -> dict[str, Any]:
     evaluation = SimpleNamespace(
-        **{"figures": {}, "by_seed": {}, "problems": {}, "test": None, "calibration": {}, "verdict": None, **found}
+        **{"figures": {}, "by_seed": {}, "problems": {}, "test": None, "calibration": {}, "verdict": None}
+        | {"doctor": {}, "failed_seeds": {}, "openings": SimpleNamespace(own=Path("/nowhere"))}
+        | found
     )
     return summarise(
         plan(),
@@ -97,6 +101,11 @@ def test_without_a_test_part_there_is_no_test():
     assert "test" not in found
     assert found["data"]["splits"]["test"]["images"] == 0
     assert summary(test={"accuracy": {"value": 0.5}})["test"] == {"accuracy": {"value": 0.5}}
+
+
+def test_a_subset_is_told_with_what_it_leaves_out():
+    data = summary()["data"]
+    assert (data["images"], data["spared"], data["subset"]) == (4, 12, 0.25)
 
 
 def test_the_reference_of_the_spec_is_kept_for_the_report():

@@ -141,6 +141,7 @@ SUMMARY = {
     "test": {
         "macro_f1": {"value": 0.75, "low": 0.7, "high": 0.8},
         "recall/Normal": {"value": 0.9, "low": None, "high": None},
+        "mcc": {"value": 1.0, "low": float("nan"), "high": float("nan")},  # as it is before it becomes JSON
         "precision/Normal": {"value": 0.9, "low": 0.8, "high": 1.0},
         "confusion_matrix": [[8, 1, 1], [0, 5, 5], [0, 0, 10]],
         "classes": list(CLASSES),
@@ -280,6 +281,7 @@ def test_the_sweep_ends_with_test_figures_and_their_intervals(tracked):
     assert metrics["trials_failed"] == 1
     assert metrics["test_recall/Normal"] == 0.9
     assert "test_recall/Normal_low" not in metrics
+    assert {name for name in metrics if name.startswith("test_mcc")} == {"test_mcc"}
     assert "test_precision/Normal" not in metrics
     assert tracked.parent.data.tags["verdict"] == SUMMARY["verdict"]["sentence"]
     assert tracked.parent.data.tags["best_trial_id"] == suggested(0).trial_id
@@ -544,6 +546,21 @@ CHAMPION = """
 """
 
 
+NOTED = {
+    "best": {"trial_id": "one", "val": {}, "doctor": [{"name": "still_improving"}]},
+    "strategies": [
+        {"trial_id": "two", "final_doctor": [{"name": "class_never_predicted"}]},
+        {"trial_id": "one", "final_doctor": [{"name": "constant_predictor"}, {"name": "still_improving"}]},
+    ],
+    "audit": [
+        {"name": "earlier_model_saw_test", "severity": "leak"},
+        {"name": "blank_images", "severity": "warning"},
+        {"name": "exact_duplicates", "severity": "note"},
+    ],
+    "verdict": {"sentence": "`all` is the only strategy."},
+}
+
+
 def test_the_champion_is_registered_and_predicts_as_the_model_does(tmp_path, tracked):
     folder = run_folder(tmp_path)
     target = tracker(folder, uri=tracked.tracker.uri)
@@ -555,7 +572,7 @@ def test_the_champion_is_registered_and_predicts_as_the_model_does(tmp_path, tra
     assert done.returncode == 0, done.stderr
     client = mlflow.MlflowClient(target.uri)
     assert client.get_run(parent).info.status == "RUNNING"  # the sweep ends its run, not the child
-    target.finished({}, [])
+    target.finished(NOTED, [])
     target.close(DEADLINE_S)
     assert target.problem == ""
     found = np.load(out)
@@ -567,6 +584,11 @@ def test_the_champion_is_registered_and_predicts_as_the_model_does(tmp_path, tra
     champion = client.get_model_version_by_alias("small", "champion")
     assert int(champion.version) == 2
     assert champion.run_id == parent
+    assert champion.tags == {
+        "doctor": "still_improving;constant_predictor",
+        "audit": "earlier_model_saw_test;blank_images",
+        "verdict": "`all` is the only strategy.",
+    }
     assert client.get_run(parent).info.status == "FINISHED"
     assert len(client.get_run(parent).outputs.model_outputs) == 2
     assert list(tracked.folder.tracking_artifacts.rglob("model.keras"))

@@ -418,6 +418,26 @@ def test_findings_of_the_audit_and_the_doctor_stand_beside_the_sentence():
     assert verdict_notes({**found, "warnings": lines, "optimism": None})[:5] == lines
 
 
+def test_what_became_of_the_final_models_stands_beside_the_sentence():
+    found = planted((0.0, 0.0), 300)
+    constant = {"name": "constant_predictor", "grave": True, "evidence": "All are taken for a."}
+    summary = {
+        "verdict": found,
+        "strategies": [
+            {"trial_id": found["strategies"]["convs:1"], "failed_seeds": {"failed": 1, "trained": 2, "problem": "NaN"}},
+            {"trial_id": found["strategies"]["all"], "final_doctor": [constant]},
+        ],
+        "test_openings": [{"opened": "2026-01-01", "earlier_sweeps": 3}],
+    }
+    assert cautions(summary) == [
+        "`convs:1` stands for 2 of 3 final trainings, since the others failed (NaN): it looks better than it is if "
+        "those were its worst.",
+        "The final model of `all` went wrong (constant_predictor): All are taken for a.",
+        "3 sweeps before this one opened the same test images: what was chosen after a look at their figures is "
+        "flattered by these here.",
+    ]
+
+
 def test_the_terminal_shows_the_sentence_and_the_reference_beside_the_others():
     found = {**planted((0.0, 0.0, -0.8), 300), "warnings": [], "optimism": None}
     console = Console(record=True, width=200)

@@ -175,7 +175,7 @@ class TestModelsOfEarlierSweeps:
         digest = hashlib.sha256(model.read_bytes()).hexdigest()
         found, problems = find(f"{model.as_uri()}#sha256={digest}", tmp_path)
         assert problems == []
-        assert found[0].origin == f"{model.as_uri()} (sha256 {digest})"
+        assert str(found[0].origin) == f"{model.as_uri()} (sha256 {digest})"
 
     def test_another_backbone_is_named(self, tmp_path):
         model = saved_model(tmp_path / "model.keras", "efficientnet_b0")

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from cxr_models.metrics import FURTHER_METRICS
-from cxr_models.trial import TASK_METRICS
+from cxr_models.trial import TASK_METRICS, TrialConfig
 from sweep.wording import (
     METRIC_NAMES,
     amount,
@@ -16,6 +16,7 @@ from sweep.wording import (
     percentage_points,
     rounded_up,
     signed,
+    strategy_text,
 )
 
 
@@ -33,6 +34,11 @@ from sweep.wording import (
 def test_a_duration_has_the_digits_that_matter(seconds, words, with_tenths):
     assert duration(seconds) == words
     assert duration(seconds, tenths=True) == with_tenths
+
+
+def test_a_u_net_has_no_strategy_to_name():
+    assert strategy_text(TrialConfig("unet", freeze="none")) == "U-Net"
+    assert strategy_text(TrialConfig("densenet121", freeze="convs:1")) == "densenet121 convs:1"
 
 
 def test_every_metric_has_a_name():
