@@ -104,6 +104,11 @@ def verdict_notes(verdict: Verdict) -> list[str]:
             f"{'Each strategy stands' if once else 'Some strategies stand'} for one final training; another seed would "
             "move its figures too. With `final: {seeds: 5}` in the file the verdict counts by how much."
         )
+    if verdict["comparisons"] and verdict["seeds"] == 2:
+        notes.append(
+            "Two final trainings tell little of how far seeds differ: some six verdicts in a hundred find a difference "
+            "where there is none. Three or more keep to five."
+        )
     return notes
 
 

@@ -13,7 +13,7 @@ from cxr_models.metrics import evaluate
 CLASSES = ("COVID", "Normal", "Pneumonia")
 SHARES = (0.3, 0.5, 0.2)
 RARE = (0.56, 0.42, 0.02)
-LUCK = 0.1  # of a training: about one and a half points of macro f1, as one standard deviation
+LUCK = 0.075  # of a training: some one and a half points of macro f1, as one standard deviation
 METRICS = ("macro_f1", "auroc")
 pytestmark = pytest.mark.usefixtures("quick_collection")
 TOO_MANY = 0.99  # of simulations with the stated rate, this share has fewer errors than are allowed here
@@ -217,9 +217,9 @@ def test_a_seed_s_luck_is_known_from_several_seeds():
     assert shown[5] <= allowed(40, 0.05)
 
 
-def test_five_seeds_find_a_strategy_that_is_better_by_five_points():
+def test_five_seeds_find_a_strategy_that_is_better_by_six_points_and_how_far_seeds_differ():
     generator = np.random.default_rng(4)
-    shown = 0
+    shown, by_luck = 0, []
     for sweep in range(20):
         labels, patients = images_of(generator, 1000, most=1)
         scores = scores_of(generator, labels, patients, (0.35,) * 5 + (0.0,) * 5, LUCK)
@@ -227,8 +227,10 @@ def test_five_seeds_find_a_strategy_that_is_better_by_five_points():
         (found,) = compare(labels, strategies, CLASSES, patients, ["macro_f1"], resamples=60, seed=sweep)
         difference = found.differences["macro_f1"]
         shown += difference.shown and difference.value > 0
-        assert 0 < difference.seed_error < difference.error
+        by_luck.append(difference.seed_error**2)
     assert shown >= 17
+    # A point and a half each, of five seeds on either side; what is below nothing counts as nothing.
+    assert np.mean(by_luck) == pytest.approx(2 * 0.015**2 / 5, rel=0.5)
 
 
 def test_seeds_that_differ_by_images_alone_hide_nothing_from_more_images():
@@ -342,11 +344,12 @@ def test_the_rate_of_errors_holds_where_a_class_is_rare(patients):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("patients", "seeds", "luck"), [(200, 5, LUCK), (1000, 5, LUCK), (1000, 2, LUCK), (400, 5, 0.0)]
+    ("patients", "seeds", "luck"), [(200, 5, LUCK), (1000, 5, LUCK), (1000, 3, LUCK), (1000, 2, LUCK), (400, 5, 0.0)]
 )
 def test_the_rate_of_errors_holds_with_seeds_that_have_luck(patients, seeds, luck):
     errors = simulated_errors(200, patients, 1, resamples=200, seeds=seeds, luck=luck)
     print(patients, seeds, luck, errors)
     for metric in METRICS:
-        assert errors[metric]["sweeps"] <= allowed(200, 0.05)
+        # Two seeds tell little of a spread; the README and a note beside the verdict say what that costs.
+        assert errors[metric]["sweeps"] <= allowed(200, 0.05 if seeds > 2 else 0.07)
         assert errors[metric]["missed"] / 3 <= allowed(300, 0.05) / 1.5

@@ -102,6 +102,12 @@ def test_what_one_training_tells_is_called_so():
     assert "`final: {seeds: 5}`" in note
 
 
+def test_two_trainings_are_called_few():
+    (note,) = (note for note in notes_of(by_seeds((0.7, 0.65), (0.0, 0.05))) if "training" in note)
+    assert note.startswith("Two final trainings tell little of how far seeds differ")
+    assert not any("training" in note for note in notes_of(by_seeds((0.7, 0.65, 0.7), (0.0, 0.05, 0.0))))
+
+
 def notes_of(verdict: dict[str, Any]) -> list[str]:
     return verdict_notes({**verdict, "warnings": [], "optimism": None})
 
