@@ -30,7 +30,9 @@ from cxr_models.trial import TEST, TRAIN, VAL
     ],
 )
 def test_a_pattern_with_a_slash_is_of_folders_too(pattern: str, path: str, patient: str | None) -> None:
-    assert PatientRule(pattern).patient(ListedImage(path, "a"), "") == (path if patient is None else patient)
+    words = "" if patient is None else f"the given pattern {pattern!r}"
+    expected = path if patient is None else patient
+    assert PatientRule(pattern).patient(ListedImage(path, "a"), "") == (expected, words)
 
 
 def chexpert(folder: Path) -> list[tuple[str, str]]:
