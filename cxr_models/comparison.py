@@ -56,7 +56,10 @@ class Difference:
 
     @property
     def shown(self) -> bool:
-        """Whether these images show a difference; of any pair without one they do so in at most 5 % of test sets."""
+        """Whether these images show a difference; of any pair without one they do so in at most 5 % of test sets.
+
+        A pair is two strategies where both have several seeds, else the models that were tested.
+        """
         return self.p_holm <= ALPHA
 
     def smallest(self, pairs: int) -> float:
@@ -257,6 +260,8 @@ def _difference(strategies: Sequence[_Measured], patients: int, ground: _Ground)
     uncertain = of_patients**2 / ground.degrees
     of_seeds = 0.0
     if all(len(each.values) > 1 for each in strategies):
+        # Values on the same images differ by the seeds' luck, and by images that only some of the seeds have right. The
+        # bootstrap has the latter already, and tells how much of it to expect.
         for values, draws in strategies:
             between = float(values.var(ddof=1)) / len(values)
             among = draws[finite] - draws[finite].mean(axis=1, keepdims=True)

@@ -24,7 +24,7 @@ def contributions(
     A patient with images of several classes adds by each. Of metrics of the predicted classes it is the change as these
     images are given the other's predictions; of the loss, their share in its mean; of the area under the ROC curve,
     half the change of their placements among the images of the other classes (DeLong, DeLong and Clarke-Pearson, 1988),
-    for which the two need no common scale of scores.
+    for which the two need no common scale of scores. Nothing adds to what is undefined.
 
     Args:
         labels: (images,) true class as an index into `classes`.
@@ -38,9 +38,12 @@ def contributions(
     size = (int(owners.max()) + 1) * len(classes)
     if metric == "loss":
         images = np.arange(len(labels))
-        shares = (other[images, labels].astype(np.float64) - one[images, labels]) / len(labels)
+        with np.errstate(invalid="ignore"):  # of infinite losses the difference is undefined
+            shares = (other[images, labels].astype(np.float64) - one[images, labels]) / len(labels)
+        shares = shares if np.isfinite(shares).all() else np.zeros(len(labels))
     elif metric == "auroc":
-        shares = (_placements(labels, one) - _placements(labels, other)) / 2
+        defined = np.isfinite(one).all() and np.isfinite(other).all()
+        shares = (_placements(labels, one) - _placements(labels, other)) / 2 if defined else np.zeros(len(labels))
     else:
         return _exchanged(labels, one, other, classes, cells, size, metric).reshape(-1, len(classes))
     return np.bincount(cells, shares, minlength=size).astype(np.float64).reshape(-1, len(classes))
@@ -101,8 +104,6 @@ def _exchanged(
 def _placements(labels: IntArray, scores: FloatArray) -> FloatArray:
     """(images,) shares of the mean area over the classes; they sum to twice the area, once by each side of it."""
     found = np.zeros(len(labels))
-    if not np.isfinite(scores).all():
-        return found
     defined = [k for k in np.unique(labels) if (labels != k).any()]
     for k in defined:
         positive = labels == k

@@ -52,11 +52,13 @@ def test_patients_of_a_rare_class_count_more():
     assert effective_number(found.sum(axis=1)) == pytest.approx(2.0, abs=0.1)
 
 
-def test_an_area_of_undefined_scores_is_made_up_of_nothing():
+@pytest.mark.parametrize("metric", ["loss", "auroc"])
+def test_what_is_undefined_is_made_up_of_nothing(metric):
     labels = np.array([0, 1, 2, 0])
     scores = predictions(labels)
-    scores[0, 0] = np.nan
-    assert not contributions(labels, scores, scores, CLASSES, np.arange(4), "auroc").any()
+    scores[0, 0] = -np.inf
+    assert not contributions(labels, scores, predictions(labels), CLASSES, np.arange(4), metric).any()
+    assert not contributions(labels, scores, scores, CLASSES, np.arange(4), metric).any()
 
 
 @pytest.mark.parametrize(("shares", "expected"), [([], 0.0), ([0.0, 0.0], 0.0), ([2.0, -2.0, 0.0], 2.0), ([5.0], 1.0)])
