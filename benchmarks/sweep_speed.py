@@ -26,8 +26,8 @@ from rendering import read_results, render, render_one
 from speed_of_light import Rates, read_rates, speed_of_light
 
 from cxr_models.trial import TRAIN, VAL, TrialConfig
+from sweep.data_plan import read_data
 from sweep.machine import this_machine
-from sweep.plan import read_data
 from sweep.spec import read_spec
 from sweep.splitting import stored_splits
 

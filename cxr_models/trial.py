@@ -323,11 +323,16 @@ class EpochMetrics:
     source: str = PIXELS
     features_seconds: float = 0.0
     trial_seconds: float = 0.0
-    folds: Sequence[Mapping[str, float]] = ()
+    folds: tuple[Mapping[str, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Values that JSON has."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read what `to_json` gave."""
+        return cls(**{**values, "folds": tuple(values.get("folds", ()))})
 
 
 def best_epoch(epochs: Sequence[EpochMetrics], objective: Objective) -> EpochMetrics | None:

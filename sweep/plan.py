@@ -13,15 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_models import network, unet
-from cxr_models.audit import Audit, audit_data
+from cxr_models.audit import Audit
 from cxr_models.backbones import BACKBONES
-from cxr_models.cohort import Source, read_cohort
 from cxr_models.dataset import Manifest, Progress
-from cxr_models.duplicates import find_duplicates
 from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import LayerTable, layer_tables
-from cxr_models.phantom import PATIENT_PATTERN, phantom_dataset
-from cxr_models.shortcuts import find_shortcuts
 from cxr_models.trial import SEGMENT, SPLITS, TEST, TRAIN, UNET, VAL, TrialConfig, TrialData
 from sweep.caching import (
     KEEPING,
@@ -33,21 +29,18 @@ from sweep.caching import (
     group_of,
     plan_cache,
 )
-from sweep.dataspec import SourceSpec
+from sweep.data_plan import PHANTOM, plan_data
 from sweep.earlier import earlier_findings, earlier_models
 from sweep.halving import Stratum
 from sweep.halving_plan import HalvingPlan, plan_halving
 from sweep.lung_masks import LungMasks, find_lung_masks
 from sweep.machine import Allotment, Machine, allot
 from sweep.memory import trial_memory
-from sweep.patient_notes import patient_notes
-from sweep.segment_plan import UNetRow, unet_memory, unet_order, unet_rows, with_masks
+from sweep.segment_plan import UNetRow, unet_memory, unet_order, unet_rows
 from sweep.space import Range, Space
 from sweep.spec import SpecError, SweepSpec
-from sweep.splitting import each_fold, split
+from sweep.splitting import each_fold
 from sweep.weights import WeightsFile, bundled_note, find_weights, origin_notes
-
-PHANTOM = "phantom"
 
 # The axes that shape a network; a value of each decides its parameters.
 SHAPING = ("backbone", "freeze", "batch_norm", "image_side", "pooling", "taps", "hidden_units", "output", "weights")
@@ -213,14 +206,8 @@ def make_plan(
         SpecError: the space does not fit the data, the weights or the machine; all problems at once.
         DataError: the data cannot be used.
     """
-    manifest = read_data(spec, cache_dir, progress, least_classes=1 if spec.task == SEGMENT else 2)
-    mask_notes: tuple[str, ...] = ()
-    if spec.task == SEGMENT:
-        manifest, mask_notes = with_masks(manifest)
-    duplicates = find_duplicates(manifest, cache_dir, progress and progress("comparing images"))
-    groups = duplicates.groups(manifest)
-    splits, folds = split(spec.data, manifest, groups, cache_dir)
-    shortcuts = find_shortcuts(manifest, groups, cache_dir) if spec.task != SEGMENT else None
+    data = plan_data(spec, cache_dir, progress)
+    manifest, counts, folded = data.manifest, Counter(data.splits), bool(len(data.folds))
     problems: list[str] = []
     everything = _networks(spec, source)
     networks = [config for config in everything if config.backbone != UNET]
@@ -230,12 +217,10 @@ def make_plan(
     earlier = earlier_findings(
         earlier_models(weights, lung_masks),
         manifest,
-        splits,
-        chosen_by=TRAIN if len(folds) else VAL,
+        data.splits,
+        chosen_by=TRAIN if folded else VAL,
         allow=spec.data.allow,
     )
-    counts = Counter(splits)
-    folded = bool(len(folds))
     rules = CacheRules(tables, len(manifest.classes), counts[TRAIN], counts[TRAIN if folded else VAL], folded)
     max_epochs = max(int(epochs) for epochs in _values(spec, "epochs"))
     limit = default_limit_bytes(cache_dir) if cache_bytes is None else cache_bytes
@@ -256,14 +241,14 @@ def make_plan(
         raise SpecError(source, list(dict.fromkeys(problems)))
     least_probe = min(_values(spec, "probe_share"))
     judged = [replace(config, epochs=max_epochs, probe_share=least_probe) for config in everything]
-    epoch_images = sum(counts[TRAIN] - len(fold) for fold in each_fold(folds)) or counts[TRAIN]
+    epoch_images = sum(counts[TRAIN] - len(fold) for fold in each_fold(data.folds)) or counts[TRAIN]
     halving = plan_halving(spec.search.halving, judged, epoch_images, trials, of_strata)
     return Plan(
         spec=spec,
         manifest=manifest,
-        splits=splits,
-        folds=folds,
-        audit=audit_data(manifest, splits, duplicates, shortcuts, allow=spec.data.allow).with_findings(earlier),
+        splits=data.splits,
+        folds=data.folds,
+        audit=data.audit.with_findings(earlier),
         strategies=strategies,
         trials=trials,
         max_epochs=max_epochs,
@@ -280,42 +265,14 @@ def make_plan(
             *cache.notes,
             *origin_notes(weights),
             *bundled_note(weights, phantom=any(source.source == PHANTOM for source in spec.data.all_sources)),
-            *mask_notes,
             *(masks.note for masks in lung_masks),
-            *_data_notes(spec, manifest, splits),
+            *data.notes,
             *_notes(spec, everything),
             *halving.notes,
         ),
         unets=unets,
         lung_masks=lung_masks,
     )
-
-
-def read_data(
-    spec: SweepSpec, cache_dir: Path, progress: Callable[[str], Progress] | None, least_classes: int = 2
-) -> Manifest:
-    """The images of a spec: of all its sources, under the names of its class map, and of these the subset.
-
-    Raises:
-        DataError: as `cohort.read_cohort`.
-    """
-    return read_cohort(
-        [_source(source, cache_dir, progress) for source in spec.data.all_sources],
-        classes=spec.data.classes,
-        subset=spec.data.subset,
-        seed=spec.data.seed,
-        least_classes=least_classes,
-        cache_dir=cache_dir,
-        progress=progress and (lambda path: progress("reading images")),
-    )
-
-
-def _source(spec: SourceSpec, cache_dir: Path, progress: Callable[[str], Progress] | None) -> Source:
-    if spec.source == PHANTOM:
-        drawing = progress("drawing phantoms") if progress else None
-        path = phantom_dataset(cache_dir, seed=0, progress=drawing)
-        return Source(path, spec.patient or PATIENT_PATTERN, spec.classes)
-    return Source(Path(spec.source), spec.patient or "", spec.classes)
 
 
 def _channels(manifest: Manifest) -> int:
@@ -399,18 +356,6 @@ def _trains_from_scratch(config: TrialConfig) -> bool:
         return True
     batch_norms = BACKBONES[config.backbone].application and config.batch_norm != "train"
     return parse_strategy(config.freeze).phases[-1].rule == "none" and not batch_norms
-
-
-def _data_notes(spec: SweepSpec, manifest: Manifest, splits: Sequence[str]) -> Iterator[str]:
-    sources = spec.data.all_sources
-    phantom = any(source.source == PHANTOM for source in sources)
-    if phantom:
-        yield "phantom data: synthetic drawings to try the sweep on, a demonstration and not medicine"
-    yield from manifest.notes
-    if TEST not in splits:
-        yield "no test part (data.split): figures are validation figures that choices were made on"
-    if not all(source.source == PHANTOM for source in sources):
-        yield from patient_notes(manifest, [source.patient for source in sources if source.patient])
 
 
 def _notes(spec: SweepSpec, networks: Sequence[TrialConfig]) -> Iterator[str]:

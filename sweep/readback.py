@@ -171,7 +171,7 @@ def read_epochs(path: Path) -> Mapping[str, tuple[EpochMetrics, ...]]:
     # A resumed trial repeats the epochs after its checkpoint; the later entry is the one it went on from.
     trials: dict[str, dict[int, EpochMetrics]] = {}
     for entry in read_lines(path):
-        metrics = EpochMetrics(**entry)
+        metrics = EpochMetrics.from_json(entry)
         trials.setdefault(metrics.trial_id, {})[metrics.epoch] = metrics
     return {trial_id: tuple(epochs[number] for number in sorted(epochs)) for trial_id, epochs in trials.items()}
 

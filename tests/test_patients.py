@@ -30,7 +30,8 @@ from cxr_models.trial import TEST, TRAIN, VAL
     ],
 )
 def test_a_pattern_with_a_slash_is_of_folders_too(pattern: str, path: str, patient: str | None) -> None:
-    assert PatientRule(pattern).patient(ListedImage(path, "a"), "") == (path if patient is None else patient)
+    told = (path, "") if patient is None else (patient, f"the given pattern {pattern!r}")
+    assert PatientRule(pattern).patient(ListedImage(path, "a"), "") == told
 
 
 def chexpert(folder: Path) -> list[tuple[str, str]]:

@@ -110,7 +110,7 @@ class TestRecord:
         values = dict.fromkeys(METRICS, 0.5)
         metrics = EpochMetrics("aa", 1, 0, 1e-3, values, values, 0.1, 10.0)
         record.epoch(metrics)
-        assert [EpochMetrics(**line) for line in read_lines(folder.epoch_record)] == [metrics]
+        assert [EpochMetrics.from_json(line) for line in read_lines(folder.epoch_record)] == [metrics]
         record.ended(0, result("aa", 0.5))
         (line,) = read_lines(folder.trial_record)
         assert line == {"number": 0, **json.loads(json.dumps(result("aa", 0.5).to_json()))}

@@ -141,4 +141,5 @@ def test_results_and_epochs_are_json():
     assert TrialConfig.from_json(written["config"]) == CONFIG
     values = dict.fromkeys(METRICS, 0.5)
     epoch = EpochMetrics("a", 1, 0, 1e-3, values, values, 0.1, 10.0)
-    assert EpochMetrics(**json.loads(json.dumps(epoch.to_json()))) == epoch
+    for each in (epoch, replace(epoch, folds=(values, values))):
+        assert EpochMetrics.from_json(json.loads(json.dumps(each.to_json()))) == each
