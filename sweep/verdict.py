@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_models.comparison import ALPHA, POWER, Comparison, compare
+from cxr_models.comparison import ALPHA, BY_SCORE, POWER, Comparison, compare
 from cxr_models.metrics import FloatArray, IntArray
 from cxr_models.selection import Optimism, selection_optimism
 from cxr_models.trial import TEST, VALIDATION_SCORES, Objective, TrialResult
@@ -255,7 +255,7 @@ def _without_number(row: Mapping[str, Any], metric: str) -> str:
     if math.isnan(found["value"]):
         return f"{name} is undefined on them"
     if not found["patients"]:
-        return "they do the same on them"
+        return "they do the same on them" if metric in BY_SCORE else "they give each of them the same class"
     if math.isnan(found["error"]):
         return "they are of too few patients"
     if found["seed_error"] and found["value"]:

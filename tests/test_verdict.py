@@ -158,7 +158,7 @@ INFINITE, NAN = float("inf"), float("nan")
         (
             [row("b", "b", -0.021), row("c", None, 0.0, INFINITE, patients=0)],
             "`b` is better than `a`, the best by validation (+2.1 points macro F1, 95 % interval 0.5 to 3.6). "
-            "These 169 images cannot tell `a` from `c`; they do the same on them.",
+            "These 169 images cannot tell `a` from `c`; they give each of them the same class.",
         ),
         (
             [row(name, None, 0.001, 2e6) for name in "bcdefg"],
@@ -177,8 +177,8 @@ INFINITE, NAN = float("inf"), float("nan")
         (
             [row("b", None, 0.0, INFINITE, patients=0), row("c", None, 0.0, INFINITE), row("d", None, 0.01)],
             "These 169 images cannot tell `a` from `d`; about 1,400 would be needed. These 169 images cannot tell it "
-            "from `b`; they do the same on them. These 169 images cannot tell it from `c`; they differ on single "
-            "images, but not in macro F1: no number of images follows from that.",
+            "from `b`; they give each of them the same class. These 169 images cannot tell it from `c`; they differ on "
+            "single images, but not in macro F1: no number of images follows from that.",
         ),
         (
             [row("b", None, NAN, INFINITE, error=NAN)],
@@ -225,11 +225,13 @@ def test_what_cannot_be_told_is_told_for_its_own_reason():
     wrong = (labels + 1) % 3
     one, other = (np.where(np.isin(np.arange(36), places), wrong, labels) for places in ((0, 3, 6), (9, 12, 15)))
     same = verdict_on(labels, labels, labels, patients)
+    to_the_score = verdict_on(labels, labels, labels, patients, "auroc")
     equal = verdict_on(one, other, labels, patients, "accuracy")
     undefined = verdict_on(labels, one, np.zeros(36, int), patients, "auroc")
     alone = verdict_on(labels, one, labels, ["p"] * 36)
     for found, reason in (
-        (same, "they do the same on them."),
+        (same, "they give each of them the same class."),
+        (to_the_score, "they do the same on them."),
         (equal, "they differ on single images, but not in accuracy: no number of images follows from that."),
         (undefined, "AUROC is undefined on them."),
         (alone, "they are of too few patients."),
