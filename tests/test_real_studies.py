@@ -1,6 +1,7 @@
 """The studies' ways of fine-tuning, on real X-rays with real ImageNet weights."""
 
 import csv
+import html
 import json
 
 import pandas as pd
@@ -108,3 +109,26 @@ def test_every_strategy_learns_and_is_evaluated(run):
         assert row["test"]["images"] == summary["test"]["images"]
     with run.trials.open() as file:
         assert {row["outcome"] for row in csv.DictReader(file)} == {"completed"}
+
+
+def test_the_audit_the_split_and_the_verdict_are_told(run):
+    """On the images of DarkCovidNet: 806 people own the 1,124 X-rays, 21 of them in both NIH classes."""
+    summary = json.loads(run.summary.read_text())
+    split = pd.read_csv(run.split)
+    assert (len(split), split["patient"].nunique()) == (1124, 806)
+    assert split.groupby("patient")["split"].nunique().max() == 1
+    findings = {finding["name"]: finding for finding in summary["audit"]}
+    assert findings["patient_in_two_classes"]["evidence"].startswith("21 patients of 806 ")
+    assert findings["class_follows_from_size"]["severity"] == "warning"
+    verdict = summary["verdict"]
+    assert any("The class follows from the size of the files" in caution for caution in verdict["warnings"])
+    assert len(verdict["comparisons"]) == 8 * 7 / 2
+    for row in verdict["comparisons"]:
+        found = row["differences"]["macro_f1"]
+        assert found["low"] <= found["value"] <= found["high"]
+        assert (row["better"] is not None) == (found["p_holm"] <= verdict["alpha"])
+    own = [row for row in verdict["comparisons"] if row["first"] == verdict["reference"]]
+    assert ("cannot tell" in verdict["sentence"]) == any(row["better"] is None for row in own)
+    assert ("is better than" in verdict["sentence"]) == any(row["better"] for row in own)
+    page = html.unescape(run.report.read_text().replace("<code>", "`").replace("</code>", "`"))
+    assert verdict["sentence"] in page
