@@ -308,7 +308,7 @@ def _blank(manifest: Manifest) -> Iterator[Finding]:
 
 def _copies(manifest: Manifest, duplicates: Duplicates) -> Iterator[Finding]:
     records = manifest.records
-    counted = "Nothing must be done: copies count as one person when a split is cut."
+    counted = "Where no leak is told, nothing must be done: copies count as one person when a split is cut."
     if duplicates.exact:
         copies = sum(len(own) - 1 for own in duplicates.exact)
         yield Finding(

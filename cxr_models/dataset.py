@@ -270,8 +270,7 @@ def check_classes(manifest: Manifest, source: str, least: int) -> None:
             f"at least {'two' if least == 2 else least} classes in {source!r}",
             f"only one class, {manifest.classes[0]!r}, with {len(manifest.records)} images"
             + (f", and {len(manifest.unreadable)} unreadable files:{lost}" if lost else ""),
-            "images/ beside masks/ has no classes; name the folder that holds all class folders, "
-            f"which may be {manifest.root.parent}"
+            "images/ beside masks/ has no classes; name a folder that holds a folder for each class"
             if manifest.classes == (ONLY_CLASS,)
             else "add the images of another class, or name the folder that holds all class folders",
         )

@@ -279,7 +279,15 @@ def _at_chance(case: _Case) -> Iterator[Diagnosis]:
     losses = [part["loss"] for metrics in tail for part in (metrics.train, metrics.val) if "loss" in part]
     lowest = min((metrics.val["loss"] for metrics in case.epochs if "loss" in metrics.val), default=math.inf)
     near = all(any(abs(loss / chance - 1) < CHANCE_BAND for chance in case.chances) for loss in losses)
-    if len(tail) < STUCK_EPOCHS or not losses or not near or lowest < (1 - CHANCE_BAND) * min(case.chances):
+    learned = lowest < (1 - CHANCE_BAND) * min(case.chances)
+    # Above chance to the end, on the images it learns from too, and no more right than by always saying the same.
+    accuracy = case.epochs[case.shown].val.get("accuracy", 1.0)
+    worse = (
+        len(losses) == 2 * len(tail)
+        and min(losses) > (1 + CHANCE_BAND) * max(case.chances)
+        and accuracy < case.most_frequent + LEAST_GAIN
+    )
+    if len(tail) < STUCK_EPOCHS or not losses or not (near or worse) or learned:
         return
     known = [f"ln {case.classes} = {case.chances[0]:.4f} is that of knowing nothing"]
     known += [f"{entropy:.4f} that of knowing the classes' shares alone" for entropy in case.chances[1:]]

@@ -112,6 +112,8 @@ def choice_optimism(
 ) -> Optimism:
     """Choose again in each bootstrap sample of patients, and look at the patients it left out.
 
+    What is chosen there is compared with the trial that was chosen on all, on the same patients left out.
+
     This is the bootstrap bias correction of Tsamardinos, Greasidou and Borboudakis (Machine Learning 107, 2018), for
     one validation set: no trial is trained again. What choosing the best epoch within each trial adds is not in it.
 
@@ -138,5 +140,7 @@ def choice_optimism(
     if not usable.any():
         return Optimism(len(trials), best, math.nan, math.nan)
     chosen = (sign * within).argmax(axis=0)
-    corrected = float(without[chosen, np.arange(len(chosen))].mean())
-    return Optimism(len(trials), best, corrected, max(0.0, sign * (best - corrected)))
+    # The chosen trial itself is another one on fewer patients, as macro figures are; that is not what choosing does.
+    gain = sign * float((without[0] - without[chosen, np.arange(len(chosen))]).mean())
+    corrected = best - sign * max(0.0, gain)
+    return Optimism(len(trials), best, corrected, sign * (best - corrected))

@@ -1,11 +1,13 @@
 """The `data` section: where the images are, what their classes are called, and which part is used for what."""
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from cxr_models.patients import EACH_ITS_OWN, PATIENT_PATTERNS
 from cxr_models.splits import DEFAULT_SHARES, SHARES_TOLERANCE
 from cxr_models.trial import SPLITS
 from sweep.document import Document, Where, shown
@@ -19,6 +21,9 @@ Leak = Literal["patient_on_two_sides", "duplicate_on_two_sides", "one_image_two_
 
 
 def _checked_pattern(patient: str | None) -> str | None:
+    known = (*PATIENT_PATTERNS, EACH_ITS_OWN)
+    if patient and patient not in known and (near := difflib.get_close_matches(patient, known, n=1)):
+        raise ValueError(f"unknown {patient!r}; did you mean {near[0]!r}? known: {', '.join(known)}, or a pattern")
     try:
         re.compile(patient or "")
     except re.error as error:

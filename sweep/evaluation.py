@@ -324,7 +324,7 @@ def _write_best_config(plan: Plan, training: FinalTraining, data: TrialData, fol
     """All that is needed to use the model: an image's side and channels, and which class a probability belongs to."""
     shape = {"classes": list(plan.manifest.classes), "channels": data.channels}
     trial, config = training.trial, training.config.to_json()
-    fitted = {"fitted_on": "train+val", "fitted_epochs": trial.best_epoch}
+    fitted = {"fitted_on": "all folds" if data.folds else "train+val", "fitted_epochs": trial.best_epoch}
     write_json(folder.best_config, {"trial_id": trial.trial_id, **fitted, **shape, **config})
 
 

@@ -109,7 +109,7 @@ class FinalTrainings:
             return None
         training, losses = self._waiting.popleft()
         self._running[training.training_id] = training
-        self._told(training, len(self.done) + len(self.problems), self._total)
+        self._told(training, self._total - len(self._waiting) - 1, self._total)
         return TrialJob(training.training_id, training.config, self.work, again=losses)
 
     def epoch(self, metrics: EpochMetrics) -> bool:

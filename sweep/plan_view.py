@@ -26,7 +26,7 @@ def render_plan(plan: Plan) -> RenderableType:
         ("patients", f"{plan.manifest.patients}, {_two_sides(plan)}"),
         ("objective", f"validation {spec.objective.metric}, {spec.objective.mode}imum{_mean(plan)}"),
         ("search", f"{spec.search.algorithm}, {plan.trials} trials, at most {plan.max_epochs} epochs each"),
-        ("halving", plan.halving.sentence or "none: every trial runs to its end"),
+        ("halving", plan.halving.sentence or "none: every trial runs to its end, unless it proves hopeless"),
         ("final", _final(plan)),
         (
             "resources",

@@ -27,6 +27,7 @@ from sweep.record import RunFolder
 from sweep.reference import compare, plain_name
 from sweep.report_data import (
     axis_rows,
+    best_row,
     calibrated_rows,
     class_rows,
     contradictions,
@@ -41,9 +42,11 @@ from sweep.report_data import (
     reading_notes,
     recall_intervals,
     report_rows,
+    seed_rows,
     split_counts,
     strategy_rows,
 )
+from sweep.results_view import seeds_text
 from sweep.samples import Pictures
 from sweep.segment_report import overlay_rows
 from sweep.tasks import SHOWN_AXES_OF
@@ -114,7 +117,9 @@ def render(run: Run) -> str:
         calibrated=calibrated_rows(run),
         evaluated=evaluated_rows(run),
         fold_rows=fold_rows(run),
-        final_doctor=run.summary.get("strategies", [{}])[0].get("final_doctor", []) if run.ranking else [],
+        seeds_text=seeds_text(best_row(run), run.objective.metric),
+        seed_rows=seed_rows(run),
+        final_doctor=best_row(run).get("final_doctor", []),
         parts=evaluated_parts(run),
         evaluated_metrics=evaluated_metrics(run),
         comparisons=compare(run.reference, run.summary) if run.reference else (),

@@ -194,6 +194,22 @@ def fold_rows(run: Run) -> list[tuple[str, str, list[float]]]:
     return [(row["backbone"], row["freeze"], row["by_fold"]) for row in rows if "by_fold" in row]
 
 
+def best_row(run: Run) -> Mapping[str, Any]:
+    """What `summary.json` says of the strategy of the best trial; empty where it says nothing."""
+    return next(iter(run.summary.get("strategies", [])), {})
+
+
+def seed_rows(run: Run) -> list[tuple[str, str, list[float]]]:
+    """(backbone, freeze, the test objective of each final model) of every strategy; nothing where each has one."""
+    metric = run.objective.metric
+    rows = [
+        (row["backbone"], row["freeze"], [figures[metric] for figures in row["test_by_seed"] if metric in figures])
+        for row in run.summary.get("strategies", [])
+        if row.get("test_by_seed")
+    ]
+    return rows if any(len(values) > 1 for _, _, values in rows) else []
+
+
 def provenance(run: Run) -> list[tuple[str, str]]:
     """(what, value) of all that a repetition must share with this sweep."""
     pairs = {"seed": run.summary["seed"]} if "seed" in run.summary else {}

@@ -1,6 +1,7 @@
 """What a sweep ends with on the terminal: the ranking by the axes that vary, the strategies, what the doctor found."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -9,7 +10,7 @@ from rich.text import Text
 
 from cxr_models.trial import SPLITS, Objective, Outcome, TrialResult
 from sweep.record import best_by_strategy, varied_axes
-from sweep.wording import duration, noted, setting, strategy_text
+from sweep.wording import duration, figure, is_number, metric_name, noted, setting, strategy_text
 
 SHOWN_RANKS = 10
 MARK = "! "  # beside the score of a trial in which the doctor found something
@@ -77,6 +78,15 @@ def _best_epoch(row: Mapping[str, Any]) -> str:
     """Of a strategy's best trial, and whether halving ended that trial."""
     early = "\nstopped early" if row["outcome"] == Outcome.STOPPED_EARLY else ""
     return f"{row['best_epoch']}{early}"
+
+
+def seeds_text(row: Mapping[str, Any], metric: str) -> str:
+    """A test metric over the final models of a strategy of `summary.json`; "" where there is one, or none is known."""
+    values = [figures[metric] for figures in row.get("test_by_seed", ()) if is_number(figures.get(metric))]
+    if len(values) < 2:
+        return ""
+    spread = f"{figure(min(values))} to {figure(max(values))}"
+    return f"over {len(values)} seeds {metric_name(metric)} is {figure(fmean(values))} ({spread})"
 
 
 def doctor_lines(order: tuple[TrialResult, ...], objective: Objective) -> list[str]:

@@ -29,7 +29,7 @@ from sweep.plan_view import render_plan
 from sweep.progress import StepProgress
 from sweep.record import RunFolder, ranked
 from sweep.reference import COMPARED, ReferenceSpec, compare
-from sweep.results_view import MARK, doctor_lines, ranking, strategy_table
+from sweep.results_view import MARK, doctor_lines, ranking, seeds_text, strategy_table
 from sweep.spec import SpecError, checked_name, read_spec
 from sweep.tasks import SHOWN_AXES_OF
 from sweep.verdict_view import print_verdict
@@ -205,6 +205,8 @@ def print_results(plan: Plan, results: Sequence[TrialResult], summary: Mapping[s
         for name in (name for name in objective.metrics if name in test):
             value, low, high = (figure(test[name][part]) for part in ("value", "low", "high"))
             console.print(f"  {name} {value} (95 % interval {low} to {high})")
+        if spread := seeds_text(summary["strategies"][0], objective.metric):
+            console.print(f"  that is the first of its final models, which is kept; {spread}")
     elif not len(plan.indices(TEST)):
         console.print("no test part: these are validation figures, and the choice was made on them")
     if verdict := summary.get("verdict"):

@@ -19,7 +19,7 @@ from cxr_models.trial import TEST, VALIDATION_SCORES, Objective, TrialResult
 from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
 from sweep.record import RunFolder, best_by_strategy, ranked, strategy_of
-from sweep.wording import count, in_points, is_number, listed, metric_name, rounded_up, signed
+from sweep.wording import count, figure, in_points, is_number, listed, metric_name, rounded_up, signed
 
 ALWAYS = ("macro_f1", "auroc")  # beside the sweep's objective
 FEW_PATIENTS = 30  # below, even Student's t gives intervals that are somewhat narrow
@@ -59,9 +59,14 @@ def judge(
     """
     objective, seed = plan.spec.objective, plan.spec.search.seed
     finalists = best_by_strategy(results, objective)
-    several = len({result.config.backbone for result in results}) > 1
+    tried = {strategy_of(result) for result in results}
+    planned = {(row.backbone, row.freeze): None for row in plan.strategies}
+    several = len({backbone for backbone, _ in (*planned, *tried)}) > 1
     names = {result.trial_id: " ".join(strategy_of(result)[0 if several else 1 :]) for result in results}
-    found: dict[str, Any] = {"optimism": optimism_json(_optimism(plan, results, folder))}
+    found: dict[str, Any] = {
+        "optimism": optimism_json(_optimism(plan, results, folder)),
+        "untried": [" ".join(each[0 if several else 1 :]) for each in planned if each not in tried],
+    }
     if not len(plan.indices(TEST)):
         return {"sentence": WITHOUT_TEST_PART, "metric": objective.metric, **found, "comparisons": []}
     contenders = [
@@ -188,7 +193,7 @@ def sentence(
     if not reference:
         return f"{left_out}: no strategy is compared with another."
     if not rows:
-        rest = f"{left_out}; there is" if untested else f"`{reference}` is the only strategy: there is"
+        rest = f"{left_out}; there is" if untested else f"`{reference}` is the only strategy that was tried: there is"
         return f"{rest} nothing to compare {f'`{reference}`' if untested else 'it'} with."
     metric = objective.metric
     ahead = [row for row in rows if row["better"] == reference]
@@ -267,7 +272,8 @@ def _needed(rows: Sequence[Mapping[str, Any]]) -> str:
     """`rows` come in the order of how many images they need."""
     needed = float(rows[0]["images_needed"])
     shown = number_needed(needed)
-    rest = f" for `{rows[0]['second']}`, and more for the rest" if len(rows) > 1 else ""
+    more = any(number_needed(float(row["images_needed"])) != shown for row in rows)
+    rest = f" for `{rows[0]['second']}`, and more for the rest" if more else " for each" if len(rows) > 1 else ""
     return f"{shown} would be needed{rest}"
 
 
@@ -323,10 +329,11 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
     """What a reader must know beside the sentence: of the audit, of the doctor, and of the size of the test set."""
     verdict, best = summary["verdict"], summary.get("best", {})
     lines = [
-        f"The data's audit: {finding['evidence']}"
+        f"The data's audit{' (an allowed leak)' if finding['severity'] == 'leak' else ''}: {finding['evidence']}"
         for finding in summary.get("audit", [])
         if finding["severity"] != "note"
     ]
+    lines += _below_the_bar(summary)
     lines += [f"The best trial ({each['name']}): {each['evidence']}" for each in best.get("doctor", [])]
     # A strategy may lose because its training went wrong, which says little about the strategy.
     names = {trial_id: name for name, trial_id in verdict.get("strategies", {}).items()}
@@ -337,6 +344,7 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
         if each["grave"] and names.get(row["trial_id"], verdict.get("reference")) != verdict.get("reference")
     ]
     lines += _of_final_models(summary, names)
+    lines += _of_effort(summary, verdict, names)
     for name, why in verdict.get("problems", {}).items():
         what = "was not tested in full" if name in verdict["strategies"] else "could not be tested"
         lines.append(f"`{name}` {what}: {why}")
@@ -348,6 +356,31 @@ def cautions(summary: Mapping[str, Any]) -> list[str]:
     if (verdict["comparisons"] or "known" in verdict) and verdict["patients"] < FEW_PATIENTS:
         lines.append(f"The test set has {count(verdict['patients'], 'patient')} only: its intervals are rough.")
     return lines
+
+
+def _below_the_bar(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the final model does no better than who sees what the files say of themselves alone."""
+    bar = summary.get("data", {}).get("bar")
+    accuracy = summary.get("test", {}).get("accuracy", {}).get("value")
+    if bar and accuracy is not None and accuracy <= max(bar["accuracy"], bar["majority"]):
+        yield (
+            f"The final model's test accuracy, {figure(accuracy)}, is not above the bar to beat: who sees no picture, "
+            f"only what the files say of themselves, has {figure(max(bar['accuracy'], bar['majority']))}."
+        )
+
+
+def _of_effort(summary: Mapping[str, Any], verdict: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[str]:
+    """Which strategies were hardly searched, or not at all."""
+    if untried := verdict.get("untried"):
+        yield f"No trial tried {_quoted(untried)}: nothing is said of {'it' if len(untried) == 1 else 'them'}."
+    rows = [row for row in summary.get("strategies", []) if row["trial_id"] in names]
+    tried = {names[row["trial_id"]]: row.get("trials", 0) for row in rows}
+    once = [name for name, trials in tried.items() if trials == 1]
+    if once and max(tried.values()) > 1:
+        yield (
+            f"{_quoted(once)} had one trial {'each, others' if len(once) > 1 else 'alone, others'} up to "
+            f"{max(tried.values())}: what is compared is also how well each was searched."
+        )
 
 
 def _of_final_models(summary: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[str]:

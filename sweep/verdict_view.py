@@ -92,9 +92,10 @@ def verdict_notes(verdict: Verdict) -> list[str]:
         )
     own = [row["smallest_difference"] for row in verdict["comparisons"] if row["first"] == verdict["reference"]]
     if smallest := [each for each in own if is_number(each)]:
-        others = f" ({amount(metric, min(smallest))} for the one most like it)" if len(smallest) > 1 else ""
+        most, least = amount(metric, max(smallest)), amount(metric, min(smallest))
+        others = f" ({least} for the one most like it)" if least != most else ""
         notes.append(
-            f"Where a strategy truly differs from `{verdict['reference']}` by {amount(metric, max(smallest))}{others}, "
+            f"Where a strategy truly differs from `{verdict['reference']}` by {most}{others}, "
             f"{100 * verdict['power']:.0f} % of test sets like this one ({count(verdict['images'], 'image')} of "
             f"{count(verdict['patients'], 'patient')}) would show it; smaller differences mostly pass unseen."
         )
@@ -134,7 +135,7 @@ def _table(rows: Sequence[DifferenceRow], verdict: Verdict, objective: Objective
     lower = ", lower is better" if objective.mode == "min" else ""
     table = Table(title=Text(f"{title}{lower}"), title_justify="left")
     metrics = map(metric_name, rows[0].metrics)
-    for name in ("strategy", *metrics, "p (Holm)", "right alone", "McNemar p", "images needed", "verdict"):
+    for name in ("strategy", *metrics, "p (Holm)", "right alone", "McNemar p (Holm)", "images needed", "verdict"):
         table.add_column(name)
     for row in rows:
         cells = (row.second, *row.metrics.values(), row.p, row.discordant, row.mcnemar, row.needed, row.verdict)

@@ -130,7 +130,8 @@ def test_what_an_earlier_model_saw_is_told_beside_the_verdict(tmp_path):
     verdict = {"comparisons": [], "strategies": {}}
     told = cautions({"verdict": verdict, "audit": [finding_json(each) for each in allowed], "strategies": []})
     assert told == [
-        "The data's audit: The model has learned from 12 of the 12 test images. They are no test of what builds on it.",
+        "The data's audit (an allowed leak): The model has learned from 12 of the 12 test images. They are no test of "
+        "what builds on it.",
         "The data's audit: The other has learned from images that are not all known. Test images may be among them.",
     ]
 

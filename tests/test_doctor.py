@@ -209,6 +209,16 @@ class TestLossAtChance:
         assert f"between {level - 0.01:.4f} and {level + 0.01:.4f}: ln 3 = 1.0986" in found.evidence
         assert f"{PRIOR_LOSS:.4f} that of knowing the classes' shares alone" in found.evidence
 
+    def test_of_less_than_nothing(self):
+        """A rate far too low: the losses stay where random weights put them."""
+        val = [measured(0.12, 2.3 - 0.001 * epoch) for epoch in range(8)]
+        found = diagnose(training(val, [2.4] * 8), CONFIG, MACRO_F1, class_counts=COUNTS)
+        (chance,) = (each for each in found if each.name == "loss_at_chance")
+        assert chance.grave
+        assert "lie between 2.2930 and 2.4000: ln 3 = 1.0986 is that of knowing nothing" in chance.evidence
+        right = [measured(0.8, 2.3) for _ in range(8)]  # overconfident, and yet it knows
+        assert "loss_at_chance" not in examined(training(right, [2.4] * 8))
+
     def test_not_for_a_validation_loss_that_has_come_back_there(self):
         """An overfitted training may have any validation loss."""
         epochs = changed({epoch: {"loss": math.log(3)} for epoch in (6, 7, 8)})

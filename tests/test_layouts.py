@@ -149,7 +149,7 @@ class TestImagesAndMasks:
         assert manifest.notes == ("images without a mask: 1 of 5", "masks without an image: 1")
 
     def test_they_are_no_classes(self, tmp_path):
-        with pytest.raises(DataError, match=r"only one class, 'image', with 8 images\n.*which may be "):
+        with pytest.raises(DataError, match=r"only one class, 'image', with 8 images\n.*a folder for each class"):
             read_manifest(layouts.images_and_masks(tmp_path))
 
     @pytest.mark.real

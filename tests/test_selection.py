@@ -92,3 +92,17 @@ def test_with_folds_the_best_is_the_mean_over_them():
     values = np.random.default_rng(0).random(240)
     means = mean_optimism([values, values - 0.1], PATIENTS, "max", folds=np.arange(240) // 200)
     assert means.best == pytest.approx((values[:200].mean() + values[200:].mean()) / 2)
+
+
+def test_what_a_macro_figure_loses_on_fewer_patients_is_not_blamed_on_the_choice():
+    """Of a rare class hardly anyone is left out: macro F1 is another one there, whichever trial is chosen."""
+    generator = np.random.default_rng(0)
+    labels = np.array([0] * 3 + [1] * 60 + [2] * 57)
+    patients = [str(k) for k in range(120)]
+    right = generator.random(120) < 0.8
+    predicted = np.where(right, labels, (labels + 1) % 3)
+    best = np.log(np.eye(3)[predicted] * 0.85 + 0.05)
+    far_worse = np.log(np.eye(3)[(labels + 1) % 3] * 0.85 + 0.05)
+    found = selection_optimism(labels, [best, far_worse], CLASSES, patients, "macro_f1", "max")
+    assert found.gain == 0.0
+    assert found.corrected == found.best

@@ -551,6 +551,7 @@ class TestData:
             ("{source: x, folds: 1}", ["data.folds: expected at least 2, got 1"]),
             ("{source: x, folds: 5.0}", ["data.folds: expected a whole number, got 5.0"]),
             ("{source: x, repeats: 3}", ["line 2, data: repeats 3 needs folds, such as folds: 5"]),
+            ("{source: x, patient: nihh}", ["data.patient: unknown 'nihh'; did you mean 'nih'? known: nih, kermany"]),
             ("{source: x, subset: 0}", ["data.subset: expected more than 0, got 0"]),
             ("{source: x, subset: 1.5}", ["data.subset: expected at most 1, got 1.5"]),
             ("{source: x, classes: {a: 1}}", ["data.classes.a: expected text, got 1"]),
@@ -561,7 +562,7 @@ class TestData:
                 ["data.subset", "data.split: expected shares", "data.seed: expected at least 0"],
             ),
         ],
-        ids=range(19),
+        ids=range(20),
     )
     def test_every_problem_is_told(self, problems, section, messages):
         found = "\n".join(problems(SMALL.replace("data: phantom", f"data: {section}")))

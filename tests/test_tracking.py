@@ -146,7 +146,7 @@ SUMMARY = {
         "confusion_matrix": [[8, 1, 1], [0, 5, 5], [0, 0, 10]],
         "classes": list(CLASSES),
     },
-    "verdict": {"sentence": "`all` is the only strategy: there is nothing to compare it with."},
+    "verdict": {"sentence": "`all` is the only strategy that was tried: there is nothing to compare it with."},
 }
 
 

@@ -141,7 +141,7 @@ INFINITE, NAN = float("inf"), float("nan")
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([], "`a` is the only strategy: there is nothing to compare it with."),
+        ([], "`a` is the only strategy that was tried: there is nothing to compare it with."),
         (
             [row("b", "a", 0.021)],
             "`a` is better than `b` (+2.1 points macro F1, 95 % interval 0.6 to 3.7).",
@@ -163,7 +163,7 @@ INFINITE, NAN = float("inf"), float("nan")
         (
             [row(name, None, 0.001, 2e6) for name in "bcdefg"],
             "These 169 images cannot tell `a` from `b`, `c`, `d` and 3 others; more than 1,000,000 would be needed for "
-            "`b`, and more for the rest.",
+            "each.",
         ),
         (
             [row("b", "a", 0.021, seeds=1)],
@@ -275,7 +275,8 @@ class Judged:
         parts = {part: np.flatnonzero(np.array(split) == part) for part in ("val", "test")}
         manifest = Manifest(Path("/nowhere"), "folders", RECORDS, (), 0)
         spec = SimpleNamespace(objective=objective, search=SimpleNamespace(seed=0))
-        self.plan: Any = SimpleNamespace(manifest=manifest, spec=spec, indices=parts.__getitem__)
+        strategies = [SimpleNamespace(backbone="vanilla_cnn", freeze=freeze) for freeze in freezes]
+        self.plan: Any = SimpleNamespace(manifest=manifest, spec=spec, indices=parts.__getitem__, strategies=strategies)
         generator, results, scores = np.random.default_rng(0), [], {}
         for number, freeze in enumerate(freezes * 3):
             trial = f"trial-{number}"
@@ -393,8 +394,8 @@ def test_one_trial_was_not_chosen_among_any(tmp_path):
     sweep.results = sweep.results[:1]
     found = sweep.verdict()
     assert found["optimism"] is None
-    assert found["sentence"] == "`convs:1` is the only strategy: there is nothing to compare it with."
-    assert not cautions({"verdict": found})
+    assert found["sentence"] == "`convs:1` is the only strategy that was tried: there is nothing to compare it with."
+    assert cautions({"verdict": found}) == ["No trial tried `all`, `none` and `stages:1`: nothing is said of them."]
 
 
 def test_findings_of_the_audit_and_the_doctor_stand_beside_the_sentence():
@@ -444,6 +445,36 @@ def test_what_became_of_the_final_models_stands_beside_the_sentence():
         "3 sweeps before this one opened the same test images: what was chosen after a look at their figures is "
         "flattered by these here.",
     ]
+
+
+def test_a_strategy_of_the_space_that_no_trial_tried_is_named(tmp_path):
+    sweep = Judged(tmp_path)
+    sweep.plan.strategies.append(SimpleNamespace(backbone="vanilla_cnn", freeze="convs:9"))
+    found = sweep.verdict()
+    assert found["untried"] == ["convs:9"]
+    assert "No trial tried `convs:9`: nothing is said of it." in cautions({"verdict": found})
+
+
+def test_strategies_that_were_hardly_searched_are_named():
+    found = planted((0.0, 0.0, 0.0), 300)
+    rows = [{"trial_id": trial_id, "trials": 1 + 4 * (name == "all")} for name, trial_id in found["strategies"].items()]
+    (line,) = cautions({"verdict": found, "strategies": rows})
+    assert line == (
+        "`convs:1` and `none` had one trial each, others up to 5: what is compared is also how well each was searched."
+    )
+    assert not cautions({"verdict": found, "strategies": [{**row, "trials": 1} for row in rows]})
+
+
+def test_a_model_that_does_no_better_than_the_files_say_is_called_out():
+    found = planted((0.0, 0.0), 300)
+    data = {"bar": {"accuracy": 0.968, "majority": 0.5}}
+    summary = {"verdict": found, "data": data, "test": {"accuracy": {"value": 0.9}}}
+    assert cautions(summary) == [
+        "The final model's test accuracy, 0.900, is not above the bar to beat: who sees no picture, only what the "
+        "files say of themselves, has 0.968."
+    ]
+    assert not cautions({**summary, "test": {"accuracy": {"value": 0.97}}})
+    assert not cautions({**summary, "data": {"bar": None}})
 
 
 def test_the_terminal_shows_the_sentence_and_the_reference_beside_the_others():
