@@ -715,3 +715,17 @@ def test_a_true_class_without_scores_is_refused(folder: RunFolder, capsys: pytes
     pd.read_parquet(folder.predictions).drop(columns="score:covid").to_parquet(folder.predictions)
     assert main([str(folder.path)]) == 2
     assert "has true classes without a score column: covid" in capsys.readouterr().err
+
+
+def test_each_seed_of_the_final_models_is_shown_and_their_mean_beside_the_answer(tmp_path: Path) -> None:
+    seeds = [{"seed": seed, "macro_f1": value} for seed, value in enumerate((0.7, 0.6, 0.8))]
+    row = {"trial_id": "trial-2", "backbone": "vanilla_cnn", "freeze": "none", "test_by_seed": seeds}
+    page = Page(write_report(ended_run(tmp_path, strategies=[row])))
+    assert "the first of its final models, which is the one that is kept; over 3 seeds macro F1 is 0.700" in page.text
+    assert page.tables["seeds"] == [
+        ["Backbone", "Freeze", "Mean", "Each"],
+        ["vanilla_cnn", "none", "0.700", "0.700, 0.600, 0.800"],
+    ]
+    once = Page(write_report(ended_run(tmp_path, strategies=[{**row, "test_by_seed": seeds[:1]}])))
+    assert "seeds" not in once.tables
+    assert "over 3 seeds" not in once.text

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cxr_models.trial import AXES, METRICS, Objective, Outcome, TrialConfig, TrialResult
 from sweep.record import ranked
-from sweep.results_view import ranking, strategy_table
+from sweep.results_view import ranking, seeds_text, strategy_table
 
 F1 = Objective("macro_f1", "max")
 
@@ -91,3 +91,10 @@ def test_strategies_whose_best_trial_was_stopped_early_are_marked():
     assert "│ stopped early │" in below
     assert " all " in whole
     assert "│            17 │" in whole
+
+
+def test_several_seeds_are_told_with_their_mean_and_spread():
+    row = {"test_by_seed": [{"macro_f1": value} for value in (0.795, 0.743, 0.77)]}
+    assert seeds_text(row, "macro_f1") == "over 3 seeds macro F1 is 0.769 (0.743 to 0.795)"
+    assert seeds_text({"test_by_seed": row["test_by_seed"][:1]}, "macro_f1") == ""
+    assert seeds_text({}, "macro_f1") == ""
