@@ -129,7 +129,8 @@ def folds(manifest: Manifest, grouping: str, arguments: argparse.Namespace, cach
     """Each outer fold in turn: chosen by inner folds, trained again, tested on what was held out."""
     configs = candidates(arguments.side, arguments.epochs, arguments.seed)[: arguments.candidates]
     everything = np.arange(len(manifest.records))
-    together = find_duplicates(manifest, cache).groups(manifest) if grouping == "patient" else everything.tolist()
+    alone = [str(number) for number in everything]
+    together = find_duplicates(manifest, cache).groups(manifest) if grouping == "patient" else alone
     for number, (pool, held_out) in enumerate(cut(manifest, everything, together, arguments.folds, arguments.seed)):
         begun = time.perf_counter()
         data = trial_data(manifest, pool, held_out, configs, arguments, cache)
@@ -147,9 +148,7 @@ def folds(manifest: Manifest, grouping: str, arguments: argparse.Namespace, cach
         yield fold
 
 
-def cut(
-    manifest: Manifest, pool: Rows, together: Sequence[object], count: int, seed: int
-) -> Iterator[tuple[Rows, Rows]]:
+def cut(manifest: Manifest, pool: Rows, together: Sequence[str], count: int, seed: int) -> Iterator[tuple[Rows, Rows]]:
     """Stratified folds of some images: (the rest, the fold); what is alike in `together` stays in one."""
     labels = manifest.labels[pool]
     owners = [together[index] for index in pool]

@@ -392,7 +392,9 @@ class TestDarkCovidNet:
     def test_every_image_is_held_out_once_and_patients_only_where_they_should(self, grouping):
         manifest, everything = self.manifest(), np.arange(80)
         held_out, astray = [], 0
-        together = [record.patient for record in manifest.records] if grouping == "patient" else everything.tolist()
+        together = (
+            [record.patient for record in manifest.records] if grouping == "patient" else list(map(str, everything))
+        )
         for rest, fold in darkcovidnet.cut(manifest, everything, together, 5, seed=0):
             assert {*rest} | {*fold} == {*everything}
             assert not {*rest} & {*fold}
