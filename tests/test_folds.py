@@ -43,7 +43,7 @@ AUGMENTED = replace(MOBILE, freeze="all", augmentation="light", class_weights="b
         pytest.param(EVERYTHING, False, id="everything trains", marks=pytest.mark.slow),
         pytest.param(PHASES, False, id="phases", marks=pytest.mark.slow),
         pytest.param(PHASES, True, id="phases from features"),
-        pytest.param(AUGMENTED, True, id="augmented from features"),
+        pytest.param(AUGMENTED, True, id="augmented from features", marks=pytest.mark.slow),
         pytest.param(AUGMENTED, False, id="augmented", marks=pytest.mark.slow),
     ],
 )
