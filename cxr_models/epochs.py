@@ -179,6 +179,8 @@ class Turns:
             watched: every weight that has moved or will move in the phase, by its path.
             optimizer: its state.
         """
+        if len(self._weights) == 1:
+            return
         self._watched, self._optimizer = watched, optimizer
         for weights, state in zip(self._weights, self._states, strict=True):
             weights |= {path: weight.numpy() for path, weight in watched.items() if path not in weights}
@@ -228,7 +230,7 @@ def held_out(data: TrialData, found: Mapping[str, Sequence[NDArray[np.generic]]]
         Each name's arrays joined, `index`, the images' places in the data set, and with folds `fold`, the number of
         each image's fold.
     """
-    parts = [own.val for own in data.in_turn]
+    parts = data.folds or (data.val,)
     joined = {name: np.concatenate(arrays) for name, arrays in found.items()}
     folds = {"fold": np.repeat(np.arange(len(parts)), [len(part) for part in parts])} if data.folds else {}
     return {"index": np.concatenate(parts), **joined, **folds}

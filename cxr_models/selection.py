@@ -112,10 +112,10 @@ def choice_optimism(
 ) -> Optimism:
     """Choose again in each bootstrap sample of patients, and look at the patients it left out.
 
-    What is chosen there is compared with the trial that was chosen on all, on the same patients left out.
-
-    This is the bootstrap bias correction of Tsamardinos, Greasidou and Borboudakis (Machine Learning 107, 2018), for
-    one validation set: no trial is trained again. What choosing the best epoch within each trial adds is not in it.
+    After the bootstrap bias correction of Tsamardinos, Greasidou and Borboudakis (Machine Learning 107, 2018), for one
+    validation set: no trial is trained again. What is chosen is compared with the trial that was chosen on all, on the
+    same patients left out, since a macro figure is another one on so few. What choosing the best epoch within each
+    trial adds is not in it.
 
     Args:
         trials: each trial's metric on these images, counted in any way; the chosen one first.

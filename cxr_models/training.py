@@ -149,7 +149,7 @@ def _phases(
     network.reset(config.seed, config.dropout)
     strategy = parse_strategy(config.freeze)
     shares = strategy.epochs(config.epochs, config.probe_share)
-    turns = Turns(len(data.in_turn))
+    turns = Turns(len(data.folds) or 1)
     for index, (phase, epochs) in enumerate(zip(strategy.phases, shares, strict=True)):
         network.enter(phase, config.batch_norm)
         for layer in (*network.backbone.layers, *network.head):

@@ -143,7 +143,7 @@ class FinalEvaluation:
         """Labels and patients of the test images."""
         return self._of(self.tested_by)
 
-    def add_final(self, training: FinalTraining, scores: NDArray[np.float32]) -> None:
+    def add_final(self, training: FinalTraining, scores: NDArray[np.float32], *, fitted_on: str) -> None:
         """Take a final model's log-probabilities (images, classes) of `tested_by`, and write its predictions down."""
         trial_id, seed = training.trial.trial_id, training.config.seed
         figures = self._figures(self.tested_by, scores)
@@ -156,7 +156,7 @@ class FinalEvaluation:
         metrics = {name: figures[name] for name in METRICS}
         self.by_seed.setdefault(trial_id, []).append({"seed": seed, **metrics})
         self.test_scores.setdefault(trial_id, []).append(scores)
-        self._record(trial_id, seed, "train+val", self.tested_by, scores)
+        self._record(trial_id, seed, fitted_on, self.tested_by, scores)
 
     def add_test(self, scores: NDArray[np.float32]) -> None:
         """Take the best final model's test figures with their 95 % intervals by patient."""
@@ -301,7 +301,7 @@ def _evaluate(
             if len(found.tested_by):
                 if model:
                     found.add_test(scores)
-                found.add_final(training, scores)
+                found.add_final(training, scores, fitted_on=_fitted_on(data))
     if data.folds:
         held_out = HeldOut.read(folder.trial(result.trial_id) / VALIDATION_SCORES)
         with uninterrupted():
@@ -320,11 +320,16 @@ def _overall(parts: Mapping[str, PartFigures]) -> dict[str, dict[str, float]]:
     return {part: {name: figures[name] for name in METRICS} for part, figures in parts.items()}
 
 
+def _fitted_on(data: TrialData) -> str:
+    """What final models have learned from, as it is recorded."""
+    return "all folds" if data.folds else "train+val"
+
+
 def _write_best_config(plan: Plan, training: FinalTraining, data: TrialData, folder: RunFolder) -> None:
     """All that is needed to use the model: an image's side and channels, and which class a probability belongs to."""
     shape = {"classes": list(plan.manifest.classes), "channels": data.channels}
     trial, config = training.trial, training.config.to_json()
-    fitted = {"fitted_on": "all folds" if data.folds else "train+val", "fitted_epochs": trial.best_epoch}
+    fitted = {"fitted_on": _fitted_on(data), "fitted_epochs": trial.best_epoch}
     write_json(folder.best_config, {"trial_id": trial.trial_id, **fitted, **shape, **config})
 
 

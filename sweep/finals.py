@@ -13,7 +13,7 @@ from sweep.record import best_by_strategy
 from sweep.runner import WAIT, Conductor, Wait
 from sweep.worker import TrialEnd, TrialJob, Work
 
-Told = Callable[["FinalTraining", int, int], None]  # (training, done, of how many)
+Told = Callable[["FinalTraining", int, int, int], None]  # (training, begun before it, of these done, of how many)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class FinalTrainings:
             return None
         training, losses = self._waiting.popleft()
         self._running[training.training_id] = training
-        self._told(training, self._total - len(self._waiting) - 1, self._total)
+        begun, done = self._total - len(self._waiting) - 1, len(self.done) + len(self.problems)
+        self._told(training, begun, done, self._total)
         return TrialJob(training.training_id, training.config, self.work, again=losses)
 
     def epoch(self, metrics: EpochMetrics) -> bool:

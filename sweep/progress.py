@@ -215,12 +215,12 @@ class SweepProgress:
         self._say(f"trial {number + 1} {result.outcome.replace('_', ' ')} after {result.epochs} epochs: {found}")
         self._say(self._status().plain)
 
-    def trained_again(self, training: FinalTraining, done: int, total: int) -> None:
+    def trained_again(self, training: FinalTraining, begun: int, done: int, total: int) -> None:
         """A final training begins."""
         self._final_began = self._final_began or time.monotonic()
         config = training.config
         line = (
-            f"final training {done + 1} of {total}: {strategy_text(config)}, seed {config.seed}, "
+            f"final training {begun + 1} of {total}: {strategy_text(config)}, seed {config.seed}, "
             f"{training.trial.best_epoch} epochs on training and validation images"
         )
         if done:

@@ -182,7 +182,8 @@ def record_predictions(plan: Plan, best: BestUNet, result: TrialResult, found: F
             with written_whole(folder.overlays / overlays[position]) as scratch:
                 picture.save(scratch)
     # All that is needed to use the model: an image's side and channels.
-    fitted = {"fitted_on": "train+val", "fitted_epochs": result.best_epoch}
+    fitted_on = "all folds" if best.trial_folder is None else "train+val"
+    fitted = {"fitted_on": fitted_on, "fitted_epochs": result.best_epoch}
     shape = {"task": SEGMENT, "channels": best.channels}
     config = {"trial_id": result.trial_id, **fitted, **shape, **best.config.to_json()}
     write_json(folder.best_config, config)

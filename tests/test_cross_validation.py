@@ -95,7 +95,8 @@ def test_the_predictions_kept_are_those_of_the_held_out_images(folded: tuple[Pat
             scores = np.log(rows[[f"score:{name}" for name in classes]].to_numpy())
             values.append(evaluate(labels, scores, classes)["macro_f1"])
         assert values == pytest.approx(row["by_fold"])
-    tested = table[table["fitted_on"] == "train+val"]
+    tested = table[table["fitted_on"] == "all folds"]
+    assert json.loads((folder / "best" / "config.json").read_text())["fitted_on"] == "all folds"
     assert {*tested["split"]} == {"test"}
     assert tested["fold"].isna().all()
 

@@ -18,7 +18,7 @@ class Finals:
 
     def __init__(self, tmp_path, *, seeds=2, strategies=None, program="quick", results=None, **sweep) -> None:
         self.conductor, self.heard = fake_sweep(tmp_path, program, **sweep)
-        self.told: list[tuple[str, int, int]] = []
+        self.told: list[tuple[str, int, int, int]] = []
         self.jobs: list[TrialJob] = []
         self.trainings = FinalTrainings(
             self.conductor,
@@ -27,7 +27,7 @@ class Finals:
             strategies=strategies,
             results=results or (lambda: tuple(self.heard.results[number] for number in sorted(self.heard.results))),
             epochs=lambda: epochs_of(self.heard),
-            told=lambda training, done, total: self.told.append((training.training_id, done, total)),
+            told=lambda training, *numbers: self.told.append((training.training_id, *numbers)),
         )
         give = self.trainings.next_job
 
@@ -59,7 +59,7 @@ def test_the_best_trial_is_trained_again_for_its_best_number_of_epochs(tmp_path)
         best.config,
         replace(best.config, seed=best.config.seed + 1),
     ]
-    assert finals.told == [(f"{best.trial_id}-final-1", 0, 2), (f"{best.trial_id}-final-2", 1, 2)]
+    assert finals.told == [(f"{best.trial_id}-final-1", 0, 0, 2), (f"{best.trial_id}-final-2", 1, 1, 2)]
     assert [training.number for training in finals.trainings.of(best)] == [0, 1]
     assert finals.trainings.problem(best) == ""
 
@@ -86,6 +86,17 @@ def test_no_final_training_begins_before_the_last_trial_has_ended(tmp_path):
     assert again.again == (1.0,)
 
 
+def test_of_trainings_that_run_at_once_none_is_counted_as_done(tmp_path):
+    finals = Finals(tmp_path, trials=1, epochs=1)
+    trial = finals.trainings.next_job()
+    metrics = EpochMetrics(trial.trial_id, 1, 0, 0.1, {"loss": 1.0}, {"loss": 1.0, "macro_f1": 0.5}, 0.1, 1.0)
+    finals.trainings.epoch(metrics)
+    finals.trainings.ended(trial.trial_id, TrialEnd())
+    finals.trainings.next_job()
+    finals.trainings.next_job()
+    assert [numbers for _, *numbers in finals.told] == [[0, 0, 2], [1, 0, 2]]
+
+
 def test_every_strategy_has_its_first_seed_before_any_has_its_second(tmp_path):
     finals = Finals(tmp_path, trials=1, epochs=1, results=lambda: results)
     strategies = {"all": 0.7, "none": 0.9, "stages:1": 0.8}
@@ -96,7 +107,7 @@ def test_every_strategy_has_its_first_seed_before_any_has_its_second(tmp_path):
     metrics = EpochMetrics("", 1, 0, 0.1, {"loss": 1.0}, {"loss": 1.0, "macro_f1": 0.5}, 0.1, 1.0)
     finals.heard.epochs.extend(replace(metrics, trial_id=name) for name in strategies)
     run_inline(finals.trainings)
-    order = [name for name, _, _ in finals.told]
+    order = [name for name, *_ in finals.told]
     assert order == [f"{name}-final-{number}" for number in (1, 2) for name in ("none", "stages:1", "all")]
 
 
@@ -109,7 +120,7 @@ def test_without_a_test_part_only_the_best_strategy_is_trained_again(tmp_path):
     metrics = EpochMetrics("none", 1, 0, 0.1, {"loss": 1.0}, {"loss": 1.0, "macro_f1": 0.5}, 0.1, 1.0)
     finals.heard.epochs.append(metrics)
     run_inline(finals.trainings)
-    assert [name for name, _, _ in finals.told] == ["none-final-1"]
+    assert [name for name, *_ in finals.told] == ["none-final-1"]
 
 
 def test_a_training_that_fails_is_told_and_leaves_the_others(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cxr_models import training
-from cxr_models.epochs import DivergedError, drawn_images
+from cxr_models.epochs import DivergedError, Turns, drawn_images
 from cxr_models.hopeless import same_answer
 from cxr_models.training import run_trial, train_again
 from cxr_models.trial import BEST_WEIGHTS, VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialData
@@ -111,6 +111,16 @@ def test_a_training_on_all_folds_repeats_the_learning_rates(data: TrialData, tmp
     assert len({epoch.learning_rate for epoch in epochs}) > 2  # the plateau was met
     assert (tmp_path / "again" / BEST_WEIGHTS).is_file()
     assert not again[0].folds
+
+
+def test_a_single_training_keeps_the_network_to_itself() -> None:
+    class Never:
+        def numpy(self) -> None:
+            raise AssertionError("a weight was copied, though nobody else takes the network")
+
+    turns = Turns(1)
+    turns.enter({"weight": Never()}, [Never()])  # type: ignore[dict-item, list-item]
+    assert list(turns.each()) == [0]
 
 
 def test_repeats_are_more_trainings(data: TrialData, tmp_path: Path) -> None:

@@ -504,6 +504,9 @@ class TestData:
         assert (data.classes, data.split.shares, data.subset) == ({"0": "healthy"}, (0.7, 0.3, 0.0), 0.25)
         assert data.name == "a + b"
 
+    def test_an_expression_that_holds_a_built_in_name_is_no_slip(self, read):
+        assert read(SMALL, r"data.patient=(chexpert\d+)").data.patient == r"(chexpert\d+)"
+
     def test_folds_survive_the_round_trip(self, read, tmp_path):
         spec = read(SMALL, "data.folds=5", "data.repeats=2")
         assert (spec.data.folds, spec.data.repeats) == (5, 2)

@@ -192,11 +192,18 @@ def test_more_folds_than_patients_of_a_class_are_refused() -> None:
         assign_folds(manifest, [TRAIN] * 34, folds=5, seed=0)
 
 
-def test_folds_that_no_deal_can_fill_are_refused() -> None:
+def test_every_fold_has_every_class_though_one_patient_has_most_images() -> None:
     rows = [(f"P{number % 3}", label, "") for number in range(3) for label in "ab"] + [("P9", "a", "")] * 90
     manifest = manifest_of(rows)
     dealt = assign_folds(manifest, [TRAIN] * len(rows), folds=3, seed=0)
     assert all(len({*manifest.labels[dealt[0] == fold].tolist()}) == 2 for fold in range(3))
+
+
+def test_folds_that_no_deal_can_fill_are_refused() -> None:
+    """Each class has two patients, and each patient two classes: of three, two stand in one fold."""
+    rows = [(patient, label, "") for label, both in (("a", "PQ"), ("b", "QR"), ("c", "PR")) for patient in both]
+    with pytest.raises(DataError, match=r"dealt into 2 folds \(data.folds\) .*\n.*\n.*set fewer folds, or add images"):
+        assign_folds(manifest_of(rows), [TRAIN] * len(rows), folds=2, seed=0)
 
 
 def test_the_split_file_has_a_column_for_each_deal(tmp_path: Path) -> None:
