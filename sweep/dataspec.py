@@ -23,12 +23,8 @@ Leak = Literal["patient_on_two_sides", "duplicate_on_two_sides", "one_image_two_
 def _checked_pattern(patient: str | None) -> str | None:
     known = (*PATIENT_PATTERNS, EACH_ITS_OWN)
     # A word alone is hardly meant as an expression: every name that has it would be one patient.
-    if (
-        patient
-        and patient.isalpha()
-        and patient not in known
-        and (near := difflib.get_close_matches(patient, known, n=1))
-    ):
+    near = difflib.get_close_matches(patient, known, n=1) if patient and patient.isalpha() else []
+    if near and patient not in known:
         raise ValueError(f"unknown {patient!r}; did you mean {near[0]!r}? known: {', '.join(known)}, or a pattern")
     try:
         re.compile(patient or "")

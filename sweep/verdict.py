@@ -393,7 +393,8 @@ def _of_final_models(summary: Mapping[str, Any], names: Mapping[str, str]) -> It
     for row in summary.get("strategies", []):
         name = f"`{names.get(row['trial_id'], row['trial_id'])}`"
         for each in row.get("final_doctor", []):
-            yield f"The final model of {name} went wrong ({each['name']}): {each['evidence']}"
+            went = " went wrong" if each["grave"] else ""  # else chance may explain it
+            yield f"The final model of {name}{went} ({each['name']}): {each['evidence']}"
         if failed := row.get("failed_seeds"):
             total = failed["failed"] + failed["trained"]
             yield (

@@ -430,11 +430,12 @@ def test_findings_of_the_audit_and_the_doctor_stand_beside_the_sentence():
 def test_what_became_of_the_final_models_stands_beside_the_sentence():
     found = planted((0.0, 0.0), 300)
     constant = {"name": "constant_predictor", "grave": True, "evidence": "All are taken for a."}
+    by_chance = {"name": "class_never_predicted", "grave": False, "evidence": "Not one of 2 is taken for b."}
     summary = {
         "verdict": found,
         "strategies": [
             {"trial_id": found["strategies"]["convs:1"], "failed_seeds": {"failed": 1, "trained": 2, "problem": "NaN"}},
-            {"trial_id": found["strategies"]["all"], "final_doctor": [constant]},
+            {"trial_id": found["strategies"]["all"], "final_doctor": [constant, by_chance]},
         ],
         "test_openings": [{"opened": "2026-01-01", "earlier_sweeps": 3}],
     }
@@ -442,6 +443,7 @@ def test_what_became_of_the_final_models_stands_beside_the_sentence():
         "`convs:1` stands for 2 of 3 final trainings, since the others failed (NaN): it looks better than it is if "
         "those were its worst.",
         "The final model of `all` went wrong (constant_predictor): All are taken for a.",
+        "The final model of `all` (class_never_predicted): Not one of 2 is taken for b.",
         "3 sweeps before this one opened the same test images: what was chosen after a look at their figures is "
         "flattered by these here.",
     ]
