@@ -1,13 +1,15 @@
 """Results as Markdown."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from comparing import mean_accuracies, mean_pause, own_trials, strategy_seconds
+from fault_tables import FAULTS
 from mixes import Mix
+from tables import table
 
 Result = Mapping[str, Any]
 
@@ -28,6 +30,7 @@ ORDER = (
     "many_trials",
     "halving",
     "darkcovidnet",
+    *FAULTS,
 )
 PREFACE = """\
 # Measured
@@ -63,6 +66,7 @@ python benchmarks/pixel_reader.py --data DIR
 python benchmarks/many_trials.py
 python benchmarks/halving.py   # a simulation; needs no data
 python benchmarks/darkcovidnet.py --data DIR --weights FILE   # the images of DarkCovidNet
+python benchmarks/faults.py drivers   # then workers, mlflow and disk; needs no data
 python benchmarks/sweep_speed.py --render benchmarks/results > benchmarks/RESULTS.md
 ```
 """
@@ -91,6 +95,7 @@ def render_one(result: Result) -> str:
         "many_trials": _many_trials,
         "halving": _halving,
         "darkcovidnet": _darkcovidnet,
+        **FAULTS,
     }
     return "\n\n".join([*kinds[result["kind"]](result), _environment(result["environment"])])
 
@@ -389,12 +394,6 @@ def _environment(facts: Result) -> str:
         f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_bytes'] / 1024**3:.0f} GiB; Python {facts['python']}, "
         f"{versions}; commit {facts['commit']}, {facts['date']}:\n\n```sh\n{facts['command']}\n```"
     )
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _seconds(value: float | None) -> str:
