@@ -5,7 +5,8 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fault_kills import compared, ended_well
@@ -62,10 +63,7 @@ def fill_disks(setting: Setting) -> Iterator[Row]:
     reference = setting.reference()
     setting.runs = len(CASES)
     for number, case in enumerate(CASES, start=1):
-        name = f"disk-{number}"
-        with tmpfs(setting.scratch / name, DISK_BYTES) as disk:
-            place = setting.place(name, disk / "sweep")
-            yield {"case": case.name, **filled(case, place, setting.scratch / f"{name}-trials", reference)}
+        yield {"case": case.name, **filled(case, setting.place(f"disk-{number}"), reference)}
 
 
 @contextmanager
@@ -97,39 +95,37 @@ class Ballast:
         self._file.unlink()
 
 
-def filled(case: Case, place: Place, elsewhere: Path, reference: Reference) -> Row:
-    """Run the sweep until its disk is full, make room, and run it to its end.
+def filled(case: Case, place: Place, reference: Reference) -> Row:
+    """Run the sweep on a small disk until that is full, make room, and run it to its end.
 
     Args:
         case: when the disk runs full.
-        place: of the sweep, on the disk.
-        elsewhere: folder on another disk, for checkpoints where the case wants them there.
+        place: of the sweep; its output, and checkpoints where the case wants them elsewhere, are not on the disk.
         reference: what it must end as.
     """
-    ballast = Ballast(place.folder.parent)
-    place.folder.mkdir()
-    if case.full_when is None:
-        ballast.fill(case.left_bytes)
-    attempt = Attempt.start(place, 0)
-    if case.elsewhere and attempt.wait_until(lambda: place.run.state.is_dir()):
-        _move_trials(place.run, elsewhere)
-    if case.full_when is not None:
-        full_when = case.full_when
-        attempt.wait_until(lambda: full_when(attempt))
-        ballast.fill(case.left_bytes)
-    complaints = _ended_clearly(attempt)
-    told, first = _last_words(attempt), attempt.seconds
-    attempt.clear()
-    ballast.remove()
-    again = Attempt.start(place, 1)
-    complaints += ended_well(again)
-    return {
-        "resumed": again.resumed,
-        "message": told,
-        "told": f"full {case.name}",
-        "seconds": first + again.seconds,
-        **compared([], place, reference, complaints),
-    }
+    with tmpfs(place.folder / "disk", DISK_BYTES) as disk:
+        place, ballast = replace(place, disk=disk), Ballast(disk)
+        if case.full_when is None:
+            ballast.fill(case.left_bytes)
+        attempt = Attempt.start(place, 0)
+        if case.elsewhere and attempt.wait_until(lambda: place.run.state.is_dir()):
+            _move_trials(place.run, place.folder / "trials")
+        if case.full_when is not None:
+            attempt.wait_until(partial(case.full_when, attempt))
+            ballast.fill(case.left_bytes)
+        complaints = _ended_clearly(attempt)
+        told, first = _last_words(attempt), attempt.seconds
+        attempt.clear()
+        ballast.remove()
+        again = Attempt.start(place, 1)
+        complaints += ended_well(again)
+        return {
+            "resumed": again.resumed,
+            "message": told,
+            "told": f"full {case.name}",
+            "seconds": first + again.seconds,
+            **compared([], place, reference, complaints),
+        }
 
 
 def _move_trials(run: RunFolder, elsewhere: Path) -> None:

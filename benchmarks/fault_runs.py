@@ -35,12 +35,13 @@ class Place:
     """One sweep: what it runs, and where everything of it lies.
 
     Attributes:
-        folder: of its own; the run folder and the cache lie in it, and the output of its processes.
+        folder: of its own, for the output of its processes, the run folder and the cache.
         trials: how many; the first ones of the search space.
         options: of the command, beside those that say where.
         space: the search space.
         cache: in place of a cache folder of its own.
         program: module to run.
+        disk: folder for run folder and cache in place of `folder`.
     """
 
     folder: Path
@@ -50,10 +51,11 @@ class Place:
     space: Path = SPACE
     cache: Path | None = None
     program: str = "sweep.run"
+    disk: Path | None = None
 
     @property
     def run(self) -> RunFolder:
-        return RunFolder((self.folder / "runs" / self.name).resolve())
+        return RunFolder(((self.disk or self.folder) / "runs" / self.name).resolve())
 
     @property
     def begun(self) -> bool:
@@ -62,8 +64,9 @@ class Place:
 
     def command(self, *, resume: bool) -> list[str]:
         """What to run; with `--resume` or without."""
-        where = ["--out", str(self.folder / "runs"), "--name", self.name]
-        where += ["--cache-dir", str(self.cache or self.folder / "cache")]
+        files = self.disk or self.folder
+        where = ["--out", str(files / "runs"), "--name", self.name]
+        where += ["--cache-dir", str(self.cache or files / "cache")]
         command = [
             sys.executable,
             "-u",
@@ -300,9 +303,9 @@ class Setting:
     options: Sequence[str] = ()
     facts: Row = field(default_factory=dict)
 
-    def place(self, name: str, folder: Path | None = None) -> Place:
-        """A sweep with a folder and a cache of its own, in the scratch folder unless another is given."""
-        return Place(folder or self.scratch / name, name, self.trials, self.options)
+    def place(self, name: str) -> Place:
+        """A sweep with a folder and a cache of its own."""
+        return Place(self.scratch / name, name, self.trials, self.options)
 
     def reference(self) -> Reference:
         """Run the sweep once to its end, and note when it reached what.

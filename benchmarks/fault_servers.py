@@ -68,6 +68,7 @@ class MlflowServer:
         until = time.monotonic() + READY_TIMEOUT_S
         while not self._answers():
             if time.monotonic() > until or self._process.poll() is not None:
+                self.stop(signal.SIGKILL)
                 raise ProgramFailed(f"mlflow server does not answer:\n{self._log.read_text()[-2000:]}")
             time.sleep(0.2)
 
@@ -117,7 +118,7 @@ def postgresql_store(folder: Path) -> Iterator[str]:
     control("initdb", "--username", "mlflow", "--auth", "trust")
     control("pg_ctl", "start", "-w", "-o", f"-p {port} -h 127.0.0.1 -k {files}", "-l", str(files / "log"))
     try:
-        yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+        yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
     finally:
         control("pg_ctl", "stop", "-w", "-m", "immediate")
         shutil.rmtree(files)
