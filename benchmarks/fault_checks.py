@@ -14,8 +14,13 @@ import numpy as np
 from cxr_models.trial import EpochMetrics
 from sweep.record import RunFolder, read_lines
 from sweep.tracked import MetricNames
-from sweep.tracking import ENVIRONMENT
 
+# Read by MLflow when it is imported.
+QUIET = {
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
 # What depends on the clock. Everything else of a trial or an epoch must be the same to the last bit.
 TIMED_COLUMNS = ("train_seconds",)
 CHECKPOINT = "checkpoint.npz"  # what a training leaves in its folder
@@ -148,8 +153,7 @@ def tracking_differences(run: RunFolder, uri: str = "", *, models: int = 1) -> l
         uri: of MLflow, the store in the run folder if empty.
         models: how many the sweep registers.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(QUIET)
     from mlflow import MlflowClient
 
     client = MlflowClient(uri or f"sqlite:///{run.tracking_database}")

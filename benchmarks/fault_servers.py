@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from fault_checks import tracking_differences
+from fault_checks import QUIET, tracking_differences
 from fault_kills import SHOWN_COMPLAINTS, ended_well
 from fault_runs import Attempt, Row, Setting, phase_of
 from measuring import ROOT, ProgramFailed
@@ -56,13 +56,12 @@ class MlflowServer:
         Raises:
             ProgramFailed: it does not.
         """
-        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(
                 self._command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **quiet},
+                env={**os.environ, **QUIET},
                 start_new_session=True,
             )
         until = time.monotonic() + READY_TIMEOUT_S
