@@ -21,6 +21,7 @@ TRAIN, VAL, TEST = SPLITS = ("train", "val", "test")
 # `index` and `counts`, see `mask_metrics.COUNTS`).
 BEST_WEIGHTS = "best.npz"
 VALIDATION_SCORES = "validation.npz"
+CHECKPOINT = "checkpoint.npz"  # of a running trial, all that its next epoch needs
 PIXELS = "pixels"  # what `EpochMetrics.source` begins with where an epoch ran the whole network
 
 # Metric -> which way is better. Every epoch reports each of them for the training and the validation images.
@@ -376,6 +377,7 @@ class TrialResult:
             features that it computed or waited for, which later trials then find.
         error: for a failed trial, one line with the cause; the traceback is in `traceback`.
         doctor: what is wrong with its training, grave diagnoses first.
+        ended_ms: when it ended, milliseconds since 1970.
     """
 
     trial_id: str
@@ -392,6 +394,7 @@ class TrialResult:
     traceback: str = ""
     doctor: tuple[Diagnosis, ...] = ()
     by_fold: tuple[float, ...] = ()
+    ended_ms: int = 0
 
     def __post_init__(self) -> None:
         if (self.outcome is Outcome.FAILED) != bool(self.error):

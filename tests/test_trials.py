@@ -38,8 +38,8 @@ def local_ray() -> Iterator[None]:
             yield
 
 
-def run(conductor: Conductor, folder: Path, *, total: int, at_once: int, gpus: float = 0.0) -> None:
-    run_on_ray(conductor, Placement(1.0, gpus, at_once), total=total, folder=folder)
+def run(conductor: Conductor, folder: Path, *, at_once: int, gpus: float = 0.0) -> None:
+    run_on_ray(conductor, Placement(1.0, gpus, at_once), folder=folder)
 
 
 @pytest.mark.parametrize(("share", "on_one"), [pytest.param(1.0, 1, marks=pytest.mark.slow), (0.5, 2)])
@@ -49,7 +49,7 @@ def test_trials_share_four_gpus(share, on_one, local_ray, tmp_path):
     conductor, heard = fake_sweep(tmp_path, "meeting", trials=at_once + 2, epochs=1)
     conductor.work.folder.mkdir()
     (conductor.work.folder / "peers").write_text(str(at_once))
-    run(conductor, tmp_path, total=at_once + 2, at_once=at_once, gpus=share)
+    run(conductor, tmp_path, at_once=at_once, gpus=share)
     assert [result.error for result in heard.results.values()] == [""] * (at_once + 2)
     spans = [json.loads(path.read_text()) for path in conductor.work.folder.glob("*/span.json")]
     assert len(spans) == at_once + 2
@@ -76,7 +76,7 @@ def test_one_at_a_time_the_sweep_is_that_of_the_inline_runner(local_ray, tmp_pat
         for name in ("inline", "ray")
     ]
     run_inline(sweeps[0][0])
-    run(sweeps[1][0], tmp_path / "ray", total=14, at_once=1)
+    run(sweeps[1][0], tmp_path / "ray", at_once=1)
     inline, on_ray = (told(heard) for _, heard in sweeps)
     assert inline == on_ray
     assert {facts[2] for facts in inline[1].values()} == set(Outcome)
@@ -85,7 +85,7 @@ def test_one_at_a_time_the_sweep_is_that_of_the_inline_runner(local_ray, tmp_pat
 
 def test_one_warm_worker_serves_many_trials_on_cpus_and_sees_no_gpu(local_ray, tmp_path):
     conductor, heard = fake_sweep(tmp_path, "quick", trials=6)
-    run(conductor, tmp_path, total=6, at_once=1)
+    run(conductor, tmp_path, at_once=1)
     assert len(heard.results) == 6
     assert len({(metrics.val["parent"], metrics.val["pid"]) for metrics in heard.epochs}) == 1
     assert {result.device for result in heard.results.values()} == {"GPU "}
@@ -93,7 +93,7 @@ def test_one_warm_worker_serves_many_trials_on_cpus_and_sees_no_gpu(local_ray, t
 
 def test_a_killed_trial_does_not_stop_the_sweep(local_ray, tmp_path):
     conductor, heard = fake_sweep(tmp_path, "killed", trials=5)
-    run(conductor, tmp_path, total=5, at_once=1)
+    run(conductor, tmp_path, at_once=1)
     assert len(heard.results) == 5
     for seed, result in heard.by_seed.items():
         assert result.outcome is (Outcome.FAILED if seed == ODD_ONE else Outcome.COMPLETED)
@@ -111,7 +111,7 @@ def test_short_epochs_come_in_batches_each_once_and_in_order(local_ray, tmp_path
 
     monkeypatch.setattr(_Ends, "on_trial_result", count)
     conductor, heard = fake_sweep(tmp_path, "brisk", trials=4, epochs=60, rungs=(20,))
-    run(conductor, tmp_path, total=4, at_once=2)
+    run(conductor, tmp_path, at_once=2)
     assert len(heard.results) == 4
     for result in heard.results.values():
         told = [(what, epoch) for what, trial_id, epoch in heard.order if trial_id == result.trial_id]
@@ -136,7 +136,7 @@ class KillTheWorker(Heard):
 
 def test_a_killed_ray_worker_does_not_stop_the_sweep(local_ray, tmp_path):
     conductor, heard = fake_sweep(tmp_path, "slow", trials=3, epochs=8, heard=KillTheWorker())
-    run(conductor, tmp_path, total=3, at_once=1)
+    run(conductor, tmp_path, at_once=1)
     assert [heard.results[number].outcome for number in range(3)] == [
         Outcome.FAILED,
         Outcome.COMPLETED,
@@ -167,7 +167,7 @@ def test_an_interruption_keeps_the_finished_trials(local_ray, tmp_path):
     conductor, heard = fake_sweep(tmp_path, "slow", trials=20, heard=Interrupter())
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run(conductor, tmp_path, total=20, at_once=2)
+        run(conductor, tmp_path, at_once=2)
     assert time.monotonic() - begun < 30
     assert not in_ray(heard.loop), "Ray would be shut down below its running loop"
     assert conductor.interrupted
