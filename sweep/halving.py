@@ -169,7 +169,9 @@ class Halving:
         return arrived[trial_id].goes_on
 
     def strike(self, trial_id: str) -> None:
-        """Strike a trial that failed, gave itself up, or that a sweep which goes on does not take up again."""
+        """Strike a trial that failed or gave itself up."""
+        if trial_id in self._struck:
+            return  # before a restart
         if self._journal:
             append_line(self._journal, {"struck": trial_id})
         self._struck.add(trial_id)

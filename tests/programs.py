@@ -37,7 +37,7 @@ def measured(job: TrialJob, epoch: int, value: float, **facts: float) -> EpochMe
 
 
 def told_epochs(job: TrialJob, happens: Callable[[int], None]) -> Epochs:
-    """Every epoch tells which process it ran in; `happens` runs before it is told. Each has a checkpoint, as it were."""
+    """Every epoch tells which process it ran in; `happens` runs before it is told. It goes on after the known ones."""
     for epoch in range(job.known + 1, job.config.epochs + 1):
         happens(epoch)
         value = value_of(job.config.seed, epoch)
