@@ -28,7 +28,3 @@ def size_text(size: int) -> str:
     """`1.2 GB`, `34.5 MB`, `0.6 kB`."""
     unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if size >= unit), (1e3, "kB"))
     return f"{size / unit:.1f} {name}"
-
-
-class NoSpace(OSError):  # noqa: N818 - what happened
-    """placeholder of the other clone"""

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from cxr_models.splits import write_split_csv
-from sweep.document import SpecError, shown
+from sweep.document import shown
 from sweep.plan import Plan
 from sweep.record import RunFolder, append_line, drop_cut_line, read_lines
 
@@ -22,6 +22,10 @@ SHOWN_DIFFERENCES = 6
 FREE_KEYS = ("search.trials", "data.source", "resources.")
 # Of these a suggestion or a figure may depend on the version.
 PACKAGES = ("ray", "tensorflow", "keras", "optuna", "scikit-learn", "numpy")
+
+
+class ResumeRefused(ValueError):  # noqa: N818 - what happened
+    """It would not be the same sweep."""
 
 
 class SessionEnd(StrEnum):
@@ -106,7 +110,7 @@ def recorded_name(folder: RunFolder) -> str:
     """The sweep's name, which need not be its folder's.
 
     Raises:
-        SpecError: the folder's spec cannot be read.
+        ResumeRefused: the folder's spec cannot be read.
     """
     return str(_recorded_spec(folder)["name"])
 
@@ -115,7 +119,7 @@ def continued(plan: Plan, folder: RunFolder, sessions: Sessions) -> Plan:
     """The plan as the sweep goes on with it: its trials get as many threads as they had.
 
     Raises:
-        SpecError: the YAML or the data are no longer those the sweep was begun with; with the differences.
+        ResumeRefused: the YAML or the data are no longer those the sweep was begun with; with the differences.
     """
     then, now = _flat(_recorded_spec(folder)), _flat(yaml.safe_load(plan.spec.to_yaml()))
     problems = [
@@ -129,8 +133,16 @@ def continued(plan: Plan, folder: RunFolder, sessions: Sessions) -> Plan:
     problems += _data_differences(plan, folder)
     if problems:
         more = [f"and {len(problems) - SHOWN_DIFFERENCES} more"] if len(problems) > SHOWN_DIFFERENCES else []
-        what = f"--resume: {folder.path} was begun with other settings or data, and going on"
-        raise SpecError(what, [*problems[:SHOWN_DIFFERENCES], *more, "leave --resume out to begin a new sweep"])
+        told = [f"  - {problem}" for problem in (*problems[:SHOWN_DIFFERENCES], *more)]
+        raise ResumeRefused(
+            "\n".join(
+                [
+                    f"expected the settings and data that {folder.path} was begun with, but found:",
+                    *told,
+                    "give the same ones (its spec.yaml and split.csv hold them), or leave --resume out to begin anew",
+                ]
+            )
+        )
     threads = next((session.threads for session in sessions.past), plan.allotment.threads)
     return replace(plan, allotment=replace(plan.allotment, threads=threads))
 
@@ -139,9 +151,9 @@ def _recorded_spec(folder: RunFolder) -> Mapping[str, Any]:
     try:
         found = yaml.safe_load(folder.spec.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SpecError("--resume", [f"{folder.spec} cannot be read ({error}); begin a new sweep"]) from None
+        raise ResumeRefused(f"expected a sweep's settings in {folder.spec}, but {error}; begin a new sweep") from None
     if not isinstance(found, dict) or "name" not in found:
-        raise SpecError("--resume", [f"{folder.spec} is no sweep's spec; begin a new sweep"])
+        raise ResumeRefused(f"expected a sweep's settings in {folder.spec}, but found none; begin a new sweep")
     return found
 
 

@@ -32,7 +32,7 @@ from sweep.progress import StepProgress
 from sweep.record import RunFolder, ranked
 from sweep.reference import COMPARED, ReferenceSpec, compare
 from sweep.results_view import MARK, doctor_lines, ranking, seeds_text, strategy_table
-from sweep.resume import Sessions, continued, recorded_name
+from sweep.resume import ResumeRefused, Sessions, continued, recorded_name
 from sweep.spec import SpecError, checked_name, read_spec
 from sweep.tasks import SHOWN_AXES_OF
 from sweep.verdict_view import print_verdict
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with handled(last_words):
             return _run(arguments, given, console, begun)
-    except (SpecError, DataError, WeightsError, ClusterUnreachable, FolderInUse) as error:
+    except (SpecError, DataError, WeightsError, ClusterUnreachable, FolderInUse, ResumeRefused) as error:
         errors.print(Text(str(error)))
         return WRONG_INPUT
     except (AuditRefused, NoSpace) as error:
