@@ -149,7 +149,10 @@ def _mark(path: Path, stamps: list[list[int]], boots: list[str]) -> None:
     changed_ns = max(mtime_ns for _, mtime_ns, _ in stamps)
     time.sleep(min(max(0.0, TICK_S - (time.time_ns() - changed_ns) / 1e9), TICK_S))
     marked = {"stamps": stamps, "boots": [*boots, boot_id()][-MOST_BOOTS:]}
-    with suppress(OSError), written_whole(_marker(path)) as scratch:  # without a mark the next one reads it too
+    with (
+        suppress(OSError),
+        written_whole(_marker(path), durable=False) as scratch,
+    ):  # without a mark the next one reads it too
         scratch.write_text(json.dumps(marked))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxr_models.backbones import BACKBONES, Backbone, build_backbone
+from cxr_models.checksums import is_sound, seal
 from cxr_models.storage import written_whole
 
 if TYPE_CHECKING:
@@ -137,18 +138,27 @@ def layer_tables(wanted: Iterable[tuple[str, int]], cache_dir: Path) -> dict[tup
     Raises:
         ValueError: a backbone cannot be built at its side.
     """
-    places: dict[tuple[str, int], Path] = {}
+    tables: dict[tuple[str, int], LayerTable] = {}
+    missing: dict[tuple[str, int], Path] = {}
     for name, side in wanted:
         smallest = BACKBONES[name].smallest_side
         if side < smallest:
             raise ValueError(f"{name} needs an image side of at least {smallest}, but got {side}")
         packaged = PACKAGED / f"{name}-{side}.json"
-        places[name, side] = packaged if packaged.is_file() else cache_dir / "layer_tables" / packaged.name
-    missing = {key: path for key, path in places.items() if not path.is_file()}
+        stored = cache_dir / "layer_tables" / packaged.name
+        if packaged.is_file():
+            tables[name, side] = LayerTable.from_json(packaged.read_text())
+        elif is_sound(stored):
+            tables[name, side] = LayerTable.from_json(stored.read_text())
+        else:
+            missing[name, side] = stored
     if missing:
         with ExitStack() as stack:
             _make_tables({key: stack.enter_context(written_whole(path)) for key, path in missing.items()})
-    return {key: LayerTable.from_json(path.read_text()) for key, path in places.items()}
+        for key, path in missing.items():
+            seal(path)
+            tables[key] = LayerTable.from_json(path.read_text())
+    return tables
 
 
 def _make_tables(files: Mapping[tuple[str, int], Path]) -> None:

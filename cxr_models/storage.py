@@ -37,7 +37,7 @@ class NoSpace(OSError):  # noqa: N818 - reads as what happened
 
 
 @contextmanager
-def written_whole(path: Path, size: int = 0) -> Iterator[Path]:
+def written_whole(path: Path, size: int = 0, *, durable: bool = True) -> Iterator[Path]:
     """Yield a scratch path that takes the place of `path` only if the block succeeds.
 
     The scratch file lies in the same folder and keeps its ending, because libraries choose the format by it.
@@ -47,6 +47,8 @@ def written_whole(path: Path, size: int = 0) -> Iterator[Path]:
         path: of the file.
         size: in bytes, of a file that is large: the scratch file gets its place on the disk now, so that a full disk
             is noticed before the block has worked for an hour. The block opens it with `r+b`.
+        durable: wait for the disk, so that it holds after a power failure too. Without, such a failure may leave a
+            part, which the reader must be able to tell.
 
     Raises:
         NoSpace: the disk takes no more.
@@ -59,8 +61,9 @@ def written_whole(path: Path, size: int = 0) -> Iterator[Path]:
             with scratch.open("wb") as reserved:
                 os.posix_fallocate(reserved.fileno(), 0, size)
         yield scratch
-        with scratch.open("rb") as written:
-            os.fsync(written.fileno())
+        if durable:
+            with scratch.open("rb") as written:
+                os.fsync(written.fileno())
         scratch.replace(path)
     except Exception as error:
         refused = _refusal(error, path.parent)
