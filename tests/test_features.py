@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -521,6 +521,31 @@ class TestRoom:
         kill_in_the_middle(tmp_path, 5)
         obtain(budget(tmp_path, size_of(EARLY)), extraction(Prefix(), weights="other"), EARLY)
         assert "early.f32.partial" not in stored(tmp_path)
+
+
+def crowd(folder: Path, seed: int, limit_bytes: int) -> None:
+    """A worker process that wants one of a few features after another; some do not fit just now."""
+    generator, found = np.random.default_rng(seed), 0
+    for _ in range(40):
+        name = str(generator.integers(8))
+        try:
+            with closing(obtain(budget(folder, limit_bytes), extraction(Prefix(), weights=name), EARLY)) as stored:
+                np.testing.assert_array_equal(stored.array, whole(EARLY))
+                found += 1
+        except NoRoomError:
+            time.sleep(0.01)
+    assert found > 10
+
+
+@pytest.mark.parametrize("limit_bytes", [3 * size_of(EARLY), PLENTY], ids=["evicting", "the disk is full"])
+def test_what_processes_read_is_right_while_others_fill_the_cache(tmp_path, small_disk, limit_bytes):
+    disk = small_disk(1)
+    filler = bytes(shutil.disk_usage(disk).free - 10 * 4096)  # eight features take 24 pages, with their checksums
+    (disk / "filler").write_bytes(filler)
+    with process(crowd, disk, 0, limit_bytes) as one, process(crowd, disk, 1, limit_bytes) as two:
+        one.join(60)
+        two.join(60)
+        assert (one.exitcode, two.exitcode) == (0, 0)
 
 
 class TestFullDisk:
