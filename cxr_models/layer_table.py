@@ -138,7 +138,7 @@ def layer_tables(wanted: Iterable[tuple[str, int]], cache_dir: Path) -> dict[tup
     Raises:
         ValueError: a backbone cannot be built at its side.
     """
-    tables: dict[tuple[str, int], LayerTable] = {}
+    places: dict[tuple[str, int], Path] = {}
     missing: dict[tuple[str, int], Path] = {}
     for name, side in wanted:
         smallest = BACKBONES[name].smallest_side
@@ -146,19 +146,15 @@ def layer_tables(wanted: Iterable[tuple[str, int]], cache_dir: Path) -> dict[tup
             raise ValueError(f"{name} needs an image side of at least {smallest}, but got {side}")
         packaged = PACKAGED / f"{name}-{side}.json"
         stored = cache_dir / "layer_tables" / packaged.name
-        if packaged.is_file():
-            tables[name, side] = LayerTable.from_json(packaged.read_text())
-        elif is_sound(stored):
-            tables[name, side] = LayerTable.from_json(stored.read_text())
-        else:
+        places[name, side] = packaged if packaged.is_file() else stored
+        if not packaged.is_file() and not is_sound(stored):
             missing[name, side] = stored
     if missing:
         with ExitStack() as stack:
             _make_tables({key: stack.enter_context(written_whole(path)) for key, path in missing.items()})
-        for key, path in missing.items():
+        for path in missing.values():
             seal(path)
-            tables[key] = LayerTable.from_json(path.read_text())
-    return tables
+    return {key: LayerTable.from_json(path.read_text()) for key, path in places.items()}
 
 
 def _make_tables(files: Mapping[tuple[str, int], Path]) -> None:
