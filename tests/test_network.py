@@ -75,10 +75,11 @@ def test_tables_that_are_not_packaged_are_made_by_one_child_and_kept(tmp_path, m
             path.write_text(made[key].to_json())
 
     monkeypatch.setattr(layer_table, "_make_tables", make)
-    for damage in DAMAGES.values():
+    damages = [DAMAGES[name] for name in DAMAGES if "head" not in name]  # one block may be of any length
+    for damage in damages:
         damage(tmp_path / "layer_tables" / "vanilla_cnn-88.json")
         assert layer_tables(wanted, tmp_path) == made
-    assert made_again == [("vanilla_cnn", 88)] * len(DAMAGES), "nothing but what is damaged"
+    assert made_again == [("vanilla_cnn", 88)] * len(damages), "nothing but what is damaged"
 
 
 class TestReset:
