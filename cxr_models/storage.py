@@ -1,5 +1,6 @@
 """Files that are either whole or absent, and their sizes in words."""
 
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,20 +8,32 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a scratch path that takes the place of `path` only if the block succeeds.
 
     The scratch file lies in the same folder and keeps its ending, because libraries choose the format by it.
     A reader therefore sees the old file or the new one, never a part.
+
+    Args:
+        path: of the file.
+        durable: wait for the disk, so that it holds after a power failure too. Without, such a failure may leave a
+            part, which the reader must be able to tell.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield scratch
-        with scratch.open("rb") as written:
-            os.fsync(written.fileno())
+        if durable:
+            with scratch.open("rb") as written:
+                os.fsync(written.fileno())
         scratch.replace(path)
     finally:
+        scratch.unlink(missing_ok=True)
+
+
+def remove_scratch(path: Path) -> None:
+    """Remove the scratch files of processes that were killed while they wrote `path`."""
+    for scratch in path.parent.glob(f".*-{glob.escape(path.name)}"):
         scratch.unlink(missing_ok=True)
 
 
