@@ -88,8 +88,13 @@ def told_of_space(path: Path, size: int = 0) -> Iterator[None]:
         raise
 
 
-def append_whole(path: Path, text: str) -> None:
-    """Add text to the end of a file, on the disk when this returns; all of it or nothing.
+def append_whole(path: Path, text: str, *, durable: bool = True) -> None:
+    """Add text to the end of a file; all of it or nothing.
+
+    Args:
+        path: of the file.
+        text: to be added.
+        durable: wait for the disk, so that it holds after a power failure too.
 
     Raises:
         NoSpace: the disk takes no more; the file is as long as before.
@@ -102,11 +107,18 @@ def append_whole(path: Path, text: str) -> None:
             rest = memoryview(text.encode())
             while rest:
                 rest = rest[os.write(file.fileno(), rest) :]
-            os.fdatasync(file.fileno())
+            if durable:
+                os.fdatasync(file.fileno())
         except BaseException:
             with suppress(OSError):  # a disk that fails altogether
                 os.ftruncate(file.fileno(), before)
             raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, if it exists, is on the disk."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        os.fdatasync(file.fileno())
 
 
 def no_space(path: Path, code: int, size: int = 0) -> NoSpace:

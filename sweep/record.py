@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cxr_models.storage import written_whole
+from cxr_models.storage import append_whole, sync, written_whole
 from cxr_models.trial import (
     AXES,
     BEST_WEIGHTS,
@@ -251,12 +251,15 @@ class Record:
 
     def started(self, suggestion: Suggestion) -> None:
         entry = {"number": suggestion.number, "trial_id": suggestion.trial_id, "ended": len(self._results)}
-        append_line(self._folder.suggestion_record, {**entry, "config": suggestion.config.to_json()})
+        append_line(self._folder.suggestion_record, {**entry, "config": suggestion.config.to_json()}, durable=False)
 
     def epoch(self, metrics: EpochMetrics) -> None:
-        append_line(self._folder.epoch_record, metrics.to_json())
+        append_line(self._folder.epoch_record, metrics.to_json(), durable=False)
 
     def ended(self, number: int, result: TrialResult) -> None:
+        # Epochs come many a second; what a power failure must not tear apart is on the disk when a trial has ended.
+        sync(self._folder.suggestion_record)
+        sync(self._folder.epoch_record)
         append_line(self._folder.trial_record, {"number": number, **result.to_json()})
         self._results[number] = result
         self._add_to_table(result)
@@ -419,7 +422,10 @@ def drop_cut_line(path: Path) -> None:
             scratch.write_bytes(lines[: lines.rfind(b"\n") + 1])
 
 
-def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Add one entry to a record."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values, ensure_ascii=False) + "\n")
+def append_line(path: Path, values: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Add one entry to a record, see `storage.append_whole`.
+
+    Raises:
+        NoSpace: the disk takes no more; the record is as it was.
+    """
+    append_whole(path, json.dumps(values, ensure_ascii=False) + "\n", durable=durable)

@@ -66,11 +66,11 @@ class TrialJob:
 
     Attributes:
         decisions: epochs after which it waits to hear whether it goes on. After all others it trains on.
-        known: how many of its epochs are recorded. A checkpoint in its folder is gone on from; epochs up to this one
-            are not told again.
-        alone: it has its device to itself.
         again: the validation losses of an earlier training of the configuration, up to its best epoch: it is trained
             again that long, on training and validation images. Empty for a trial.
+        known: how many of its epochs have been recorded before. A checkpoint in its folder
+            is gone on from; the recorded epochs are not reported once more, whether or not there is one.
+        alone: it has its device to itself.
     """
 
     trial_id: str
@@ -119,8 +119,12 @@ def train(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
     steps.configure(job.work.threads)
     work = job.work
     if job.again:
-        return training.train_again(job.trial_id, job.config, work.data.together(), job.folder, job.again)
-    return training.run_trial(job.trial_id, job.config, work.data, job.folder, work.objective, decisions=job.decisions)
+        return training.train_again(
+            job.trial_id, job.config, work.data.together(), job.folder, job.again, known=job.known
+        )
+    return training.run_trial(
+        job.trial_id, job.config, work.data, job.folder, work.objective, decisions=job.decisions, known=job.known
+    )
 
 
 def segment(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
@@ -130,9 +134,11 @@ def segment(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
     steps.configure(job.work.threads)
     work = job.work
     if job.again:
-        return segmentation.train_again(job.trial_id, job.config, work.data.together(), job.folder, job.again)
+        return segmentation.train_again(
+            job.trial_id, job.config, work.data.together(), job.folder, job.again, known=job.known
+        )
     return segmentation.run_segmentation(
-        job.trial_id, job.config, work.data, job.folder, work.objective, decisions=job.decisions
+        job.trial_id, job.config, work.data, job.folder, work.objective, decisions=job.decisions, known=job.known
     )
 
 
