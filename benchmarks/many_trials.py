@@ -101,7 +101,7 @@ def run_trials(trials: int, workers: int, scratch: Path) -> dict[str, Any]:
     conductor = Conductor(work, Search(spec, folder.study), None, _parameters, (record, tracker))
     with on_ray.ray_cluster("", cores=workers, gpus=0):
         started = time.perf_counter()
-        on_ray.run_on_ray(conductor, on_ray.Placement(1.0, 0.0, workers), total=trials, folder=folder.state)
+        on_ray.run_on_ray(conductor, on_ray.Placement(1.0, 0.0, workers), folder=folder.state)
         searched = time.perf_counter()
         tracker.finished({}, [])
         tracker.close(TRACKING_TIMEOUT_S)

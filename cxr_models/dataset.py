@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxr_models.images import Fault, ImageFacts, examine
+from cxr_models.kept import keep, kept
 from cxr_models.layouts import ONLY_CLASS, list_images
 from cxr_models.listing import DataError as DataError
 from cxr_models.listing import Listing, data_error
 from cxr_models.listing import Unreadable as Unreadable
 from cxr_models.patients import PatientRule
-from cxr_models.storage import written_whole
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -221,8 +221,7 @@ def _read_facts(
             current[path] = _Known(*stamps[path], facts)
     if cache and current != known:
         rows = {path: (size, mtime_ns, *facts) for path, (size, mtime_ns, facts) in current.items()}
-        with written_whole(cache) as scratch:
-            scratch.write_text(json.dumps(rows))
+        keep(cache, rows)
     return {path: row.facts for path, row in current.items()}, unreadable
 
 
@@ -241,9 +240,9 @@ def _cache_file(cache_dir: Path, source: Path) -> Path:
 def _load_known(cache: Path) -> dict[str, _Known]:
     """What the cache file holds; nothing if it is absent or damaged, so that it is made anew."""
     try:
-        rows = json.loads(cache.read_bytes())
+        rows = kept(cache)
         return {path: _Known(size, mtime_ns, ImageFacts(*facts)) for path, (size, mtime_ns, *facts) in rows.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         return {}
 
 

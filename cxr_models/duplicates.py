@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cxr_models.dataset import DataError, ImageRecord, Manifest, Progress, in_threads
 from cxr_models.fingerprints import detail_vectors, perceptual_hashes, read_thumbnails, shrunk, whole_vectors
 from cxr_models.images import read_picture
-from cxr_models.storage import written_whole
+from cxr_models.kept import keep, kept
 
 Node = TypeVar("Node", int, str)
 
@@ -121,8 +121,7 @@ def find_duplicates(manifest: Manifest, cache_dir: Path | None = None, progress:
         alone = sorted(group[0] for group in first_of.values() if manifest.records[group[0]].thumbnail)
         near = _near(manifest, alone, progress)
         if stored:
-            with written_whole(stored) as scratch:
-                scratch.write_text(json.dumps([(pair.first, pair.second, pair.correlation) for pair in near]))
+            keep(stored, [(pair.first, pair.second, pair.correlation) for pair in near])
     return Duplicates(exact, near)
 
 
@@ -134,8 +133,8 @@ def _stored_at(manifest: Manifest, cache_dir: Path) -> Path:
 def _load_near(stored: Path, images: int) -> tuple[NearPair, ...] | None:
     """What the file holds; None if it is absent or damaged."""
     try:
-        pairs = tuple(NearPair(int(row[0]), int(row[1]), float(row[2])) for row in json.loads(stored.read_bytes()))
-    except (OSError, ValueError, TypeError, IndexError, KeyError):
+        pairs = tuple(NearPair(int(row[0]), int(row[1]), float(row[2])) for row in kept(stored))
+    except (ValueError, TypeError, IndexError, KeyError):
         return None
     return pairs if all(0 <= pair.first < pair.second < images for pair in pairs) else None
 

@@ -1,7 +1,8 @@
 """What the trials of every task share: an optimizer, the batches of an epoch, and the weights of the best one."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -11,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_models import steps
+from cxr_models.checkpoint import Arrays, Checkpoint, CheckpointFile, TrainingState
 from cxr_models.storage import written_whole
 from cxr_models.trial import BEST_WEIGHTS, VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialData
-
-Arrays = Mapping[str, NDArray[np.generic]]
 
 
 class DivergedError(RuntimeError):
@@ -130,16 +130,30 @@ class MovedWeights:
         self._folder = folder
         self._scores_only = scores_only
         self._watched: dict[str, keras.Variable] = {}
+        self._moving: dict[str, keras.Variable] = {}
         self._found: dict[str, Arrays] = {}
 
     @property
-    def watched(self) -> Mapping[str, keras.Variable]:
-        """By their paths."""
-        return self._watched
+    def moving(self) -> Mapping[str, keras.Variable]:
+        """Of what is watched, what has moved or will, by its path."""
+        return self._moving
 
-    def watch(self, weights: Iterable[keras.Variable]) -> None:
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that keep the best epoch."""
+        return (VALIDATION_SCORES,) if self._scores_only else (BEST_WEIGHTS, VALIDATION_SCORES)
+
+    def watch(self, weights: Iterable[keras.Variable], *, moving: bool = True) -> None:
         """Keep these too, by their paths."""
-        self._watched |= {weight.path: weight for weight in weights}
+        named = {weight.path: weight for weight in weights}
+        self._watched |= named
+        if moving:
+            self._moving |= named
+
+    def put_back(self, weights: Arrays) -> None:
+        """Give weights that are watched the values of another process; with folds no network has them for long."""
+        for path, value in {} if self._scores_only else weights.items():
+            self._watched[path].assign(value)
 
     def note(self, scores: Arrays | None = None) -> None:
         """Note the weights as they are now, and the validation scores they gave."""
@@ -168,23 +182,36 @@ class Turns:
 
     def __init__(self, trainings: int) -> None:
         self._weights: list[dict[str, NDArray[np.generic]]] = [{} for _ in range(trainings)]
+        self._optimizers: list[Sequence[NDArray[np.generic]]] = []  # of an earlier process, until a phase is entered
         self._states: list[list[NDArray[np.generic]]] = [[] for _ in range(trainings)]
         self._watched: Mapping[str, keras.Variable] = {}
         self._optimizer: Sequence[keras.Variable] = ()
 
-    def enter(self, watched: Mapping[str, keras.Variable], optimizer: Sequence[keras.Variable]) -> None:
+    def resume(self, earlier: Sequence[TrainingState]) -> None:
+        """Go on from where another process left each training; a single one has got its weights already."""
+        if len(self._weights) > 1:
+            self._weights = [dict(one.weights) for one in earlier]
+        self._optimizers = [one.optimizer for one in earlier]
+
+    def enter(
+        self, watched: Mapping[str, keras.Variable], optimizer: Sequence[keras.Variable], *, resumed: bool = False
+    ) -> None:
         """Begin a phase; weights that now begin to move, and the optimizer, are the same for every training.
 
         Args:
             watched: every weight that has moved or will move in the phase, by its path.
             optimizer: its state.
+            resumed: another process had begun the phase: the optimizers are as it left them.
         """
-        if len(self._weights) == 1:
-            return
         self._watched, self._optimizer = watched, optimizer
-        for weights, state in zip(self._weights, self._states, strict=True):
-            weights |= {path: weight.numpy() for path, weight in watched.items() if path not in weights}
-            state[:] = [variable.numpy() for variable in optimizer]
+        earlier, self._optimizers = self._optimizers if resumed else [], []
+        if len(self._weights) > 1:
+            for weights, state in zip(self._weights, self._states, strict=True):
+                weights |= {path: weight.numpy() for path, weight in watched.items() if path not in weights}
+                state[:] = earlier.pop(0) if earlier else [variable.numpy() for variable in optimizer]
+        elif earlier:
+            for variable, value in zip(optimizer, earlier[0], strict=True):
+                variable.assign(value)
 
     def each(self) -> Iterator[int]:
         """The number of each training, whose turn lasts until the next number is asked for."""
@@ -199,6 +226,14 @@ class Turns:
             yield number
             weights |= {path: weight.numpy() for path, weight in self._watched.items()}
             state[:] = [variable.numpy() for variable in self._optimizer]
+
+    @property
+    def states(self) -> tuple[TrainingState, ...]:
+        """How each training is left between two epochs."""
+        if len(self._weights) == 1:
+            weights = {path: weight.numpy() for path, weight in self._watched.items()}
+            return (TrainingState(weights, [variable.numpy() for variable in self._optimizer]),)
+        return tuple(map(TrainingState, self._weights, self._states))
 
 
 def mean_epoch(epochs: Sequence[EpochMetrics]) -> EpochMetrics:
@@ -215,6 +250,7 @@ def mean_epoch(epochs: Sequence[EpochMetrics]) -> EpochMetrics:
         images_per_second=len(epochs) / sum(1 / each.images_per_second for each in epochs),
         features_seconds=sum(each.features_seconds for each in epochs),
         trial_seconds=epochs[-1].trial_seconds,
+        ended_ms=epochs[-1].ended_ms,
         folds=tuple(each.val for each in epochs),
     )
 
@@ -240,17 +276,76 @@ def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: fmean(each[name] for each in figures) for name in figures[0]}
 
 
-class BestEpoch:
-    """Notes the weights of the best epoch."""
+class Course:
+    """The epochs of a training, and on disk what another process needs to go on after the last of them.
 
-    def __init__(self, weights: MovedWeights, objective: Objective) -> None:
-        self._weights = weights
-        self._objective = objective
-        self._value = objective.worst
+    The weights of the best epoch are on disk too: in the checkpoint where it is the last one, else beside it. For that
+    they are written before the checkpoint of an epoch that is not the best, and never before their own.
 
-    def offer(self, metrics: EpochMetrics, scores: Arrays | None = None) -> None:
-        """Note the weights, and the validation scores, as they are now if no epoch was better."""
-        value = metrics.val[self._objective.metric]
-        if self._objective.better(value, self._value):
-            self._value = value
-            self._weights.note(scores)
+    Args:
+        folder: of the trial.
+        identity: of the training, see `checkpoint.identity`.
+        moved: keeps the best epoch.
+
+    Attributes:
+        epochs: all so far, those of earlier processes among them.
+        best: number of the best, 0 where there is none yet.
+        phase: in which an earlier process stopped, -1 where there was none.
+    """
+
+    def __init__(self, folder: Path, identity: str, moved: MovedWeights) -> None:
+        self._moved = moved
+        self._file = CheckpointFile(folder, identity, moved.files)
+        self._earlier = self._file.read()
+        self.epochs = list(self._earlier.course)
+        self.best = self._earlier.best
+        self.phase = self.epochs[-1].phase if self.epochs else -1
+
+    @property
+    def seconds(self) -> float:
+        """That the training has taken so far."""
+        return self.epochs[-1].trial_seconds if self.epochs else 0.0
+
+    def past(self, epoch: int) -> EpochMetrics | None:
+        """An epoch that has been trained, or None."""
+        return self.epochs[epoch - 1] if epoch <= len(self.epochs) else None
+
+    def in_phase(self, phase: int) -> list[EpochMetrics]:
+        """The epochs of a phase."""
+        return [metrics for metrics in self.epochs if metrics.phase == phase]
+
+    def put_back(self) -> Sequence[TrainingState]:
+        """Give the weights that are watched the values with which an earlier process stopped; its trainings."""
+        earlier, self._earlier = self._earlier, Checkpoint()
+        self._moved.put_back(earlier.trainings[0].weights)
+        if earlier.best == len(earlier.course):
+            self._moved.note(earlier.scores)
+        return earlier.trainings
+
+    def is_best(self, metrics: EpochMetrics, objective: Objective) -> bool:
+        """Whether no epoch so far was as good."""
+        best = self.epochs[self.best - 1].val[objective.metric] if self.best else objective.worst
+        return objective.better(metrics.val[objective.metric], best)
+
+    def add(
+        self, metrics: EpochMetrics, trainings: tuple[TrainingState, ...], scores: Arrays | None, *, best: bool
+    ) -> None:
+        """Keep an epoch that has just been trained."""
+        self.epochs.append(metrics)
+        if best:
+            self.best = metrics.epoch
+            self._moved.note(scores)
+        else:
+            self._moved.write()
+        self._file.write(Checkpoint(tuple(self.epochs), self.best, trainings, scores if best else None))
+
+    def forget(self) -> None:
+        """Leave nothing on disk."""
+        self._file.forget()
+
+
+def end_at_next(training: Generator[EpochMetrics, bool, None]) -> None:
+    """End a training after the next epoch that it yields."""
+    next(training)
+    with suppress(StopIteration):
+        training.send(False)

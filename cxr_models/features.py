@@ -1,7 +1,8 @@
 """The output of a frozen prefix, computed once and shared by every trial and every later sweep that needs it.
 
 Workers that need the same features compute them together: each takes the next batch of images that nobody has taken.
-What they write is one memory-mapped float32 array per cut, named after everything its bits depend on.
+What they write is one memory-mapped float32 array per cut, named after everything its bits depend on, with a checksum
+for each batch.
 """
 
 import errno
@@ -10,7 +11,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +23,17 @@ import psutil
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from cxr_models.checksums import Blocks, begin_sums, forget, is_sound_file, put_sum, sums_file
 from cxr_models.cuts import Cut
-from cxr_models.storage import size_text, written_whole
+from cxr_models.storage import DAY_S, NoSpace, size_text, written_whole
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
-FEATURES_VERSION = 3  # raise it with any change of what is stored: features of before are then not used again
+FEATURES_VERSION = 4  # raise it with any change of what is stored: features of before are then not used again
 WAIT_S = 0.02
+MOST_ATTEMPTS = 3  # at features that read back as something else
 UNFINISHED = ".partial"
 DONE = "pass.done"
 LOCK = "lock"  # of a whole store, held while files are made or removed
@@ -37,6 +41,10 @@ LOCK = "lock"  # of a whole store, held while files are made or removed
 
 class NoRoomError(OSError):
     """The budget or the disk has no room for the features."""
+
+
+class _DamagedError(Exception):
+    """Features were damaged, and have been removed."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,10 @@ class Extraction:
     def bytes_of(self, cut: Cut) -> int:
         """Size of all features of a cut."""
         return self.images * cut.bytes_per_image
+
+    def blocks_of(self, cut: Cut) -> Blocks:
+        """How the file of a cut is divided for its checksums: by shares."""
+        return Blocks(self.bytes_of(cut), 0, self.images_at_once * cut.bytes_per_image)
 
     @property
     def shares(self) -> int:
@@ -136,12 +148,17 @@ def obtain(budget: FeatureBudget, extraction: Extraction, cut: Cut, *, wanted: S
     Raises:
         NoRoomError: the budget or the disk has no room for them, or its file system refuses what they need.
     """
-    begun = _Pass(budget.folder / extraction.digest)
+    begun, damaged = _Pass(budget.folder / extraction.digest), 0
     try:
         budget.folder.mkdir(parents=True, exist_ok=True)
         while True:
-            if (found := _open(begun.finished(cut), cut, extraction.images)) is not None:
-                return found
+            try:
+                if (found := _open(begun.finished(cut), cut, extraction.images)) is not None:
+                    return found
+            except _DamagedError:
+                damaged += 1
+                if damaged == MOST_ATTEMPTS:
+                    raise NoRoomError("its features read back as something else than was written") from None
             with ExitStack() as stack:
                 with FileLock(budget.folder / LOCK):
                     mine = _can_join(begun, budget, extraction, cut, wanted)
@@ -153,7 +170,8 @@ def obtain(budget: FeatureBudget, extraction: Extraction, cut: Cut, *, wanted: S
     except NoRoomError:
         raise
     except OSError as error:
-        raise NoRoomError(f"its features could not be kept: {error}") from error
+        reason = os.strerror(error.errno or 0) if isinstance(error, NoSpace) else error  # a trial has a line for it
+        raise NoRoomError(f"its features could not be kept: {reason}") from error
 
 
 def stored_bytes(folder: Path) -> int:
@@ -175,19 +193,34 @@ def under_way(folder: Path) -> dict[str, UnderWay]:
 
 
 def _open(path: Path, cut: Cut, images: int) -> Features | None:
+    """What is stored, verified; None if it is not there, or was evicted in this moment."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return None
-    fcntl.flock(file, fcntl.LOCK_SH)
-    status = os.fstat(file.fileno())
-    if not status.st_nlink or status.st_size != images * cut.bytes_per_image:
-        file.close()  # evicted in this moment, or damaged
-        if status.st_nlink:
-            path.unlink(missing_ok=True)
-        return None
-    os.utime(file.fileno())
-    return Features(file, cut, images)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        whole = os.fstat(file.fileno()).st_size == images * cut.bytes_per_image and is_sound_file(file, path)
+        status = os.fstat(file.fileno())
+        if status.st_nlink and not whole:
+            _remove_damaged(path, status.st_ino)
+        if not status.st_nlink or not whole:
+            file.close()
+            return None
+        with suppress(PermissionError):  # another user's; reading it tells of the use too, if not as exactly
+            os.utime(file.fileno(), ns=(time.time_ns(), status.st_mtime_ns))
+        return Features(file, cut, images)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _remove_damaged(path: Path, inode: int) -> None:
+    """Remove a file, unless another process has, and raise `_DamagedError`. Who has it open keeps it."""
+    with FileLock(path.parent.parent / LOCK), suppress(FileNotFoundError):
+        if path.stat().st_ino == inode:
+            forget(path)
+    raise _DamagedError
 
 
 @dataclass(frozen=True)
@@ -211,6 +244,11 @@ class _Pass:
     def finished(self, cut: Cut) -> Path:
         return self.folder / f"{cut.name}.f32"
 
+    def files(self, cuts: Iterable[Cut]) -> list[Path]:
+        """Those that a pass over some cuts writes into."""
+        features = [self.unfinished(cut) for cut in cuts]
+        return [self.done, *features, *map(sums_file, features)]
+
     def described(self) -> tuple[str, list[Cut]]:
         """Its title and its cuts; no cuts where it has not begun."""
         try:
@@ -227,13 +265,23 @@ class _Pass:
     def is_intact(self, shares: int) -> bool:
         """Whether it can be gone on with. A crash of the machine may have lost what is marked as done."""
         cuts = self.cuts()
-        if not cuts or not all(path.exists() for path in (self.done, *map(self.unfinished, cuts))):
+        if not cuts or not all(path.exists() for path in self.files(cuts)):
             return False
         status = self.done.stat()
         return status.st_size == shares and status.st_mtime > psutil.boot_time()
 
     def has_workers(self) -> bool:
         return any(_in_use(self.unfinished(cut)) for cut in self.cuts()[:1])
+
+    def is_stale(self) -> bool:
+        """Whether killed processes have left it that nobody goes on with: it cannot be, or has not been for a day."""
+        left = [*self.folder.glob(f"*{UNFINISHED}")]
+        if not left or any(_in_use(path) for path in left):
+            return False
+        if not self.cuts() or not all(path.exists() for path in self.files(self.cuts())):
+            return True
+        changed = self.done.stat().st_mtime
+        return changed < psutil.boot_time() or time.time() - changed > DAY_S
 
     def begin(self, cut: Cut, wanted: Sequence[Cut], extraction: Extraction) -> None:
         """Begin with `cut` and those of `wanted` that the disk has room for."""
@@ -244,6 +292,8 @@ class _Pass:
             with suppress(NoRoomError):
                 _reserve(self.unfinished(other), extraction.bytes_of(other))
                 chosen.append(other)
+        for one in chosen:
+            begin_sums(sums_file(self.unfinished(one)), extraction.blocks_of(one))
         self.done.write_bytes(bytes(extraction.shares))
         with written_whole(self.plan) as scratch:  # last: from here on the pass is one
             cuts = [[one.layer, one.pooling, one.shape, one.taps] for one in chosen]
@@ -251,14 +301,15 @@ class _Pass:
 
     def finish(self) -> None:
         for cut in self.cuts():
-            self.unfinished(cut).replace(self.finished(cut))
+            for of in (sums_file, Path):  # the sums first: features are never without them
+                of(self.unfinished(cut)).replace(of(self.finished(cut)))
         self._forget()
 
     def discard(self) -> None:
         """Remove what there is of it."""
         self._forget()
-        for path in self.folder.glob(f"*{UNFINISHED}"):
-            path.unlink()
+        for path in self.folder.glob(f"*{UNFINISHED}*"):
+            path.unlink(missing_ok=True)
 
     def _forget(self) -> None:
         for path in (self.plan, self.done):
@@ -267,11 +318,12 @@ class _Pass:
 
 @dataclass(frozen=True)
 class _Part:
-    """A process' part in a pass: its cuts, a descriptor of each one's file, and one of the shares done."""
+    """A process' part in a pass: its cuts, descriptors of each one's file and sums, and one of the shares done."""
 
     begun: _Pass
     cuts: Sequence[Cut]
     files: Sequence[int]
+    sums: Sequence[int]
     done: int
 
 
@@ -284,6 +336,11 @@ def _can_join(begun: _Pass, budget: FeatureBudget, extraction: Extraction, cut: 
         if can_compute or begun.has_workers():
             return can_compute
     begun.discard()
+    for other_pass in map(_Pass, _passes(budget.folder)):
+        if other_pass.is_stale():
+            other_pass.discard()
+            with suppress(OSError):  # finished cuts lie there
+                other_pass.folder.rmdir()
     _make_room(budget, extraction.bytes_of(cut))
     others, free = [], budget.limit_bytes - stored_bytes(budget.folder) - extraction.bytes_of(cut)
     for other in wanted:
@@ -316,11 +373,11 @@ def _unwritten(error: OSError) -> NoRoomError:
 def _opened(begun: _Pass) -> Iterator[_Part]:
     """Take part in a pass: as long as one process does, its files are in use. The store is locked on entering."""
     with ExitStack() as stack:
-        paths = begun.done, *map(begun.unfinished, cuts := begun.cuts())
+        paths = begun.files(cuts := begun.cuts())
         done, *files = (stack.enter_context(path.open("r+b", buffering=0)).fileno() for path in paths)
-        for file in files:
+        for file in files[: len(cuts)]:
             fcntl.flock(file, fcntl.LOCK_SH)
-        yield _Part(begun, cuts, files, done)
+        yield _Part(begun, cuts, files[: len(cuts)], files[len(cuts) :], done)
 
 
 def _take_part(extraction: Extraction, part: _Part) -> None:
@@ -334,21 +391,23 @@ def _take_part(extraction: Extraction, part: _Part) -> None:
                 if not mine or os.pread(part.done, 1, share) != b"\0":
                     continue
                 positions = extraction.positions(share)
-                _write(part, int(positions[0]), run(extraction.pixels(positions)))
+                _write(part, share, int(positions[0]), run(extraction.pixels(positions)))
                 os.pwrite(part.done, b"\1", share)
         time.sleep(WAIT_S)  # for the shares of others
     _end(part, part.begun.finish)
 
 
-def _write(part: _Part, first: int, found: Sequence[Floats]) -> None:
-    """Write the features of the images from the `first` on; where that fails, the pass is over for everybody."""
+def _write(part: _Part, share: int, first: int, found: Sequence[Floats]) -> None:
+    """Write the features of a share's images, from the `first` on; where that fails, the pass is over for everybody."""
     try:
-        for cut, file, values in zip(part.cuts, part.files, found, strict=True):
+        for cut, file, sums, values in zip(part.cuts, part.files, part.sums, found, strict=True):
             rest, place = memoryview(values.tobytes()), first * cut.bytes_per_image
+            put_sum(sums, 1 + share, zlib.crc32(rest))
             while rest:
                 written = os.pwrite(file, rest, place)
                 rest, place = rest[written:], place + written
-            os.fdatasync(file)  # before the share is marked as done: another machine may read it from then on
+            for one in (file, sums):
+                os.fdatasync(one)  # before the share is marked as done: another machine may read it from then on
     except OSError as error:
         _end(part, part.begun.discard)
         raise _unwritten(error) from error
@@ -400,7 +459,7 @@ def _removed(path: Path) -> bool:
     try:
         with path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            forget(path)
     except OSError:  # in use
         return False
     with suppress(OSError):  # other cuts lie there
@@ -432,7 +491,7 @@ def _files(folder: Path) -> list[tuple[float, Path, int]]:
     found = []
     for begun in _passes(folder):
         with suppress(FileNotFoundError):  # evicted by another sweep
-            for path in begun.glob("*.f32*"):
+            for path in (*begun.glob("*.f32"), *begun.glob(f"*.f32{UNFINISHED}")):
                 status = path.stat()
-                found.append((status.st_mtime, path, status.st_size))
+                found.append((max(status.st_atime, status.st_mtime), path, status.st_size))
     return found

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxr_models.backbones import BACKBONES, Backbone, build_backbone
+from cxr_models.checksums import is_sound, seal
 from cxr_models.storage import written_whole
 
 if TYPE_CHECKING:
@@ -138,16 +139,21 @@ def layer_tables(wanted: Iterable[tuple[str, int]], cache_dir: Path) -> dict[tup
         ValueError: a backbone cannot be built at its side.
     """
     places: dict[tuple[str, int], Path] = {}
+    missing: dict[tuple[str, int], Path] = {}
     for name, side in wanted:
         smallest = BACKBONES[name].smallest_side
         if side < smallest:
             raise ValueError(f"{name} needs an image side of at least {smallest}, but got {side}")
         packaged = PACKAGED / f"{name}-{side}.json"
-        places[name, side] = packaged if packaged.is_file() else cache_dir / "layer_tables" / packaged.name
-    missing = {key: path for key, path in places.items() if not path.is_file()}
+        stored = cache_dir / "layer_tables" / packaged.name
+        places[name, side] = packaged if packaged.is_file() else stored
+        if not packaged.is_file() and not is_sound(stored):
+            missing[name, side] = stored
     if missing:
         with ExitStack() as stack:
             _make_tables({key: stack.enter_context(written_whole(path)) for key, path in missing.items()})
+        for path in missing.values():
+            seal(path)
     return {key: LayerTable.from_json(path.read_text()) for key, path in places.items()}
 
 

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxr_models.arrays import Put, kept_array
 from cxr_models.dataset import Progress
-from cxr_models.storage import written_whole
 
 MASKING_VERSION = 1  # raise it with any change of what `masked_array` writes
 INSIDE = 128  # of a mask's 255, or of a probability in steps of 1/255
@@ -19,7 +18,7 @@ IMAGES_AT_ONCE = 64
 
 
 def masked_array(pixels: Path, masks: Path, cache_dir: Path, progress: Progress | None = None) -> Path:
-    """Set the pixels outside the masks to 0, unless a run before has done so.
+    """Set the pixels outside the masks to 0, unless a run before has done so and the array is sound.
 
     Args:
         pixels: `.npy` file, uint8 (images, side, side, channels), named after its contents.
@@ -30,27 +29,22 @@ def masked_array(pixels: Path, masks: Path, cache_dir: Path, progress: Progress 
 
     Returns:
         `.npy` file of the shape of `pixels`.
+
+    Raises:
+        NoSpace: the disk has no room for the array.
     """
     contents = f"{MASKING_VERSION} {pixels.name} {masks.name}"
     path = cache_dir / "pixels" / f"{hashlib.sha256(contents.encode()).hexdigest()[:24]}-{pixels.stem}-masked.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.is_file():
-            plain, inside = np.load(pixels, mmap_mode="r"), np.load(masks, mmap_mode="r")
-            with written_whole(path) as scratch:
-                _write(scratch, plain, inside, progress)
-    return path
+    plain, inside = np.load(pixels, mmap_mode="r"), np.load(masks, mmap_mode="r")
+    return kept_array(path, plain.shape, lambda put: _lay(put, plain, inside, progress))
 
 
-def _write(path: Path, plain: NDArray[np.uint8], masks: NDArray[np.uint8], progress: Progress | None) -> None:
-    # Not through a memory map: a full disk would end the process by a signal.
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": plain.shape})
-        for some in chunks(len(plain)):
-            inside = np.stack([_resized(mask, plain.shape[1]) for mask in masks[some]]) >= INSIDE
-            file.write((plain[some] * inside).astype(np.uint8).tobytes())
-            if progress:
-                progress(min(some.stop, len(plain)), len(plain))
+def _lay(put: Put, plain: NDArray[np.uint8], masks: NDArray[np.uint8], progress: Progress | None) -> None:
+    for some in chunks(len(plain)):
+        inside = np.stack([_resized(mask, plain.shape[1]) for mask in masks[some]]) >= INSIDE
+        put(some.start, (plain[some] * inside).astype(np.uint8))
+        if progress:
+            progress(min(some.stop, len(plain)), len(plain))
 
 
 def chunks(images: int) -> Iterator[slice]:

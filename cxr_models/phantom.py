@@ -23,6 +23,8 @@ from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxr_models.storage import NoSpace, told_of_space
+
 Field = NDArray[np.floating[Any]]  # (side, side), one value a pixel
 
 CLASSES = ("Normal", "COVID-like", "Focal opacity", "Diffuse pattern")
@@ -377,15 +379,24 @@ def phantom_dataset(
     Returns:
         A folder with `<class>/images/P0001_1.png` and, of the same name, `<class>/masks/P0001_1.png` (0 or 255).
         It is whole: a making that was interrupted leaves nothing under this name.
+
+    Raises:
+        NoSpace: the disk has no room for it.
     """
     folder = cache_dir / f"phantom-v{DRAWING_VERSION}-seed{seed}-side{side}"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / f".{folder.name}.lock"):
-        if not folder.exists():
-            scratch = cache_dir / f".{folder.name}.partial"
-            shutil.rmtree(scratch, ignore_errors=True)
-            _write_images(scratch, seed, side, progress)
-            os.replace(scratch, folder)
+    scratch = cache_dir / f".{folder.name}.partial"
+    with told_of_space(folder):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir / f".{folder.name}.lock"):
+            if not folder.exists():
+                shutil.rmtree(scratch, ignore_errors=True)
+                try:
+                    with told_of_space(folder):
+                        _write_images(scratch, seed, side, progress)
+                        os.replace(scratch, folder)
+                except NoSpace:
+                    shutil.rmtree(scratch, ignore_errors=True)
+                    raise
     return folder
 
 

@@ -10,6 +10,7 @@ where the trial is stopped before.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +62,12 @@ class Schedule:
         self._taken = 0
         self._halvings = 0
         self._patience = Patience(PLATEAU_PATIENCE)
+
+    def follow(self, losses: Sequence[float]) -> None:
+        """Go on behind epochs that were trained before, given the validation loss at the end of each."""
+        self._taken += self._steps * len(losses)
+        for loss in losses:
+            self.observe(loss)
 
     def next_epoch(self) -> NDArray[np.float32]:
         """(steps,) learning rate of each step of the next epoch."""

@@ -1,7 +1,7 @@
 """One trial of a segmentation: a U-Net trained on images and masks, validated every epoch, its best weights kept."""
 
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from cxr_models import steps
 from cxr_models.augmentation import augmented, augmented_masks, view_of_epoch
+from cxr_models.checkpoint import Arrays, TrainingState, identity
 from cxr_models.epochs import (
-    Arrays,
     Batches,
-    BestEpoch,
+    Course,
     MovedWeights,
     Turns,
     check_finite,
+    end_at_next,
     held_out,
     make_optimizer,
     mean_epoch,
@@ -41,8 +42,9 @@ def run_segmentation(
     objective: Objective,
     *,
     decisions: Collection[int] = (),
+    known: int = 0,
 ) -> Generator[EpochMetrics, bool, None]:
-    """Train one U-Net, yielding what each epoch measured; arguments and answers as in `training.run_trial`.
+    """Train one U-Net, yielding what each epoch measured; arguments, answers, checkpoints as in `training.run_trial`.
 
     Args:
         trial_id: name of the trial.
@@ -51,51 +53,76 @@ def run_segmentation(
         folder: for the weights of the best epoch, and the counts of the validation images that they gave.
         objective: which epoch is the best.
         decisions: epochs after which the caller may end the trial and still rank it.
+        known: how many epochs the caller has been told of before.
 
     Raises:
         DivergedError: a loss is not finite.
+        OSError: the disk is full, for one.
     """
     begun = time.perf_counter()
     moved = MovedWeights(folder, scores_only=bool(data.folds))
-    best = BestEpoch(moved, objective)
-    loop = _first_epoch(trial_id, config, data, moved)
-    patience, course = Patience(config.patience), []
+    course = Course(folder, identity(trial_id, config, data, objective.metric, objective.mode), moved)
+    begun -= course.seconds
+    loop = _first_epoch(trial_id, config, data, moved, course, [one.val["loss"] for one in course.epochs])
+    patience = Patience(config.patience)
     for epoch in range(1, config.epochs + 1):
-        metrics, counts = loop.run(epoch, begun)
-        best.offer(metrics, counts)
-        course.append(metrics)
-        ends = patience.is_over(metrics.val["loss"]) or is_hopeless(course, config)
+        metrics = course.past(epoch)
+        if metrics is None:
+            metrics, counts = loop.run(epoch, begun)
+            course.add(metrics, loop.states, counts, best=course.is_best(metrics, objective))
+        ends = patience.is_over(metrics.val["loss"]) or is_hopeless(course.epochs[:epoch], config)
         if epoch in decisions or epoch == config.epochs or ends:
             moved.write()
-        if not (yield metrics):
+        if epoch > known and not (yield metrics):
             moved.write()
+            if course.best > epoch:  # an earlier process had gone on, and has kept what nobody wants now
+                course.forget()
+                end_at_next(run_segmentation(trial_id, config, data, folder, objective, known=epoch - 1))
             return
         if ends:
             return
 
 
 def train_again(
-    trial_id: str, config: TrialConfig, data: TrialData, folder: Path, val_losses: Sequence[float]
+    trial_id: str,
+    config: TrialConfig,
+    data: TrialData,
+    folder: Path,
+    val_losses: Sequence[float],
+    *,
+    known: int = 0,
 ) -> Generator[EpochMetrics, bool, None]:
     """Train a U-Net once more; arguments, answers and errors are those of `training.train_again`."""
     begun = time.perf_counter()
     moved = MovedWeights(folder)
-    loop = _first_epoch(trial_id, config, data, moved)
+    course = Course(folder, identity(trial_id, config, data, *val_losses), moved)
+    begun -= course.seconds
+    loop = _first_epoch(trial_id, config, data, moved, course, val_losses[: len(course.epochs)])
     for epoch, val_loss in enumerate(val_losses, start=1):
-        metrics, _ = loop.run(epoch, begun, val_loss)
+        metrics = course.past(epoch)
+        if metrics is None:
+            metrics, _ = loop.run(epoch, begun, val_loss)
+            course.add(metrics, loop.states, None, best=epoch == len(val_losses))
         if epoch == len(val_losses):
-            moved.note()
             moved.write()
-        if not (yield metrics):
+        if epoch > known and not (yield metrics):
             return
 
 
-def _first_epoch(trial_id: str, config: TrialConfig, data: TrialData, moved: MovedWeights) -> "_EpochLoop":
-    """A U-Net with its first weights, about to be trained; what moves is watched by `moved`."""
+def _first_epoch(
+    trial_id: str, config: TrialConfig, data: TrialData, moved: MovedWeights, course: Course, past: Sequence[float]
+) -> "_EpochLoop":
+    """A U-Net with its first weights, or those of its checkpoint, about to be trained; `moved` watches what moves.
+
+    `past` are the validation losses of the epochs that another process has trained.
+    """
     unet = _warm_unet(*_shape(config, data))
     unet.reset(config.seed, config.dropout)
     moved.watch(unet.logits.trainable_variables)
-    return _EpochLoop(trial_id, config, data, unet, moved)
+    turns = Turns(len(data.folds) or 1)
+    if past:
+        turns.resume(course.put_back())
+    return _EpochLoop(trial_id, config, data, unet, turns, moved.moving, past)
 
 
 def _shape(config: TrialConfig, data: TrialData) -> tuple[TrialConfig, int]:
@@ -121,7 +148,16 @@ def _warm_steps(unet: UNet, loss: str, optimizer: str) -> steps.MaskSteps:
 class _EpochLoop:
     """Runs the epochs of a trial, of each of its folds in turn."""
 
-    def __init__(self, trial_id: str, config: TrialConfig, data: TrialData, unet: UNet, moved: MovedWeights) -> None:
+    def __init__(
+        self,
+        trial_id: str,
+        config: TrialConfig,
+        data: TrialData,
+        unet: UNet,
+        turns: Turns,
+        moving: Mapping[str, keras.Variable],
+        past: Sequence[float],
+    ) -> None:
         self._trial_id = trial_id
         self._config = config
         self._data = data
@@ -130,8 +166,15 @@ class _EpochLoop:
         self._steps = _warm_steps(unet, config.mask_loss, config.optimizer)
         self._steps.begin(config.weight_decay)
         self._trainings = [(own, self._schedule(own)) for own in data.in_turn]
-        self._turns = Turns(len(self._trainings))
-        self._turns.enter(moved.watched, self._steps.optimizer_state)
+        for _, schedule in self._trainings:
+            schedule.follow(past)
+        self._turns = turns
+        self._turns.enter(moving, self._steps.optimizer_state, resumed=bool(past))
+
+    @property
+    def states(self) -> tuple[TrainingState, ...]:
+        """How each training is left between two epochs."""
+        return self._turns.states
 
     def _schedule(self, data: TrialData) -> Schedule:
         config = self._config
@@ -182,6 +225,7 @@ class _EpochLoop:
             images_per_second=len(data.train) / (trained - start),
             device=steps.device(),
             trial_seconds=time.perf_counter() - begun,
+            ended_ms=time.time_ns() // 1_000_000,
         )
         return metrics, counts
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_models.dataset import ImageRecord, Manifest
-from cxr_models.storage import written_whole
+from cxr_models.kept import keep, kept
 
 SHORTCUTS_VERSION = 2  # raise it with any change of what is found: stored results are then not used again
 FOLDS = 5
@@ -112,8 +112,7 @@ def find_shortcuts(manifest: Manifest, groups: Sequence[str], cache_dir: Path | 
         return known
     shortcuts = _measured(manifest, groups)
     if stored:
-        with written_whole(stored) as scratch:
-            scratch.write_text(json.dumps(asdict(shortcuts)))
+        keep(stored, asdict(shortcuts))
     return shortcuts
 
 
@@ -126,9 +125,9 @@ def _stored_at(manifest: Manifest, groups: Sequence[str], cache_dir: Path) -> Pa
 def _load(stored: Path) -> Shortcuts | None:
     """What the file holds; None if it is absent or damaged."""
     try:
-        known = json.loads(stored.read_bytes())
+        known = kept(stored)
         return Shortcuts(known["majority"], known["chance"], tuple(Shortcut(**row) for row in known["found"]))
-    except (OSError, ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError):
         return None
 
 

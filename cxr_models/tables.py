@@ -2,13 +2,13 @@
 
 import csv
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cxr_models.images import Flaw
+from cxr_models.kept import keep, kept
 from cxr_models.listing import (
     SPLIT_NAMES,
     DataError,
@@ -21,7 +21,6 @@ from cxr_models.listing import (
     nearest,
 )
 from cxr_models.misplaced import check_present
-from cxr_models.storage import written_whole
 
 # What a column may be called; the first name is the one that messages use.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -118,13 +117,11 @@ def read_sources(file: Path, cache_dir: Path | None = None) -> dict[str, str]:
     status = file.stat()
     stamp = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
     stored = cache_dir / "manifests" / f"{hashlib.sha256(os.fsencode(stamp)).hexdigest()[:16]}-sources.json"
-    try:
-        return {str(name): str(url) for name, url in json.loads(stored.read_bytes()).items()}
-    except (OSError, ValueError, AttributeError):
-        sources = _read_spreadsheet(file)
-        with written_whole(stored) as scratch:
-            scratch.write_text(json.dumps(sources))
-        return sources
+    known: dict[str, str] | None = kept(stored)
+    if known is None:
+        known = _read_spreadsheet(file)
+        keep(stored, known)
+    return known
 
 
 def _read_spreadsheet(file: Path) -> dict[str, str]:

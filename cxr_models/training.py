@@ -1,10 +1,10 @@
 """One trial: put in its first weights, train by phases, validate every epoch, keep the best weights."""
 
 import time
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import keras
@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from cxr_models import steps
 from cxr_models.backbones import BACKBONES
+from cxr_models.checkpoint import Arrays, TrainingState, identity
 from cxr_models.cuts import Cut, choose_cut
 from cxr_models.epochs import (
-    Arrays,
     Batches,
-    BestEpoch,
+    Course,
     MovedWeights,
     Turns,
     check_finite,
+    end_at_next,
     held_out,
     make_optimizer,
     mean_epoch,
@@ -55,6 +56,7 @@ def run_trial(
     objective: Objective,
     *,
     decisions: Collection[int] = (),
+    known: int = 0,
 ) -> Generator[EpochMetrics, bool, None]:
     """Train one configuration, yielding what each epoch measured.
 
@@ -66,6 +68,10 @@ def run_trial(
     scores of the best epoch are in `folder` when the trial ends, and after each epoch of `decisions`. A hopeless trial
     ends by itself, see `hopeless.is_hopeless`.
 
+    After every epoch, before it is yielded, a checkpoint is in `folder`, see `checkpoint.py`. A trial that finds its
+    own goes on after the epoch it was written for; every later epoch is, bit for bit, what it would have been. One that
+    finds none, or one that is torn, begins anew.
+
     Networks and compiled steps stay for the next trial of the same shape in this process; what a trial gives does not
     depend on what ran before it.
 
@@ -76,26 +82,34 @@ def run_trial(
         folder: for what the trial leaves.
         objective: which epoch is the best.
         decisions: epochs after which the caller may end the trial and still rank it.
+        known: how many epochs the caller has been told of before. Only later ones are yielded, also where those up to
+            it have to be trained again.
 
     Raises:
         DivergedError: a loss is not finite.
+        OSError: the disk is full, for one.
     """
     begun = time.perf_counter()
-    moved, epoch, course = MovedWeights(folder, scores_only=bool(data.folds)), 0, []
-    best = BestEpoch(moved, objective)
-    with closing(_phases(trial_id, config, data, moved)) as phases:
-        for loop, epochs in phases:
+    moved, epoch = MovedWeights(folder, scores_only=bool(data.folds)), 0
+    course = Course(folder, identity(trial_id, config, data, objective.metric, objective.mode), moved)
+    begun -= course.seconds
+    with closing(_phases(trial_id, config, data, moved, course)) as phases:
+        for phase in phases:
             patience = Patience(config.patience)
-            for _ in range(epochs):
+            for _ in range(phase.epochs):
                 epoch += 1
-                metrics, scores = loop.run(epoch, begun)
-                best.offer(metrics, scores)
-                course.append(metrics)
-                ends = patience.is_over(metrics.val["loss"]) or is_hopeless(course, config)
+                metrics = course.past(epoch)
+                if metrics is None:
+                    metrics, scores = phase.loop.run(epoch, begun)
+                    course.add(metrics, phase.loop.states, scores, best=course.is_best(metrics, objective))
+                ends = patience.is_over(metrics.val["loss"]) or is_hopeless(course.epochs[:epoch], config)
                 if epoch in decisions or epoch == config.epochs or ends:
                     moved.write()
-                if not (yield metrics):
+                if epoch > known and not (yield metrics):
                     moved.write()
+                    if course.best > epoch:  # an earlier process had gone on, and has kept what nobody wants now
+                        course.forget()
+                        end_at_next(run_trial(trial_id, config, data, folder, objective, known=epoch - 1))
                     return
                 if ends:
                     break  # ends the phase; the trial goes on if another follows
@@ -103,7 +117,13 @@ def run_trial(
 
 
 def train_again(
-    trial_id: str, config: TrialConfig, data: TrialData, folder: Path, val_losses: Sequence[float]
+    trial_id: str,
+    config: TrialConfig,
+    data: TrialData,
+    folder: Path,
+    val_losses: Sequence[float],
+    *,
+    known: int = 0,
 ) -> Generator[EpochMetrics, bool, None]:
     """Train a configuration once more, on other images or with another seed, for as long as was best before.
 
@@ -116,33 +136,50 @@ def train_again(
         data: `train` is what it is trained on.
         folder: gets the weights as they are after the last epoch.
         val_losses: of the earlier training, up to its best epoch.
+        known: as in `run_trial`; so are checkpoints.
 
     Raises:
         DivergedError: a loss is not finite.
+        OSError: the disk is full, for one.
     """
     begun = time.perf_counter()
     moved, epoch = MovedWeights(folder), 0
-    with closing(_phases(trial_id, config, data, moved)) as phases:
-        for loop, epochs in phases:
+    course = Course(folder, identity(trial_id, config, data, *val_losses), moved)
+    begun -= course.seconds
+    with closing(_phases(trial_id, config, data, moved, course, val_losses)) as phases:
+        for phase in phases:
             patience = Patience(config.patience)
-            for _ in range(min(epochs, len(val_losses) - epoch)):
+            for _ in range(min(phase.epochs, len(val_losses) - epoch)):
                 epoch += 1
-                metrics, _ = loop.run(epoch, begun, val_losses[epoch - 1])
+                metrics = course.past(epoch)
+                if metrics is None:
+                    metrics, _ = phase.loop.run(epoch, begun, val_losses[epoch - 1])
+                    course.add(metrics, phase.loop.states, None, best=epoch == len(val_losses))
                 if epoch == len(val_losses):
-                    moved.note()
                     moved.write()
-                if not (yield metrics) or epoch == len(val_losses):
+                if (epoch > known and not (yield metrics)) or epoch == len(val_losses):
                     return
                 if patience.is_over(val_losses[epoch - 1]):
                     break
 
 
 def _phases(
-    trial_id: str, config: TrialConfig, data: TrialData, moved: MovedWeights
-) -> Generator[tuple["_EpochLoop", int], None, None]:
-    """Each phase of a trial from its first weights on, entered, with the most epochs it gets.
+    trial_id: str,
+    config: TrialConfig,
+    data: TrialData,
+    moved: MovedWeights,
+    course: Course,
+    val_losses: Sequence[float] = (),
+) -> Generator["_Phase", None, None]:
+    """Each phase of a trial from its first weights on, or from those of its checkpoint; what moves is watched.
 
-    What moves is watched by `moved`.
+    Args:
+        trial_id: of the training.
+        config: of it.
+        data: of it.
+        moved: watches.
+        course: of the training; what an earlier process has trained of a phase is followed.
+        val_losses: that were given to the training, where they are not its own.
     """
     shape = _shape(config, data)
     network = warm_network(*shape)
@@ -153,14 +190,37 @@ def _phases(
     for index, (phase, epochs) in enumerate(zip(strategy.phases, shares, strict=True)):
         network.enter(phase, config.batch_norm)
         for layer in (*network.backbone.layers, *network.head):
-            if layer.trainable or shape[-1] is None:  # no file holds the first weights
+            if layer.trainable:
                 moved.watch(layer.weights)
-        loop = _EpochLoop(trial_id, config, data, network, strategy.phases[: index + 1], epochs, turns)
-        try:
-            turns.enter(moved.watched, loop.optimizer_state)
-            yield loop, epochs
-        finally:
-            loop.close()
+            elif shape[-1] is None and not index:  # no file holds the first weights
+                moved.watch(layer.weights, moving=False)
+        if index == course.phase:
+            turns.resume(course.put_back())
+        past = [val_losses[one.epoch - 1] if val_losses else one.val["loss"] for one in course.in_phase(index)]
+        entered = strategy.phases[: index + 1]
+        begin = partial(_EpochLoop, trial_id, config, data, network, entered, epochs, turns, moved.moving, past)
+        with closing(_Phase(epochs, begin)) as begun:
+            yield begun
+
+
+class _Phase:
+    """A phase of a trial, entered. Its loop is set up when it is first asked for: no epoch may be left to train.
+
+    Attributes:
+        epochs: the most it gets.
+    """
+
+    def __init__(self, epochs: int, begin: Callable[[], "_EpochLoop"]) -> None:
+        self.epochs = epochs
+        self._begin = begin
+
+    @cached_property
+    def loop(self) -> "_EpochLoop":
+        return self._begin()
+
+    def close(self) -> None:
+        if "loop" in vars(self):
+            self.loop.close()
 
 
 def class_weights(config: TrialConfig, labels: NDArray[np.int32], classes: int) -> NDArray[np.float32]:
@@ -232,7 +292,19 @@ class _Training:
 
 
 class _EpochLoop:
-    """Runs the epochs of one phase of a trial."""
+    """Runs the epochs of one phase of a trial.
+
+    Args:
+        trial_id: of the trial.
+        config: of the trial.
+        data: of the trial.
+        network: with the phase entered.
+        phases: this one and those before it.
+        epochs: the most the phase gets.
+        turns: of its trainings.
+        moving: every weight that has moved or will move in the phase, by its path.
+        past: the validation losses of the phase's epochs that another process has trained.
+    """
 
     def __init__(
         self,
@@ -243,6 +315,8 @@ class _EpochLoop:
         phases: Sequence[Phase],
         epochs: int,
         turns: Turns,
+        moving: Mapping[str, keras.Variable],
+        past: Sequence[float],
     ) -> None:
         self._trial_id = trial_id
         self._config = config
@@ -250,7 +324,7 @@ class _EpochLoop:
         self._turns = turns
         self._phase = len(phases) - 1
         self._network = network
-        self._moved = len(phases) > 1
+        self._moved = len(phases) > 1 or bool(past)
         cut = _kept_cut(config, data, network, phases)
         start = time.perf_counter()
         try:
@@ -274,16 +348,19 @@ class _EpochLoop:
             scales = _rate_scales(network, self._steps.trained, config.layer_decay)
             gamma = config.focal_gamma if focal else 0.0
             self._steps.begin(steps.Settings(config.weight_decay, gamma, config.label_smoothing, scales))
+            turns.enter(moving, self._steps.optimizer_state, resumed=bool(past))
         except BaseException:
             self._inputs.close()
             raise
         self._device = steps.device()
         self._trainings = [self._training(own, epochs) for own in data.in_turn]
+        for training in self._trainings:
+            training.schedule.follow(past)
 
     @property
-    def optimizer_state(self) -> Sequence[keras.Variable]:
-        """What the optimizer remembers of the steps so far."""
-        return self._steps.optimizer_state
+    def states(self) -> tuple[TrainingState, ...]:
+        """How each training is left between two epochs."""
+        return self._turns.states
 
     def _training(self, data: TrialData, epochs: int) -> _Training:
         config = self._config
@@ -343,6 +420,7 @@ class _EpochLoop:
             source=self._inputs.source,
             features_seconds=waited,
             trial_seconds=time.perf_counter() - begun,
+            ended_ms=time.time_ns() // 1_000_000,
         )
         return metrics, scores
 

@@ -21,6 +21,7 @@ TRAIN, VAL, TEST = SPLITS = ("train", "val", "test")
 # `index` and `counts`, see `mask_metrics.COUNTS`).
 BEST_WEIGHTS = "best.npz"
 VALIDATION_SCORES = "validation.npz"
+CHECKPOINT = "checkpoint.npz"  # and what it needs to go on after its last epoch, see `checkpoint.py`
 PIXELS = "pixels"  # what `EpochMetrics.source` begins with where an epoch ran the whole network
 
 # Metric -> which way is better. Every epoch reports each of them for the training and the validation images.
@@ -307,8 +308,10 @@ class EpochMetrics:
         source: what the epoch was given of each image: the name of the cut whose features were stored, or `PIXELS`,
             followed by a colon and the reason where features could not be kept.
         features_seconds: that were spent computing features for this epoch, or waiting for them.
-        trial_seconds: from the trial's start in its process to the end of this epoch.
+        trial_seconds: from the trial's start in its process to the end of this epoch; where a process goes on from a
+            checkpoint, those up to the checkpoint are counted in.
         folds: `val` of each fold, of which `val` itself is the mean, as `train` is; empty without folds.
+        ended_ms: when the epoch ended, in milliseconds since 1970; 0 where it was not written down.
     """
 
     trial_id: str
@@ -324,6 +327,7 @@ class EpochMetrics:
     features_seconds: float = 0.0
     trial_seconds: float = 0.0
     folds: tuple[Mapping[str, float], ...] = ()
+    ended_ms: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Values that JSON has."""
@@ -376,6 +380,7 @@ class TrialResult:
             features that it computed or waited for, which later trials then find.
         error: for a failed trial, one line with the cause; the traceback is in `traceback`.
         doctor: what is wrong with its training, grave diagnoses first.
+        ended_ms: when it ended, milliseconds since 1970.
     """
 
     trial_id: str
@@ -392,6 +397,7 @@ class TrialResult:
     traceback: str = ""
     doctor: tuple[Diagnosis, ...] = ()
     by_fold: tuple[float, ...] = ()
+    ended_ms: int = 0
 
     def __post_init__(self) -> None:
         if (self.outcome is Outcome.FAILED) != bool(self.error):

@@ -6,9 +6,7 @@ learned from them; the trial that it repeats has not.
 Everything that needs Keras runs in a child process; the driver's own never imports it.
 """
 
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from cxr_models.trial import (
 )
 from sweep.cross_validation import HeldOut
 from sweep.finals import FinalTraining, FinalTrainings
+from sweep.interruption import deferred
 from sweep.keras_child import CALL_TIMEOUT_S, Call, keras_child
 from sweep.machine import this_machine
 from sweep.openings import Openings
@@ -295,7 +294,7 @@ def _evaluate(
     for training in trained:
         model = folder.model if best and training is trained[0] else None
         scores = scores_of(training.config, training.training_id, found.tested_by, model)
-        with uninterrupted():
+        with deferred():
             if model:
                 _write_best_config(plan, training, data, folder)
             if len(found.tested_by):
@@ -304,11 +303,11 @@ def _evaluate(
                 found.add_final(training, scores, fitted_on=_fitted_on(data))
     if data.folds:
         held_out = HeldOut.read(folder.trial(result.trial_id) / VALIDATION_SCORES)
-        with uninterrupted():
+        with deferred():
             found.add_held_out(result, held_out)
     else:
         scores = scores_of(result.config, result.trial_id, found.chosen_by)
-        with uninterrupted():
+        with deferred():
             found.add_trial(result, scores)
     if problem and not trained:
         raise RuntimeError(problem)
@@ -344,17 +343,6 @@ def register(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData
         call(register_champion, folder.model, example, tracker.uri, tracker.parent_run_id, plan.spec.name)
     except Exception as error:  # the model is in the run folder; MLflow's copy is a convenience
         tracker.note(f"the best model was not registered: {error}")
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Let what has ended be written down; a second Ctrl-C would leave half of it."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def best_scores(finalist: Finalist, indices: NDArray[np.int64], model: Path | None) -> NDArray[np.float32]:

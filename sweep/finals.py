@@ -7,11 +7,12 @@ is trained for as many epochs as were best for its trial, at the same learning r
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from cxr_models.trial import EpochMetrics, Objective, TrialConfig, TrialResult
-from sweep.record import best_by_strategy
-from sweep.runner import WAIT, Conductor, Wait
-from sweep.worker import TrialEnd, TrialJob, Work
+from cxr_models.trial import BEST_WEIGHTS, EpochMetrics, Objective, TrialConfig, TrialResult
+from sweep.record import append_line, best_by_strategy, read_lines
+from sweep.runner import WAIT, Conductor, Retried, Wait
+from sweep.worker import Fault, TrialEnd, TrialJob, Work
 
 Told = Callable[["FinalTraining", int, int, int], None]  # (training, begun before it, of these done, of how many)
 
@@ -50,6 +51,8 @@ class FinalTrainings:
         results: every ended trial.
         epochs: trial -> its epochs.
         told: hears of each training as it begins.
+        retried: hears of one that goes on after its worker was lost.
+        journal: keeps what has ended; what stands in it is not trained again. In memory only if None.
 
     Attributes:
         seeds: as given.
@@ -67,6 +70,8 @@ class FinalTrainings:
         results: Callable[[], tuple[TrialResult, ...]],
         epochs: Callable[[], Mapping[str, Sequence[EpochMetrics]]],
         told: Told,
+        retried: Retried = lambda training_id, end, epochs: None,
+        journal: Path | None = None,
     ) -> None:
         self._search = search
         self._objective = objective
@@ -75,8 +80,11 @@ class FinalTrainings:
         self._results = results
         self._epochs = epochs
         self._told = told
+        self._retried = retried
+        self._journal = journal
         self._waiting: deque[tuple[FinalTraining, tuple[float, ...]]] | None = None
-        self._running: dict[str, FinalTraining] = {}
+        self._running: dict[str, tuple[FinalTraining, tuple[float, ...]]] = {}
+        self._begun: set[str] = set()
         self._total = 0
         self.done: list[FinalTraining] = []
         self.problems: dict[str, str] = {}
@@ -99,19 +107,22 @@ class FinalTrainings:
         """The next trial; after the last one's end the next final training; None when all have been given out."""
         job = self._search.next_job()
         if job is not None or self._search.interrupted:
-            return job
+            return job  # not before the last trial has ended
         if self._waiting is None:
-            if self._search.running:
-                return WAIT
             self._waiting = deque(self._planned())
             self._total = len(self._waiting)
+            self._take_up_ended(self._waiting)
         if not self._waiting:
-            return None
+            return WAIT if self._running else None  # one of those that run may have to be run again
         training, losses = self._waiting.popleft()
-        self._running[training.training_id] = training
-        begun, done = self._total - len(self._waiting) - 1, len(self.done) + len(self.problems)
-        self._told(training, begun, done, self._total)
-        return TrialJob(training.training_id, training.config, self.work, again=losses)
+        name = training.training_id
+        self._running[name] = training, losses
+        if name not in self._begun:
+            self._begun.add(name)
+            done = len(self.done) + len(self.problems)
+            self._told(training, done + len(self._running) - 1, done, self._total)
+        alone = self._search.retries.is_alone(name)
+        return TrialJob(name, training.config, self.work, again=losses, alone=alone)
 
     def epoch(self, metrics: EpochMetrics) -> bool:
         """Take note of an epoch; whether the training goes on."""
@@ -121,13 +132,45 @@ class FinalTrainings:
 
     def ended(self, trial_id: str, end: TrialEnd) -> None:
         """A trial or a final training came to its end."""
-        training = self._running.pop(trial_id, None)
-        if training is None:
+        running = self._running.pop(trial_id, None)
+        if running is None:
             self._search.ended(trial_id, end)
-        elif end.error:
-            self.problems[trial_id] = end.error
-        elif not self._search.interrupted:
+            return
+        if self._search.interrupted:
+            return  # what is not on record goes on when the sweep does
+        judged = self._search.retries.judged(trial_id, end)
+        if judged is None:
+            if self._waiting is not None:
+                self._waiting.appendleft(running)
+            self._retried(trial_id, end, 0)
+            return
+        if self._journal:
+            append_line(self._journal, {"training_id": trial_id, "problem": judged.error})
+        self._note(running[0], judged.error)
+
+    def all_lost(self, cause: str) -> None:
+        """Whatever ran the trainings is gone, and with it each one that runs."""
+        self._search.all_lost(cause)
+        for name in list(self._running):
+            self.ended(name, TrialEnd(cause, fault=Fault.LOST))
+
+    def _note(self, training: FinalTraining, problem: str) -> None:
+        if problem:
+            self.problems[training.training_id] = problem
+        else:
             self.done.append(training)
+
+    def _take_up_ended(self, planned: "deque[tuple[FinalTraining, tuple[float, ...]]]") -> None:
+        """Take those off that an earlier session has trained, unless their weights are gone."""
+        ended = {}
+        for entry in read_lines(self._journal) if self._journal else ():
+            ended[entry["training_id"]] = entry["problem"]
+        for training, losses in list(planned):
+            problem = ended.get(training.training_id)
+            weights = self.work.folder / training.training_id / BEST_WEIGHTS
+            if problem or (problem is not None and weights.is_file()):
+                planned.remove((training, losses))
+                self._note(training, problem)
 
     def of(self, trial: TrialResult) -> list[FinalTraining]:
         """The trainings of a strategy's best trial that can be evaluated, its own seed first."""

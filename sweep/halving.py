@@ -164,14 +164,16 @@ class Halving:
             goes_on = epoch == config.epochs or self._goes_on(arrived, value)
             arrival = _Arrival(*stratum_of(config), images, trial_id, value, goes_on)
             if self._journal:
-                append_line(self._journal, asdict(arrival))
+                append_line(self._journal, asdict(arrival), durable=False)
             self._note(arrival)
         return arrived[trial_id].goes_on
 
     def strike(self, trial_id: str) -> None:
-        """Strike a trial that failed, gave itself up, or that a sweep which goes on does not take up again."""
+        """Strike a trial that failed or gave itself up."""
+        if trial_id in self._struck:
+            return  # before a restart
         if self._journal:
-            append_line(self._journal, {"struck": trial_id})
+            append_line(self._journal, {"struck": trial_id}, durable=False)
         self._struck.add(trial_id)
 
     def _read(self, journal: Path) -> None:

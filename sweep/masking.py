@@ -4,13 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
+from cxr_models.arrays import Put, kept_array
 from cxr_models.dataset import Manifest, Progress
 from cxr_models.masking import chunks, in_channels, masked_array
 from cxr_models.pixels import mask_array, pixel_array
-from cxr_models.storage import written_whole
 from sweep.keras_child import keras_child
 from sweep.lung_masks import EarlierModel
 from sweep.plan import Plan
@@ -50,18 +49,16 @@ def _found_lungs(
     side = model.image_side
     pixels = pixel_array(manifest, side, cache_dir, progress(f"decoding at {side} px"))
     path = cache_dir / "masks" / f"{pixels.stem}-{model.sha256[:24]}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
     finding = progress("finding lungs")
-    with FileLock(path.with_suffix(".lock")):
-        if not path.is_file():
-            images, parts = len(manifest.records), []
-            with keras_child(cache_dir / "logs" / "lung_masks.log") as call:
-                for some in chunks(images):
-                    parts.append(call(find_lungs, model, pixels, some, threads))
-                    finding(min(some.stop, images), images)
-            with written_whole(path) as scratch:
-                np.save(scratch, np.concatenate(parts))
-    return path
+    images = len(manifest.records)
+
+    def find_all(put: Put) -> None:
+        with keras_child(cache_dir / "logs" / "lung_masks.log") as call:
+            for some in chunks(images):
+                put(some.start, call(find_lungs, model, pixels, some, threads))
+                finding(min(some.stop, images), images)
+
+    return kept_array(path, (images, side, side, 1), find_all)
 
 
 def find_lungs(model: EarlierModel, pixels: Path, some: slice, threads: int) -> NDArray[np.uint8]:

@@ -43,7 +43,8 @@ class Openings:
             tracker: tells the sweep's run.
             models: how many final models will read it.
         """
-        earlier = {entry["run"] for entry in read_lines(self.shared)}
+        run = str(self.own.parent.parent)
+        earlier = {entry["run"] for entry in read_lines(self.shared)} - {run}
         opening = {
             "opened": datetime.now(UTC).isoformat(timespec="seconds"),
             "trials": [result.trial_id for result in finalists],
@@ -52,6 +53,6 @@ class Openings:
         }
         append_line(self.own, opening)
         self.shared.parent.mkdir(parents=True, exist_ok=True)
-        append_line(self.shared, {"opened": opening["opened"], "run": str(self.own.parent.parent), "models": models})
+        append_line(self.shared, {"opened": opening["opened"], "run": run, "models": models})
         text = f"{opening['opened']}: {models} final models of {len(finalists)} strategies"
         tracker.test_opened(sum(1 for _ in read_lines(self.own)), text)

@@ -19,7 +19,9 @@ from cxr_models.dataset import Progress
 from cxr_models.features import UnderWay, under_way
 from cxr_models.trial import PIXELS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
 from sweep.finals import FinalTraining
+from sweep.record import Past
 from sweep.wording import duration, noted, strategy_text
+from sweep.worker import Fault, TrialEnd
 
 SHOWN_TRIALS = 12
 LINE_INTERVAL_S = 5.0
@@ -121,6 +123,8 @@ class SweepProgress:
         self._extraction = _Extraction(features) if features else None
         self._uncached: set[str] = set()
         self._running: dict[str, tuple[Suggestion, EpochMetrics | None]] = {}
+        self._suggestions: dict[str, Suggestion] = {}  # of the trials that have not ended
+        self._before = 0  # trials that ended in earlier sessions
         self._told: dict[str, float] = {}
         self._outcomes: Counter[Outcome] = Counter()
         self._best: TrialResult | None = None
@@ -162,8 +166,34 @@ class SweepProgress:
             ended.set()
             thread.join()
 
+    def taken_up(self, past: Past) -> None:
+        """Earlier sessions have done a part."""
+        epochs = [metrics for trial in past.epochs.values() for metrics in trial]
+        self._epochs = len(epochs)
+        for _, result in past.ended:
+            self._count(result)
+        self._before = self._outcomes.total()
+        going_on = len(past.begun) - len(past.ended)
+        self._console.print(
+            f"going on after {len(past.ended)} of {self._trials} trials and {len(epochs)} epochs"
+            + (f"; {going_on} trials were running, and go on from their last epoch" if going_on else "")
+        )
+        for suggestion, _ in past.begun:
+            self._suggestions[suggestion.trial_id] = suggestion
+        for _, result in past.ended:
+            self._suggestions.pop(result.trial_id, None)
+
+    def retried(self, trial_id: str, end: TrialEnd, epochs: int) -> None:
+        """A trial or a final training goes on after its worker was lost."""
+        suggestion = self._suggestions.get(trial_id)
+        name = f"trial {suggestion.number + 1}" if suggestion else f"final training {trial_id}"
+        after = f" from epoch {epochs + 1}" if epochs else ""
+        alone = ", alone on the device" if end.fault is Fault.NO_MEMORY else ""
+        self._console.print(Text(f"note: {name} goes on{after}{alone}: {end.error}", style="yellow"), soft_wrap=True)
+
     def started(self, suggestion: Suggestion) -> None:
         """A trial begins."""
+        self._suggestions[suggestion.trial_id] = suggestion
         self._running[suggestion.trial_id] = suggestion, None
         self._told[suggestion.trial_id] = time.monotonic()
         self._say(f"trial {suggestion.number + 1} of {self._trials} starts: {describe(suggestion)}")
@@ -176,8 +206,7 @@ class SweepProgress:
             self._console.print(
                 "note: trials were given a GPU, but TensorFlow sees none; pip install '.[gpu]' brings CUDA"
             )
-        if metrics.trial_id in self._running:
-            suggestion, _ = self._running[metrics.trial_id]
+        if suggestion := self._suggestions.get(metrics.trial_id):
             self._running[metrics.trial_id] = suggestion, metrics
             self._tell_uncached(suggestion, metrics)
             self._tell_epoch(suggestion, metrics)
@@ -194,7 +223,7 @@ class SweepProgress:
     def _tell_epoch(self, suggestion: Suggestion, metrics: EpochMetrics) -> None:
         """A line a trial every few seconds: more would take longer to write than a short epoch."""
         now, name = time.monotonic(), self._objective.metric
-        if now - self._told[metrics.trial_id] < LINE_INTERVAL_S:
+        if now - self._told.setdefault(metrics.trial_id, now) < LINE_INTERVAL_S:
             return
         self._told[metrics.trial_id] = now
         self._say(
@@ -206,14 +235,19 @@ class SweepProgress:
         """A trial ended."""
         self._running.pop(result.trial_id, None)
         self._told.pop(result.trial_id, None)
-        self._outcomes[result.outcome] += 1
+        self._suggestions.pop(result.trial_id, None)
+        self._count(result)
         value = result.val.get(self._objective.metric)
-        if value is not None and result.outcome is not Outcome.FAILED and self._objective.better(value, self._best_val):
-            self._best, self._best_val = result, value
         found = result.error or (f"val {self._objective.metric} {value:.3f}" if value is not None else "no epoch")
         found += noted(result)
         self._say(f"trial {number + 1} {result.outcome.replace('_', ' ')} after {result.epochs} epochs: {found}")
         self._say(self._status().plain)
+
+    def _count(self, result: TrialResult) -> None:
+        self._outcomes[result.outcome] += 1
+        value = result.val.get(self._objective.metric)
+        if value is not None and result.outcome is not Outcome.FAILED and self._objective.better(value, self._best_val):
+            self._best, self._best_val = result, value
 
     def trained_again(self, training: FinalTraining, begun: int, done: int, total: int) -> None:
         """A final training begins."""
@@ -249,7 +283,7 @@ class SweepProgress:
 
     def _seconds_left(self) -> float:
         """By the pace since the first epoch: what came before it, such as starting the workers, comes only once."""
-        if self._first is None or not self._outcomes:
+        if self._first is None or self._outcomes.total() == self._before:
             return 0.0
         begun, before = self._first
         done = self._done()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cxr_models.metrics import confusion_matrix
 from cxr_models.trial import CLASSIFY, TEST, VAL, EpochMetrics, Objective, TrialResult
-from sweep.record import RunFolder, ranked, read_lines, varied_axes
+from sweep.record import RunFolder, ranked, read_epochs, read_lines, varied_axes
 from sweep.reference import ReferenceSpec
 from sweep.samples import Samples, read_samples
 from sweep.spec import read_spec
@@ -164,16 +164,6 @@ def _found(path: Path) -> str:
         return "a file" if path.exists() else "nothing there"
     names = sorted(entry.name for entry in path.iterdir())
     return ", ".join([*names[:5], *(["..."] if len(names) > 5 else [])]) or "an empty folder"
-
-
-def read_epochs(path: Path) -> Mapping[str, tuple[EpochMetrics, ...]]:
-    """Trial -> its epochs in order, of the record of a sweep that may still run."""
-    # A resumed trial repeats the epochs after its checkpoint; the later entry is the one it went on from.
-    trials: dict[str, dict[int, EpochMetrics]] = {}
-    for entry in read_lines(path):
-        metrics = EpochMetrics.from_json(entry)
-        trials.setdefault(metrics.trial_id, {})[metrics.epoch] = metrics
-    return {trial_id: tuple(epochs[number] for number in sorted(epochs)) for trial_id, epochs in trials.items()}
 
 
 def _read_final(path: Path, best: str, tested: bool) -> FinalPredictions | None:

@@ -8,12 +8,22 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cxr_models.storage import written_whole
-from cxr_models.trial import AXES, BEST_WEIGHTS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
+from cxr_models.storage import append_whole, sync, written_whole
+from cxr_models.trial import (
+    AXES,
+    BEST_WEIGHTS,
+    CHECKPOINT,
+    EpochMetrics,
+    Objective,
+    Outcome,
+    Suggestion,
+    TrialConfig,
+    TrialResult,
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class RunFolder:
 
     @property
     def suggestion_record(self) -> Path:
-        """One line a trial that was begun: number, trial_id and configuration."""
+        """One line a trial that was begun: number, trial_id, how many had `ended` before, and configuration."""
         return self.state / "suggestions.jsonl"
 
     @property
@@ -97,6 +107,21 @@ class RunFolder:
     def halving(self) -> Path:
         """One line a trial at a rung, with what was decided; and one for each that failed or gave itself up."""
         return self.state / "halving.jsonl"
+
+    @property
+    def final_record(self) -> Path:
+        """One line a final training that ended: `training_id`, and `problem` if it failed."""
+        return self.state / "finals.jsonl"
+
+    @property
+    def sessions(self) -> Path:
+        """One line each time the sweep was begun or gone on with, and one each time it came to its end."""
+        return self.state / "sessions.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that works on the sweep, see `folder_lock.py`."""
+        return self.state / "lock"
 
     @property
     def test_openings(self) -> Path:
@@ -126,8 +151,13 @@ class RunFolder:
     def tracking_artifacts(self) -> Path:
         return self.path / "mlartifacts"
 
+    @property
+    def holds_inputs(self) -> bool:
+        """Whether a sweep was begun here; before that, it has no trial to lose."""
+        return self.spec.is_file() and self.split.is_file()
+
     def trial(self, trial_id: str) -> Path:
-        """Where a trial keeps its best weights and validation scores."""
+        """Where a trial keeps its last checkpoint, its best weights and validation scores."""
         return self.state / "trials" / trial_id
 
     def log(self, name: str) -> Path:
@@ -164,9 +194,37 @@ class RunFolder:
             folder.state.mkdir()
             return folder
 
+    @classmethod
+    def latest(cls, out: Path, name: str, *, exactly: bool) -> "RunFolder":
+        """The folder of a sweep that is gone on with.
+
+        Args:
+            out: where run folders lie.
+            name: of the folder.
+            exactly: take this one; otherwise the last of `<name>`, `<name>-2`, `<name>-3`, ...
+
+        Raises:
+            ValueError: there is none.
+        """
+        path, number = out / name, 2
+        while not exactly and (later := out / f"{name}-{number}").is_dir():
+            path, number = later, number + 1
+        folder = cls(path.resolve())
+        if path.is_dir() and not any(path.iterdir()):
+            folder.state.mkdir()  # whoever made it was killed in this moment
+        if not folder.state.is_dir():
+            what = "a folder that no sweep has made" if path.is_dir() else "nothing there"
+            raise ValueError(
+                f"expected the run folder of a sweep at {path}, but found {what}; --resume goes on with a sweep that "
+                "was begun: name its folder with --out and --name, or leave --resume out to begin"
+            )
+        return folder
+
 
 class Record:
     """Writes the record of a sweep, and keeps the weights of each strategy's best trial.
+
+    Where the folder holds the record of an earlier session, it is gone on with, see `past`.
 
     What a trial's end costs does not grow with the number of trials before it. `trials.csv` has every ended trial at
     once, in the order of their ends until `close`.
@@ -178,6 +236,13 @@ class Record:
         self._results: dict[int, TrialResult] = {}
         self._columns: tuple[str, ...] = ()
         self._leaders: dict[tuple[str, str], dict[int, TrialResult]] = {}
+        self.past = read_past(folder)
+        for number, result in self.past.ended:
+            self._results[number] = result
+            self._drop_what_lost(number, result)
+        if self._results:
+            self._columns = _table_metrics((name for result in self.results for name in result.val), objective)
+            write_trials_csv(folder.trials, self.results, objective)
 
     @property
     def results(self) -> tuple[TrialResult, ...]:
@@ -185,17 +250,20 @@ class Record:
         return _in_order(self._results)
 
     def started(self, suggestion: Suggestion) -> None:
-        entry = {"number": suggestion.number, "trial_id": suggestion.trial_id, "config": suggestion.config.to_json()}
-        append_line(self._folder.suggestion_record, entry)
+        entry = {"number": suggestion.number, "trial_id": suggestion.trial_id, "ended": len(self._results)}
+        append_line(self._folder.suggestion_record, {**entry, "config": suggestion.config.to_json()}, durable=False)
 
     def epoch(self, metrics: EpochMetrics) -> None:
-        append_line(self._folder.epoch_record, metrics.to_json())
+        append_line(self._folder.epoch_record, metrics.to_json(), durable=False)
 
     def ended(self, number: int, result: TrialResult) -> None:
-        self._results[number] = result
+        # Epochs come many a second; what a power failure must not tear apart is on the disk when a trial has ended.
+        sync(self._folder.suggestion_record)
+        sync(self._folder.epoch_record)
         append_line(self._folder.trial_record, {"number": number, **result.to_json()})
+        self._results[number] = result
         self._add_to_table(result)
-        self._drop_beaten_weights(number, result)
+        self._drop_what_lost(number, result)
 
     def close(self) -> None:
         """Bring `trials.csv` into the order of suggestion, and drop weights that a trial left after its end."""
@@ -214,7 +282,9 @@ class Record:
             with self._folder.trials.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow(_table_row(result, columns))
 
-    def _drop_beaten_weights(self, number: int, result: TrialResult) -> None:
+    def _drop_what_lost(self, number: int, result: TrialResult) -> None:
+        """Of a trial that ended, the checkpoint, and of each strategy all weights but the best trial's."""
+        (self._folder.trial(result.trial_id) / CHECKPOINT).unlink(missing_ok=True)
         contenders = {**self._leaders.get(strategy_of(result), {}), number: result}
         first = ranked(_in_order(contenders), self._objective)[:1]
         for other, contender in contenders.items():
@@ -307,6 +377,43 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+@dataclass(frozen=True)
+class Past:
+    """What earlier sessions of a sweep have recorded.
+
+    Attributes:
+        begun: each trial in the order of suggestion, with how many trials had ended before it.
+        ended: number of the trial and its result, in the order of their ends.
+        epochs: trial -> its epochs in order.
+    """
+
+    begun: Sequence[tuple[Suggestion, int]] = ()
+    ended: Sequence[tuple[int, TrialResult]] = ()
+    epochs: Mapping[str, Sequence[EpochMetrics]] = field(default_factory=dict)
+
+
+def read_past(folder: RunFolder) -> Past:
+    """The record of a sweep that is gone on with; lines that were cut short are taken off it."""
+    for path in (folder.suggestion_record, folder.epoch_record, folder.trial_record, folder.final_record):
+        drop_cut_line(path)
+    drop_cut_line(folder.test_openings)
+    begun = []
+    for entry in read_lines(folder.suggestion_record):
+        config = TrialConfig.from_json(entry["config"])
+        begun.append((Suggestion(entry["number"], entry["trial_id"], config), entry["ended"]))
+    ended = [(entry.pop("number"), TrialResult.from_json(entry)) for entry in read_lines(folder.trial_record)]
+    return Past(begun, ended, read_epochs(folder.epoch_record))
+
+
+def read_epochs(path: Path) -> Mapping[str, tuple[EpochMetrics, ...]]:
+    """Trial -> its epochs in order, of the record of a sweep that may still run."""
+    trials: dict[str, dict[int, EpochMetrics]] = {}
+    for entry in read_lines(path):
+        metrics = EpochMetrics.from_json(entry)
+        trials.setdefault(metrics.trial_id, {})[metrics.epoch] = metrics
+    return {trial_id: tuple(epochs[number] for number in sorted(epochs)) for trial_id, epochs in trials.items()}
+
+
 def drop_cut_line(path: Path) -> None:
     """Take a last line that a crash cut short off a record, before more is added to it."""
     lines = path.read_bytes() if path.is_file() else b""
@@ -315,7 +422,10 @@ def drop_cut_line(path: Path) -> None:
             scratch.write_bytes(lines[: lines.rfind(b"\n") + 1])
 
 
-def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Add one entry to a record."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values, ensure_ascii=False) + "\n")
+def append_line(path: Path, values: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Add one entry to a record, see `storage.append_whole`.
+
+    Raises:
+        NoSpace: the disk takes no more; the record is as it was.
+    """
+    append_whole(path, json.dumps(values, ensure_ascii=False) + "\n", durable=durable)

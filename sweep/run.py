@@ -1,18 +1,17 @@
 """`python -m sweep.run SPACE.yaml`: arguments, what is printed, exit status.
 
-Exit status: 0 done; 1 the sweep could not finish, or its data leak; 2 the file, an argument or the data is
-wrong; 130 interrupted.
+Exit status: 0 done; 1 the sweep could not finish, the disk is full, or the data leak; 2 the file, an argument or the
+data is wrong; 130 interrupted.
 """
 
 import argparse
 import math
 import os
-import signal
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from platformdirs import user_cache_path
@@ -21,8 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from cxr_models.dataset import DataError
-from cxr_models.trial import SEGMENT, TEST, TrialResult
+from cxr_models.storage import NoSpace
+from cxr_models.trial import SEGMENT, TEST, TrialData, TrialResult
 from sweep.audit_view import AuditRefused
+from sweep.folder_lock import FolderInUse, FolderLock
+from sweep.interruption import INTERRUPTED, handled
 from sweep.machine import ClusterUnreachable, Machine, this_machine
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
@@ -30,13 +32,14 @@ from sweep.progress import StepProgress
 from sweep.record import RunFolder, ranked
 from sweep.reference import COMPARED, ReferenceSpec, compare
 from sweep.results_view import MARK, doctor_lines, ranking, seeds_text, strategy_table
+from sweep.resume import ResumeRefused, Sessions, continued, recorded_name
 from sweep.spec import SpecError, checked_name, read_spec
 from sweep.tasks import SHOWN_AXES_OF
 from sweep.verdict_view import print_verdict
 from sweep.weights import WeightsError
 from sweep.wording import duration, figure, subset_note
 
-DONE, UNFINISHED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, UNFINISHED, WRONG_INPUT = 0, 1, 2
 PIPED_WIDTH = 140
 
 
@@ -54,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seed", type=int, metavar="N", help="of search, split and training")
     found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set a value of the YAML file")
     found.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where run folders lie (runs)")
-    found.add_argument("--name", metavar="NAME", help="of the run folder; refused if it exists")
+    found.add_argument("--name", metavar="NAME", help="of the run folder; refused if it exists, but for --resume")
     found.add_argument("--cache-dir", type=Path, metavar="DIR", help="for decoded images and other work to keep")
     caching = found.add_mutually_exclusive_group()
     caching.add_argument(
@@ -68,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--concurrency", type=int, metavar="N", help="trials at once")
     found.add_argument("--plan", action="store_true", help="show what would run, and stop")
     found.add_argument("--inline", action="store_true", help="run in this process, without Ray: for debugging")
+    found.add_argument(
+        "--resume", action="store_true", help="go on with the sweep of the run folder; more --trials let it grow"
+    )
     found.add_argument("--address", default="", metavar="ADDR", help="of a running Ray cluster, or auto")
     return found
 
@@ -103,26 +109,35 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
-    arguments = parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(given)
     console, errors = _console(), Console(stderr=True, highlight=False, soft_wrap=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    begun: list[RunFolder] = []
+
+    def last_words() -> str:
+        return f"ended at once: {_how_to_go_on(given, begun)}" if begun else "ended at once"
+
     try:
-        return _run(arguments, console)
-    except (SpecError, DataError, WeightsError, ClusterUnreachable) as error:
+        with handled(last_words):
+            return _run(arguments, given, console, begun)
+    except (SpecError, DataError, WeightsError, ClusterUnreachable, FolderInUse, ResumeRefused) as error:
         errors.print(Text(str(error)))
         return WRONG_INPUT
-    except AuditRefused as error:
+    except (AuditRefused, NoSpace) as error:
         errors.print(Text(str(error)))
         return UNFINISHED
     except KeyboardInterrupt:
-        errors.print("interrupted before the first trial; nothing was begun")
+        errors.print("interrupted before a trial could run; nothing has changed")
         return INTERRUPTED
 
 
-def _run(arguments: argparse.Namespace, console: Console) -> int:
+def _run(arguments: argparse.Namespace, given: Sequence[str], console: Console, begun: list[RunFolder]) -> int:
     spec = read_spec(arguments.space, overrides(arguments))
     if arguments.name:
         spec = replace(spec, name=checked_name(arguments.name))
+    folder = _folder_to_go_on_with(arguments, spec.name) if arguments.resume else None
+    if folder and folder.holds_inputs:
+        spec = replace(spec, name=recorded_name(folder))
     # Absolute, because Ray's workers run in folders of their own.
     cache_dir = (arguments.cache_dir or user_cache_path("cxr-sweep")).expanduser().resolve()
     machine = _machine(arguments.address)
@@ -140,29 +155,107 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         raise AuditRefused(plan.audit)
     if arguments.plan:
         return DONE
-    from sweep.session import prepare, run_sweep  # brings pandas and matplotlib, which a plan can do without
+    if folder is None:
+        data = _prepared(plan, cache_dir, console)
+        folder = _new_folder(arguments, spec.name)
+        with FolderLock(folder.lock):
+            return _work(plan, folder, data, cache_dir, arguments, given, console, begun, Sessions())
+    with FolderLock(folder.lock):
+        sessions = Sessions.read(folder) if folder.holds_inputs else Sessions()
+        if sessions.past:
+            plan = continued(plan, folder, sessions)
+        for note in sessions.notes():
+            console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+        if sessions.is_done(plan.spec.search.trials):
+            return _tell_that_it_is_done(plan, folder, console)
+        data = _prepared(plan, cache_dir, console)
+        return _work(plan, folder, data, cache_dir, arguments, given, console, begun, sessions)
 
-    data = prepare(plan, cache_dir, StepProgress(console))
+
+def _prepared(plan: Plan, cache_dir: Path, console: Console) -> TrialData:
+    from sweep.session import prepare  # brings pandas and matplotlib, which a plan can do without
+
+    return prepare(plan, cache_dir, StepProgress(console))
+
+
+def _tell_that_it_is_done(plan: Plan, folder: RunFolder, console: Console) -> int:
+    from sweep.readback import read_run
+
+    run = read_run(folder)
+    print_results(plan, run.results, run.summary, console)
+    console.print(
+        f"\nnothing is left to do: the sweep in {folder.path} has come to its end; more --trials would let it grow",
+        soft_wrap=True,
+    )
+    return DONE
+
+
+def _folder_to_go_on_with(arguments: argparse.Namespace, name: str) -> RunFolder:
     try:
-        folder = RunFolder.create(arguments.out, arguments.name or spec.name, exactly=bool(arguments.name))
+        return RunFolder.latest(arguments.out, name, exactly=bool(arguments.name))
     except ValueError as error:
         raise SpecError("the command", [str(error)]) from None
-    console.print(f"run folder: {folder.path}")
+
+
+def _new_folder(arguments: argparse.Namespace, name: str) -> RunFolder:
+    try:
+        return RunFolder.create(arguments.out, name, exactly=bool(arguments.name))
+    except ValueError as error:
+        raise SpecError("the command", [str(error)]) from None
+
+
+def _work(
+    plan: Plan,
+    folder: RunFolder,
+    data: TrialData,
+    cache_dir: Path,
+    arguments: argparse.Namespace,
+    given: Sequence[str],
+    console: Console,
+    begun: list[RunFolder],
+    sessions: Sessions,
+) -> int:
+    """Run the sweep in its folder, or what is left of it, and print what came of it."""
+    from sweep.session import run_sweep
+
+    console.print(f"run folder: {folder.path}", soft_wrap=True)
+    begun.append(folder)
     ended = run_sweep(
-        plan, folder, data, cache_dir, inline=arguments.inline, address=arguments.address, console=console
+        plan,
+        folder,
+        data,
+        cache_dir,
+        inline=arguments.inline,
+        address=arguments.address,
+        console=console,
+        sessions=sessions,
     )
-    print_results(plan, ended.results, ended.summary, console)
+    if ended.summary:
+        print_results(plan, ended.results, ended.summary, console)
     if ended.tracking_problem:
         console.print(Text(f"note: {ended.tracking_problem}", style="yellow"))
     console.print(f"\nreport: {folder.report}\nsee every trial: {ended.ui_command}", soft_wrap=True)
     console.print(f"  and open {ended.ui_address}", soft_wrap=True)
-    if ended.interrupted:
-        console.print(f"interrupted: {len(ended.results)} finished trials are kept in {folder.path}", soft_wrap=True)
-        return INTERRUPTED
-    if ended.failure:
-        console.print(Text(f"the sweep failed; {len(ended.results)} finished trials are kept:\n{ended.failure}"))
-        return UNFINISHED
-    return DONE if "best" in ended.summary else UNFINISHED
+    if not (ended.interrupted or ended.failure):
+        return DONE if "best" in ended.summary else UNFINISHED
+    what = f"the sweep failed: {ended.failure}\n" if ended.failure else "interrupted: "
+    console.print(Text(what + _how_to_go_on(given, begun, len(ended.results))), soft_wrap=True)
+    return INTERRUPTED if ended.interrupted else UNFINISHED
+
+
+def _how_to_go_on(given: Sequence[str], begun: Sequence[RunFolder], finished: int | None = None) -> str:
+    """What is kept of a sweep that was cut short, and the command that goes on with it."""
+    folder = begun[0]
+    command = ["python", "-m", "sweep.run", *given]
+    if "--resume" not in given:
+        command.append("--resume")
+    if not any(each == "--name" or each.startswith("--name=") for each in given):
+        command += ["--name", folder.path.name]
+    finished_trials = "all finished trials" if finished is None else f"{finished} finished trials"
+    return (
+        f"{finished_trials} are kept in {folder.path}, and running ones up to their last epoch\n"
+        f"to go on: {shlex.join(command)}"
+    )
 
 
 def _machine(address: str) -> Machine:
@@ -219,7 +312,8 @@ def _opened(summary: Mapping[str, Any]) -> str:
     """How often, as far as is known."""
     openings = summary["test_openings"]
     earlier = max((opening["earlier_sweeps"] for opening in openings), default=0)
-    return f", opened once by this sweep and by {earlier} before it" if earlier else ", opened once"
+    own = "once" if len(openings) == 1 else f"{len(openings)} times"
+    return f", opened {own} by this sweep and by {earlier} before it" if earlier else f", opened {own}"
 
 
 def _print_reference(reference: ReferenceSpec, summary: Mapping[str, Any], console: Console) -> None:
@@ -271,11 +365,6 @@ class _LastingConsole(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM is what schedulers send; it ends a sweep as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,8 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from cxr_models.trial import Outcome, Suggestion, TrialConfig
+from cxr_models.trial import AXES, Outcome, Suggestion, TrialConfig
+from sweep.record import drop_cut_line
 from sweep.space import Choice, Constant, Domain, Space, Value
 from sweep.spec import SearchSpec, SweepSpec
 
@@ -52,6 +53,9 @@ class Search:
         order: sort key of a configuration. Trials that do not depend on the results of others (a grid's, random ones,
             TPE's first) are given out in this order, fixed points still before the rest. The same trials run with
             every order.
+        stages: `search.trials` of each session of a sweep that goes on, where it grew; the last is the spec's. What
+            an earlier session drew ahead is then drawn as it was.
+        resumed: the journal is one of an earlier session, which is gone on with.
 
     Raises:
         FileExistsError: the journal is there already; a study of another sweep must not flow into this one.
@@ -60,15 +64,24 @@ class Search:
         total: how many trials there will be: `search.trials`, or fewer where a grid has fewer points.
     """
 
-    def __init__(self, spec: SweepSpec, journal: Path | None = None, *, order: Order | None = None) -> None:
+    def __init__(
+        self,
+        spec: SweepSpec,
+        journal: Path | None = None,
+        *,
+        order: Order | None = None,
+        stages: Sequence[int] = (),
+        resumed: bool = False,
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._spec = spec
         self._order = order
-        self._fixed, self._rest = points_of(spec)
-        self.total = len(self._fixed) + len(self._rest) if spec.search.algorithm == "grid" else spec.search.trials
-        self._model = _Model(spec)
-        self._journal = _Journal(journal, spec) if journal else None
-        self._ahead: deque[_Drawn] | None = None
+        sizes = stages or (spec.search.trials,)
+        self._stages = deque(_stages(spec, sizes))
+        grid = spec.search.algorithm == "grid"
+        self.total = sum(stage.points for stage in self._stages) if grid else spec.search.trials
+        self._model = _Model(spec, trials=sizes[0])
+        self._journal = _Journal(journal, spec, resumed=resumed) if journal else None
+        self._ahead: deque[_Drawn] = deque()
         self._open: dict[int, _Drawn] = {}
         self._given_out = 0
         self._repeats: Counter[str] = Counter()
@@ -77,18 +90,52 @@ class Search:
         """The next trial: fixed points first, then what the algorithm finds; None once all were given out."""
         if self._given_out == self.total:
             return None
-        if self._ahead is None:
-            self._ahead = deque(self._draw_ahead())
-        drawn = self._ahead.popleft() if self._ahead else self._model.draw()
+        return self._give_out(self._next_ahead() or self._model.draw())
+
+    def again(self, suggestion: Suggestion) -> bool:
+        """Give out a trial that an earlier session was given, as its next one.
+
+        Returns:
+            Whether this search would have suggested it, too: its sampler is then as it was.
+
+        Raises:
+            ValueError: trials are given out in another order than they were.
+        """
+        config, as_before = suggestion.config, True
+        drawn = self._next_ahead(config)
+        if drawn is None:
+            drawn = self._model.draw()
+            as_before = drawn.config == config
+        if not as_before:
+            self._model.forget(drawn)
+            drawn = self._model.draw({axis: getattr(config, axis) for axis in AXES})
+            drawn.config = config
+        given = self._give_out(drawn)
+        if given != suggestion:
+            raise ValueError(f"expected trial {given.number} ({given.trial_id}) next, got {suggestion}")
+        return as_before
+
+    def _give_out(self, drawn: "_Drawn") -> Suggestion:
         number = self._given_out
         self._given_out += 1
         self._open[number] = drawn
         if self._journal:
             self._journal.begin(number, drawn)
-        self._repeats[drawn.config.digest] += 1
-        repeat = self._repeats[drawn.config.digest]
         digest = drawn.config.digest
+        self._repeats[digest] += 1
+        repeat = self._repeats[digest]
         return Suggestion(number, digest if repeat == 1 else f"{digest}-{repeat}", drawn.config)
+
+    def _next_ahead(self, config: TrialConfig | None = None) -> "_Drawn | None":
+        """Of the trials that no result can change the next one, or the one with this configuration."""
+        if not self._ahead and self._stages and self._given_out >= self._stages[0].begin:
+            for points in self._stages.popleft().groups:
+                self._ahead.extend(self._sorted([self._model.draw(point) for point in points]))
+        for drawn in self._ahead:
+            if config is None or drawn.config == config:
+                self._ahead.remove(drawn)
+                return drawn
+        return None
 
     def report(self, number: int, epoch: int, value: float) -> None:
         """Note the objective after an epoch. A trial that was retried may report an epoch again; the first counts.
@@ -102,13 +149,14 @@ class Search:
             if self._journal:
                 self._journal.report(number, epoch, value)
 
-    def finish(self, number: int, outcome: Outcome, value: float | None) -> None:
+    def finish(self, number: int, outcome: Outcome, value: float | None, *, avoid: bool = False) -> None:
         """Note how a trial ended.
 
         Args:
             number: of the suggestion.
             outcome: an early stop counts with what was reported, a failure only as a failure.
             value: of the objective, needed for a completed trial; what is not finite counts as a failure.
+            avoid: a failed trial tells against its surroundings: they are taken for worse than all others.
 
         Raises:
             ValueError: no such trial is open, or a completed trial comes without a value.
@@ -116,7 +164,10 @@ class Search:
         trial = self._trial(number)
         if outcome is Outcome.COMPLETED and value is None:
             raise ValueError(f"trial {number} completed, but got no value of the objective")
-        if outcome is Outcome.FAILED or (value is not None and not math.isfinite(value)):
+        if avoid:
+            trial.reported.clear()
+            state, told = TrialState.PRUNED, None  # without a value, the last of all in TPE's order
+        elif outcome is Outcome.FAILED or (value is not None and not math.isfinite(value)):
             state, told = TrialState.FAIL, None
         elif outcome is Outcome.STOPPED_EARLY:
             state, told = TrialState.PRUNED, trial.last_reported
@@ -127,20 +178,15 @@ class Search:
             self._journal.finish(number, state, told)
         del self._open[number]
 
+    def close(self) -> None:
+        """Bring all of the study to the disk; what is open stays so."""
+        if self._journal:
+            self._journal.close()
+
     def _trial(self, number: int) -> "_Drawn":
         if number not in self._open:
             raise ValueError(f"trial {number} is not open; open are: {sorted(self._open)}")
         return self._open[number]
-
-    def _draw_ahead(self) -> "list[_Drawn]":
-        """All trials that no result can change, in the order they are given out."""
-        search = self._spec.search
-        rest: Iterable[Mapping[str, Value] | None] = self._rest
-        if search.algorithm != "grid":
-            without_results = search.trials if search.algorithm == "random" else _startup_trials(search)
-            rest = [None] * (without_results - len(self._fixed))
-        groups = ([self._model.draw(point) for point in points] for points in (self._fixed, rest))
-        return [drawn for group in groups for drawn in self._sorted(group)]
 
     def _sorted(self, trials: "list[_Drawn]") -> "list[_Drawn]":
         order = self._order
@@ -181,8 +227,9 @@ class _Drawn:
 class _Model:
     """What the sampler knows: a study in memory, of bounded size."""
 
-    def __init__(self, spec: SweepSpec) -> None:
+    def __init__(self, spec: SweepSpec, *, trials: int) -> None:
         self._spec = spec
+        self._trials = trials  # that it was made for; the sweep may grow
         self._generation = 0
         self._study = self._new_study()
         self._open: list[_Drawn] = []
@@ -199,10 +246,14 @@ class _Model:
         self._open.append(_Drawn(config, trial.params, trial.distributions, trial.number))
         return self._open[-1]
 
-    def finish(self, drawn: _Drawn, state: TrialState, value: float | None) -> None:
-        """Learn from a trial's end; nothing is learned from a failure."""
+    def forget(self, drawn: _Drawn) -> None:
+        """Take back what was drawn."""
         self._open.remove(drawn)
         self._study.tell(drawn.asked, state=TrialState.FAIL)
+
+    def finish(self, drawn: _Drawn, state: TrialState, value: float | None) -> None:
+        """Learn from a trial's end; nothing is learned from a failure."""
+        self.forget(drawn)
         if state is not TrialState.FAIL:
             self._ended.append(drawn.frozen(state, value))
             self._study.add_trial(self._ended[-1])
@@ -227,34 +278,64 @@ class _Model:
 
     def _new_study(self) -> optuna.Study:
         return optuna.create_study(
-            sampler=_sampler(self._spec.search, self._generation), direction=_direction(self._spec)
+            sampler=_sampler(self._spec.search, self._trials, self._generation), direction=_direction(self._spec)
         )
 
 
 class _Journal:
     """The whole study as a file, which Optuna's dashboard can read while it grows."""
 
-    def __init__(self, path: Path, spec: SweepSpec) -> None:
-        if path.exists():
+    def __init__(self, path: Path, spec: SweepSpec, *, resumed: bool) -> None:
+        if path.exists() and not resumed:
             raise FileExistsError(f"expected a journal that does not exist yet, got {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = _BatchedFile(path)
-        self._storage = JournalStorage(self._file)
-        self._study = self._storage.create_new_study([_direction(spec)], spec.name)
+        path.with_name(f"{path.name}.lock").unlink(missing_ok=True)  # of a writer that was killed
+        drop_cut_line(path)
         self._ids: dict[int, int] = {}
+        self._known: dict[int, FrozenTrial] = {}
+        try:
+            self._open(path, spec)
+        except (ValueError, LookupError):
+            # The record of the sweep is the truth: what this file lost is written anew from there.
+            path.replace(path.with_name(f"{path.name}.damaged"))
+            self._open(path, spec)
         self._file.write()
 
+    def _open(self, path: Path, spec: SweepSpec) -> None:
+        self._file = _BatchedFile(path)
+        self._storage = JournalStorage(self._file)
+        studies = self._storage.get_all_studies()
+        if studies:
+            self._study = studies[0]._study_id
+        else:
+            self._study = self._storage.create_new_study([_direction(spec)], spec.name)
+        self._known = {trial.number: trial for trial in self._storage.get_all_trials(self._study)}
+
     def begin(self, number: int, drawn: _Drawn) -> None:
-        self._ids[number] = self._storage.create_new_trial(self._study, drawn.frozen(TrialState.RUNNING))
+        if number in self._known:
+            self._ids[number] = self._known[number]._trial_id
+        else:
+            self._ids[number] = self._storage.create_new_trial(self._study, drawn.frozen(TrialState.RUNNING))
         self._file.write_if_due()
 
     def report(self, number: int, epoch: int, value: float) -> None:
-        self._storage.set_trial_intermediate_value(self._ids[number], epoch, value)
-        self._file.write_if_due()
+        if not self._has(number, epoch):
+            self._storage.set_trial_intermediate_value(self._ids[number], epoch, value)
+            self._file.write_if_due()
 
     def finish(self, number: int, state: TrialState, value: float | None) -> None:
-        self._storage.set_trial_state_values(self._ids.pop(number), state, None if value is None else [value])
+        trial_id = self._ids.pop(number)
+        if number not in self._known or not self._known[number].state.is_finished():
+            self._storage.set_trial_state_values(trial_id, state, None if value is None else [value])
+            self._file.write()
+
+    def close(self) -> None:
         self._file.write()
+
+    def _has(self, number: int, epoch: int) -> bool:
+        """Whether an earlier session has written it."""
+        known = self._known.get(number)
+        return known is not None and (known.state.is_finished() or epoch in known.intermediate_values)
 
 
 class _BatchedFile(BaseJournalBackend):
@@ -262,8 +343,8 @@ class _BatchedFile(BaseJournalBackend):
 
     def __init__(self, path: Path) -> None:
         self._file = JournalFileBackend(str(path))
-        self._entries: list[dict[str, Any]] = []
-        self._written = 0
+        self._entries: list[dict[str, Any]] = list(self._file.read_logs(0))
+        self._written = len(self._entries)
         self._written_at = -math.inf
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
@@ -274,7 +355,8 @@ class _BatchedFile(BaseJournalBackend):
 
     def write(self) -> None:
         """Write what is not on the disk yet, and wait until it is."""
-        self._file.append_logs(self._entries[self._written :])
+        if self._written < len(self._entries):
+            self._file.append_logs(self._entries[self._written :])
         self._written = len(self._entries)
         self._written_at = time.monotonic()
 
@@ -287,12 +369,45 @@ def _direction(spec: SweepSpec) -> StudyDirection:
     return StudyDirection.MAXIMIZE if spec.objective.mode == "max" else StudyDirection.MINIMIZE
 
 
-def _startup_trials(search: SearchSpec) -> int:
-    """How many trials TPE draws at random before it learns."""
-    return max(1, min(MAX_STARTUP_TRIALS, search.trials // 3))
+def _startup_trials(trials: int) -> int:
+    """How many of a sweep's trials TPE draws at random before it learns."""
+    return max(1, min(MAX_STARTUP_TRIALS, trials // 3))
 
 
-def _sampler(search: SearchSpec, generation: int) -> BaseSampler:
+@dataclass(frozen=True)
+class _Stage:
+    """What of a sweep, or of what it later grew by, no result can change.
+
+    Attributes:
+        begin: how many trials were given out before it.
+        groups: points in the order of drawing; None is drawn by the sampler.
+    """
+
+    begin: int
+    groups: tuple[list[Mapping[str, Value] | None], ...]
+
+    @property
+    def points(self) -> int:
+        return sum(map(len, self.groups))
+
+
+def _stages(spec: SweepSpec, sizes: Sequence[int]) -> Iterator[_Stage]:
+    """The stages of a sweep of so many trials after each."""
+    fixed, rest = points_of(spec)
+    begin = 0
+    for size in sizes:
+        own = list[Mapping[str, Value] | None](fixed[begin:size])
+        if spec.search.algorithm == "grid":
+            others = list[Mapping[str, Value] | None](rest[max(0, begin - len(fixed)) : max(0, size - len(fixed))])
+        elif spec.search.algorithm == "random":
+            others = [None] * (size - begin - len(own))
+        else:
+            others = [None] * (0 if begin else _startup_trials(size) - len(own))
+        yield _Stage(begin, (own, others))
+        begin = size
+
+
+def _sampler(search: SearchSpec, trials: int, generation: int) -> BaseSampler:
     """The sampler of the model's n-th study. The first study's random numbers are those of the seed itself."""
     seed = (
         search.seed if generation == 0 else int(np.random.SeedSequence((search.seed, generation)).generate_state(1)[0])
@@ -303,7 +418,7 @@ def _sampler(search: SearchSpec, generation: int) -> BaseSampler:
         # `group` is experimental in name; without it, Optuna samples conditional parameters independently.
         warnings.simplefilter("ignore", ExperimentalWarning)
         return TPESampler(
-            n_startup_trials=_startup_trials(search),
+            n_startup_trials=_startup_trials(trials),
             multivariate=True,
             group=True,
             constant_liar=True,

@@ -13,8 +13,9 @@ from cxr_models.intervals import mean_intervals
 from cxr_models.mask_metrics import COUNTS, INSIDE, count_masks, image_metrics, telling_examples
 from cxr_models.storage import written_whole
 from cxr_models.trial import SEGMENT, TEST, VAL, VALIDATION_SCORES, TrialConfig, TrialData, TrialResult
-from sweep.evaluation import IMAGE_TIMEOUT_S, FinalEvaluation, register, uninterrupted
+from sweep.evaluation import IMAGE_TIMEOUT_S, FinalEvaluation, register
 from sweep.finals import FinalTraining, FinalTrainings
+from sweep.interruption import deferred
 from sweep.keras_child import CALL_TIMEOUT_S, keras_child
 from sweep.plan import Plan
 from sweep.record import RunFolder, ranked, write_json
@@ -89,7 +90,7 @@ def evaluate_segmentation(
         if best.tested.any():
             found.openings.record([result], tracker, models=1)
         masks = call(save_and_predict, best, timeout_s=CALL_TIMEOUT_S + IMAGE_TIMEOUT_S * len(best.indices))
-        with uninterrupted():
+        with deferred():
             found.test = evaluate_test(plan, best, masks)
             record_predictions(plan, best, result, masks, folder)
         register(plan, result, folder, data, tracker, call)

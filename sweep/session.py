@@ -1,4 +1,4 @@
-"""One sweep from its plan to its report."""
+"""One session of a sweep, from its plan, or from what an earlier session left, to its report."""
 
 import os
 import time
@@ -16,21 +16,23 @@ from rich.console import Console
 from cxr_models.backbones import BACKBONES
 from cxr_models.pixels import mask_array, pixel_array
 from cxr_models.splits import write_split_csv
-from cxr_models.storage import written_whole
+from cxr_models.storage import NoSpace, written_whole
 from cxr_models.trial import SEGMENT, TEST, TrialData, TrialResult
 from sweep.audit_record import audit_tags, write_audit
 from sweep.champion import note_champion
-from sweep.evaluation import FinalEvaluation, evaluate_finalists, uninterrupted
+from sweep.evaluation import FinalEvaluation, evaluate_finalists
 from sweep.finals import FinalTrainings
 from sweep.halving import Halving
+from sweep.interruption import deferred
 from sweep.lung_masks import input_tags
 from sweep.masking import masked_arrays
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress, StepProgress, SweepProgress
-from sweep.readback import read_epochs
-from sweep.record import Record, RunFolder, ranked, write_json
+from sweep.record import Record, RunFolder, ranked, read_epochs, write_json
 from sweep.report import write_report
-from sweep.runner import Conductor, Listener, SweepFailed, run_inline
+from sweep.resume import SessionEnd, Sessions, begin_session, end_session
+from sweep.retries import SweepFailed
+from sweep.runner import Conductor, Listener, run_inline
 from sweep.samples import take_samples, write_samples
 from sweep.search import Search
 from sweep.segment_evaluation import evaluate_segmentation
@@ -43,6 +45,12 @@ from sweep.weights import fetch_weights, kept_weights
 from sweep.worker import Work
 
 TRACKING_TIMEOUT_S = 120.0
+TRACKING_TIMEOUT_OF_INTERRUPTED_S = 5.0  # the rest is kept for `sweep.sync`, or for when the sweep goes on
+STATUS: Mapping[SessionEnd, RunStatus] = {
+    SessionEnd.DONE: "FINISHED",
+    SessionEnd.FAILED: "FAILED",
+    SessionEnd.INTERRUPTED: "KILLED",
+}
 # What `Work` runs for a segmentation.
 SEGMENTING: Mapping[str, Any] = {"program": "sweep.worker:segment", "preload": ("cxr_models.segmentation",)}
 
@@ -53,7 +61,7 @@ class Ended:
 
     Attributes:
         results: every ended trial, in the order of suggestion.
-        failure: the traceback of what ended the sweep before its time, if anything did.
+        failure: what ended the sweep before its time, if anything did; a traceback where it was unforeseen.
         tracking_problem: what kept MLflow from taking everything, if anything did.
         ui_command: opens MLflow's pages, or where they are.
         ui_address: the page of the sweep's runs.
@@ -91,19 +99,29 @@ class Stopwatch:
 
 
 def run_sweep(
-    plan: Plan, folder: RunFolder, data: TrialData, cache_dir: Path, *, inline: bool, address: str, console: Console
+    plan: Plan,
+    folder: RunFolder,
+    data: TrialData,
+    cache_dir: Path,
+    *,
+    inline: bool,
+    address: str,
+    console: Console,
+    sessions: Sessions = Sessions(),  # noqa: B008 - frozen
 ) -> Ended:
     """Run every trial, evaluate each strategy's best one, and write everything into the run folder.
 
-    The test set is opened once, for that evaluation. A sweep that was interrupted or failed keeps its finished trials.
-    Unless the last trial had ended, its test set stays sealed.
+    The test set is opened once, for that evaluation. A sweep that was interrupted or failed keeps its finished trials,
+    and the last epochs of the others: with its `sessions`, the next call goes on from there. Unless the last trial had
+    ended, its test set stays sealed.
     """
     watch = Stopwatch()
     write_inputs(plan, folder)
+    begin_session(folder, plan)
     patients = np.array([record.patient for record in plan.manifest.records])
     write_samples(folder.samples, take_samples(data, patients, plan.spec.space))
-    tracker = open_tracker(plan, folder)
     record = Record(folder, plan.spec.objective)
+    tracker = open_tracker(plan, folder)
     progress = SweepProgress(
         console,
         plan.spec.objective,
@@ -112,8 +130,8 @@ def run_sweep(
         gpus_per_trial=plan.allotment.gpus_per_trial,
         features=plan.cache.budget.folder if plan.cache.budget else None,
     )
-    timeline = Timeline()
-    conductor = _conductor(plan, folder, data, (record, tracker, progress, timeline))
+    timeline = Timeline(metrics for epochs in record.past.epochs.values() for metrics in epochs)
+    conductor = _conductor(plan, folder, data, (record, tracker, progress, timeline), progress, sessions)
     tests = bool(len(plan.indices(TEST)))
     trainings = FinalTrainings(
         conductor,
@@ -123,10 +141,14 @@ def run_sweep(
         results=lambda: record.results,
         epochs=lambda: read_epochs(folder.epoch_record),
         told=progress.trained_again,
+        retried=progress.retried,
+        journal=folder.final_record,
     )
     evaluation = FinalEvaluation(plan, folder, cache_dir)
-    failure, interrupted = "", False
+    failure, end = "", SessionEnd.DONE
     try:
+        if sessions.past:
+            _take_up(conductor, record, progress, console)
         if not inline:
             console.print(f"connecting to Ray at {address}" if address else "starting Ray and its workers")
         with watch.time("search"):
@@ -142,30 +164,55 @@ def run_sweep(
                     evaluate_finalists(plan, record.results, trainings, folder, data, tracker, shown, evaluation)
                     evaluation.verdict = judge(plan, record.results, folder, evaluation)
     except KeyboardInterrupt:
-        interrupted = True
-    except SweepFailed as error:
-        failure = str(error)
+        end = SessionEnd.INTERRUPTED
+    except (SweepFailed, NoSpace) as error:
+        failure, end = str(error), SessionEnd.FAILED
     except Exception:
-        failure = traceback.format_exc()
-    with uninterrupted():
-        conductor.close()
-        record.close()
-        summary = summarise(
-            plan,
-            record.results,
-            seconds={
-                **watch.seconds,
-                **timeline.seconds,
-                "train": sum(result.train_seconds for result in record.results),
-            },
-            epochs_run=conductor.epochs_run,
-            epochs_from_features=timeline.epochs_from_features,
-            interrupted=interrupted or bool(failure),
-            curves=read_epochs(folder.epoch_record),
-            evaluation=evaluation,
+        failure, end = traceback.format_exc(), SessionEnd.FAILED
+    summary: dict[str, Any] = {}
+    try:
+        with deferred():
+            conductor.close()
+            record.close()
+            summary = summarise(
+                plan,
+                record.results,
+                seconds={
+                    **watch.seconds,
+                    **timeline.seconds,
+                    "train": sum(result.train_seconds for result in record.results),
+                },
+                epochs_run=conductor.epochs_run,
+                epochs_from_features=timeline.epochs_from_features,
+                interrupted=end is not SessionEnd.DONE,
+                curves=read_epochs(folder.epoch_record),
+                evaluation=evaluation,
+            )
+            _publish(plan, folder, summary, tracker, end)
+        tracker.close(TRACKING_TIMEOUT_OF_INTERRUPTED_S if end is SessionEnd.INTERRUPTED else TRACKING_TIMEOUT_S)
+        end_session(folder, end)
+    except KeyboardInterrupt:  # what MLflow did not take yet is kept
+        end = SessionEnd.INTERRUPTED
+    except NoSpace as error:
+        failure, end = failure or str(error), SessionEnd.FAILED
+    return Ended(
+        summary,
+        record.results,
+        end is SessionEnd.INTERRUPTED,
+        failure,
+        tracker.problem,
+        tracker.ui_command,
+        tracker.ui_address,
+    )
+
+
+def _take_up(conductor: Conductor, record: Record, progress: SweepProgress, console: Console) -> None:
+    progress.taken_up(record.past)
+    if not conductor.resume(record.past):
+        console.print(
+            "note: this version of Optuna would have suggested other trials; those of the record are kept, and what "
+            "comes after them may differ from an uninterrupted sweep"
         )
-        _publish(plan, folder, summary, tracker, "KILLED" if interrupted else "FAILED" if failure else "FINISHED")
-    return Ended(summary, record.results, interrupted, failure, tracker.problem, tracker.ui_command, tracker.ui_address)
 
 
 def write_inputs(plan: Plan, folder: RunFolder) -> None:
@@ -248,7 +295,14 @@ def _opening(task: str, *, tests: bool) -> str:
     )
 
 
-def _conductor(plan: Plan, folder: RunFolder, data: TrialData, listeners: tuple[Listener, ...]) -> Conductor:
+def _conductor(
+    plan: Plan,
+    folder: RunFolder,
+    data: TrialData,
+    listeners: tuple[Listener, ...],
+    progress: SweepProgress,
+    sessions: Sessions,
+) -> Conductor:
     spec = plan.spec
     work = Work(
         data,
@@ -266,8 +320,18 @@ def _conductor(plan: Plan, folder: RunFolder, data: TrialData, listeners: tuple[
             least_survivors=spec.search.halving.least_survivors,
             journal=folder.halving,
         )
-    search = Search(spec, folder.study, order=plan.order)
-    return Conductor(work, search, halving, plan.parameters, listeners, head_parameters=plan.head_parameters)
+    stages = sessions.stages(spec.search.trials)
+    search = Search(spec, folder.study, order=plan.order, stages=stages, resumed=bool(sessions.past))
+    return Conductor(
+        work,
+        search,
+        halving,
+        plan.parameters,
+        listeners,
+        head_parameters=plan.head_parameters,
+        max_failures=spec.resources.max_failures,
+        retried=progress.retried,
+    )
 
 
 def _run_trials(
@@ -284,12 +348,12 @@ def _run_trials(
     from sweep import trials
 
     with trials.ray_cluster(address, cores=plan.machine.cores, gpus=plan.machine.gpus), progress.shown():
-        most = plan.trials * (1 + plan.spec.final.seeds)  # as many strategies as trials, at the most
-        placement = trials.Placement(allotment.cpus_per_trial, allotment.gpus_per_trial, allotment.concurrency)
-        trials.run_on_ray(conductor, placement, total=most, folder=folder.state)
+        cores = 0 if address else plan.machine.cores
+        placement = trials.Placement(allotment.cpus_per_trial, allotment.gpus_per_trial, allotment.concurrency, cores)
+        trials.run_on_ray(conductor, placement, folder=folder.state)
 
 
-def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tracker, status: RunStatus) -> None:
+def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tracker, end: SessionEnd) -> None:
     if tracker.parent_run_id:
         summary["mlflow_run_id"] = tracker.parent_run_id
     write_json(folder.summary, summary)
@@ -297,5 +361,4 @@ def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tr
     write_report(folder)
     overlays = sorted(folder.overlays.glob("*.png"))
     files = (folder.summary, folder.report, folder.trials, folder.predictions, folder.masks, folder.audit, *overlays)
-    tracker.finished(summary, [path for path in files if path.is_file()], status)
-    tracker.close(TRACKING_TIMEOUT_S)
+    tracker.finished(summary, [path for path in files if path.is_file()], STATUS[end])

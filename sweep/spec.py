@@ -74,11 +74,16 @@ class SearchSpec(_Section):
 
 
 class ResourceSpec(_Section):
-    """What one trial gets, and how many run at once; None is chosen from the machine."""
+    """What one trial gets, and how many run at once; None is chosen from the machine.
+
+    Attributes:
+        max_failures: how often a trial whose worker or node was lost goes on with another, from its last epoch.
+    """
 
     cpus_per_trial: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     gpus_per_trial: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     concurrency: int | None = Field(default=None, ge=1)
+    max_failures: int = Field(default=2, ge=0, le=100)
 
     @field_validator("gpus_per_trial")
     @classmethod

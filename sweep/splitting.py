@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_models.dataset import Manifest
+from cxr_models.kept import keep, kept
 from cxr_models.splits import DEFAULT_SHARES, SPLIT_VERSION, assign_folds, assign_splits
-from cxr_models.storage import written_whole
 from cxr_models.trial import SPLITS, TEST, TRAIN
 from sweep.dataspec import DataSpec
 
@@ -55,7 +55,7 @@ def stored_splits(
     splits = _read(stored)
     if len(splits) != len(manifest.records) or not set(splits) <= set(SPLITS):
         splits = list(assign_splits(manifest, seed=seed, shares=shares, groups=groups))
-        _write(stored, splits)
+        keep(stored, splits)
     return tuple(splits)
 
 
@@ -75,7 +75,7 @@ def stored_folds(
     found = np.array(_read(stored), np.int16)
     if found.shape != (repeats, len(manifest.records)):
         found = assign_folds(manifest, splits, folds=folds, repeats=repeats, seed=seed, groups=groups)
-        _write(stored, found.tolist())
+        keep(stored, found.tolist())
     return found
 
 
@@ -87,13 +87,5 @@ def _file(manifest: Manifest, groups: Sequence[str] | None, cache_dir: Path, how
 
 def _read(stored: Path) -> list[Any]:
     """What is stored; nothing if it is absent or damaged, so that it is made anew."""
-    try:
-        found = json.loads(stored.read_text())
-    except (OSError, ValueError):
-        return []
+    found = kept(stored)
     return found if isinstance(found, list) else []
-
-
-def _write(stored: Path, found: list[Any]) -> None:
-    with written_whole(stored) as scratch:
-        scratch.write_text(json.dumps(found))

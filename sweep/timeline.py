@@ -1,7 +1,7 @@
 """Where the time of a sweep went: starting, computing features, training; and how many epochs features spared."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import psutil
 
@@ -9,12 +9,16 @@ from cxr_models.trial import PIXELS, EpochMetrics, Suggestion, TrialResult
 
 
 class Timeline:
-    """Listens to a sweep and keeps its times, in seconds on the driver's clock, from the program's begin on."""
+    """Listens to a sweep and keeps its times, in seconds on the driver's clock, from the program's begin on.
 
-    def __init__(self) -> None:
+    Args:
+        past: epochs of earlier sessions; they count as epochs, but their times were those of another program.
+    """
+
+    def __init__(self, past: Iterable[EpochMetrics] = ()) -> None:
         self._begun = time.monotonic() - (time.time() - psutil.Process().create_time())
         self._first_trial = self._last_epoch = self._features = 0.0
-        self.epochs_from_features = 0  # which ran no frozen layer in front of their cut
+        self.epochs_from_features = sum(map(_is_from_features, past))  # which ran no frozen layer in front of their cut
 
     def started(self, suggestion: Suggestion) -> None:
         pass  # handed out, but its worker may still be starting: see `epoch`
@@ -25,7 +29,7 @@ class Timeline:
         self._first_trial = min(self._first_trial or trial_began, trial_began)
         self._last_epoch = now
         self._features += metrics.features_seconds
-        self.epochs_from_features += not metrics.source.startswith(PIXELS)
+        self.epochs_from_features += _is_from_features(metrics)
 
     def ended(self, number: int, result: TrialResult) -> None:
         pass
@@ -41,3 +45,7 @@ class Timeline:
             "features": self._features,
             "trials": self._last_epoch - self._first_trial,
         }
+
+
+def _is_from_features(metrics: EpochMetrics) -> bool:
+    return not metrics.source.startswith(PIXELS)

@@ -8,6 +8,7 @@ whole sweep.
 import gc
 import json
 import logging
+import math
 import os
 import secrets
 import signal
@@ -35,29 +36,48 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 import ray
 from ray import tune
 from ray._private import ray_constants, services
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune import ProgressReporter
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
+from cxr_models.storage import NoSpace
 from cxr_models.trial import EpochMetrics, TrialConfig
+from sweep.interruption import deferred
 from sweep.machine import ClusterUnreachable, Machine
-from sweep.runner import Conducting, SweepFailed, Wait
-from sweep.worker import TrialEnd, TrialJob, TrialProcess, Work
+from sweep.retries import SweepFailed
+from sweep.runner import Conducting, Wait
+from sweep.worker import Fault, TrialEnd, TrialJob, TrialProcess, Work
 
 Answer = TypeVar("Answer")
 
 # After an interruption: how long running epochs may take to end, and then Ray to stop the workers.
 GRACE_S = 5.0
+RAY = "ray"  # name of Tune's own folder
 STOPPING_TIMEOUT_S = 60.0
+# How often Ray's loop may fail without an epoch between.
+MOST_IN_VAIN = 3
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What each trial takes, and how many run at once."""
+    """What each trial takes, and how many run at once.
+
+    Attributes:
+        cores: of the machine a trial has to itself where it is to be alone; 0 for no more than its own.
+    """
 
     cpus_per_trial: float
     gpus_per_trial: float
     concurrency: int
+    cores: int = 0
+
+    def of_trial(self, config: dict[str, Any]) -> dict[str, float]:
+        """What Ray sets aside for a trial as it was handed out."""
+        if not config["alone"]:
+            return {"cpu": self.cpus_per_trial, "gpu": self.gpus_per_trial}
+        return {"cpu": max(self.cpus_per_trial, self.cores), "gpu": float(math.ceil(self.gpus_per_trial))}
 
 
 @contextmanager
@@ -167,28 +187,41 @@ def _start_local(cores: int, gpus: int) -> None:
     )
 
 
-def run_on_ray(conductor: Conducting, placement: Placement, *, total: int, folder: Path) -> None:
+def run_on_ray(conductor: Conducting, placement: Placement, *, folder: Path) -> None:
     """Run every trial on the connected Ray.
+
+    A trial whose worker, node or process is lost goes on with another one, as the conductor says. Where Ray's own loop
+    fails, a new one takes all of them up.
 
     Args:
         conductor: decides; its methods are called from one thread of this process.
         placement: what each trial takes.
-        total: the most trials.
         folder: for Ray's own state and the workers' logs.
 
     Raises:
         KeyboardInterrupt: handed on after running trials were ended; finished ones are recorded.
-        SweepFailed: Ray itself failed; finished trials are recorded.
+        SweepFailed: the conductor could not go on, or Ray failed again and again; finished trials are recorded.
     """
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what happens to a trial is told by the conductor
+    _retry_what_the_memory_monitor_kills()
     reference = _Reference(conductor)
+    in_vain = 0
+    while failure := _run_once(conductor, reference, placement, folder):
+        in_vain = 0 if reference.take_heard() else in_vain + 1
+        if in_vain < MOST_IN_VAIN:
+            reference.all_lost(f"Ray failed: {failure.strip().splitlines()[-1]}")
+        if reference.failure or in_vain == MOST_IN_VAIN:
+            raise SweepFailed(reference.failure or failure)
+
+
+def _run_once(conductor: Conducting, reference: "_Reference", placement: Placement, folder: Path) -> str:
+    """Run trials until all have ended; what ended Ray's loop before, if anything did."""
     tuner = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(_RayTrial, work=conductor.work, logs=folder / "logs"),
-            {"cpu": placement.cpus_per_trial, "gpu": placement.gpus_per_trial},
+            tune.with_parameters(_RayTrial, work=conductor.work, logs=folder / "logs"), placement.of_trial
         ),
         tune_config=tune.TuneConfig(
-            num_samples=total,
+            num_samples=-1,  # as many as the conductor hands out
             search_alg=_ConductorSearcher(reference),
             scheduler=_ConductorScheduler(reference),
             max_concurrent_trials=placement.concurrency,
@@ -196,7 +229,7 @@ def run_on_ray(conductor: Conducting, placement: Placement, *, total: int, folde
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name="ray",
+            name=RAY,
             storage_path=str(folder),
             verbose=0,
             progress_reporter=_Silent(),
@@ -223,12 +256,29 @@ def run_on_ray(conductor: Conducting, placement: Placement, *, total: int, folde
             pass
     except KeyboardInterrupt:
         # A second one would shut Ray down below the running loop, which aborts the whole process.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        conductor.interrupt()
-        over.wait(STOPPING_TIMEOUT_S)  # shutting Ray down while its loop runs would abort the process, too
+        with deferred():
+            conductor.interrupt()
+            over.wait(STOPPING_TIMEOUT_S)  # shutting Ray down while its loop runs would abort the process, too
         raise
-    if reference.failure or failures:
-        raise SweepFailed(reference.failure or failures[0])
+    return reference.failure or "".join(failures)
+
+
+def _retry_what_the_memory_monitor_kills() -> None:
+    """A worker killed by Ray's memory monitor is one that was lost.
+
+    Ray 2.60 takes the error for neither a worker's nor a task's, and ends the whole loop over it.
+    """
+    failed = RayActorManager._actor_task_failed
+    if getattr(failed, "_knows_the_memory_monitor", False):
+        return
+
+    def task_failed(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = RayActorError(error_msg=str(exception))
+        failed(self, tracked_actor_task, exception)
+
+    task_failed._knows_the_memory_monitor = True  # type: ignore[attr-defined]
+    RayActorManager._actor_task_failed = task_failed
 
 
 class _RayTrial(tune.Trainable):  # type: ignore[misc]
@@ -250,7 +300,8 @@ class _RayTrial(tune.Trainable):  # type: ignore[misc]
     def _start(self, config: dict[str, Any]) -> None:
         trial = TrialConfig.from_json(json.loads(config["config"]))
         decisions, again = frozenset(json.loads(config["decisions"])), tuple(json.loads(config["again"]))
-        self._process.start(TrialJob(config["trial_id"], trial, self._work, decisions, again))
+        known, alone = config["known"], config["alone"]
+        self._process.start(TrialJob(config["trial_id"], trial, self._work, decisions, again, known, alone))
 
     def step(self) -> dict[str, Any]:
         events = self._process.next()
@@ -269,6 +320,7 @@ class _Reference:
 
     _conductors: ClassVar[WeakValueDictionary[int, Conducting]] = WeakValueDictionary()
     _failures: ClassVar[dict[int, str]] = {}
+    _heard: ClassVar[set[int]] = set()
 
     def __init__(self, conductor: Conducting) -> None:
         self._key = id(conductor)
@@ -286,20 +338,35 @@ class _Reference:
     def next_job(self) -> TrialJob | Wait | None:
         return self._guarded(lambda conductor: conductor.next_job(), None)
 
+    def take_heard(self) -> bool:
+        """Whether an epoch was heard since this was last asked."""
+        heard = self._key in self._heard
+        self._heard.discard(self._key)
+        return heard
+
     def epoch(self, metrics: EpochMetrics) -> bool:
+        self._heard.add(self._key)
         return self._guarded(lambda conductor: conductor.epoch(metrics), False)
 
     def ended(self, trial_id: str, end: TrialEnd) -> None:
         self._guarded(lambda conductor: conductor.ended(trial_id, end), None)
 
+    def all_lost(self, cause: str) -> None:
+        self._guarded(lambda conductor: conductor.all_lost(cause), None)
+
     def _guarded(self, call: Callable[[Conducting], Answer], otherwise: Answer) -> Answer:
         conductor = self._conductors[self._key]
         try:
             return call(conductor)
+        except (SweepFailed, NoSpace) as error:
+            self._fail(conductor, str(error))
         except Exception:
-            self._failures[self._key] = self._failures[self._key] or traceback.format_exc()
-            conductor.interrupt()
-            return otherwise
+            self._fail(conductor, traceback.format_exc())
+        return otherwise
+
+    def _fail(self, conductor: Conducting, cause: str) -> None:
+        self._failures[self._key] = self._failures[self._key] or cause
+        conductor.interrupt()
 
 
 class _ConductorSearcher(Searcher):  # type: ignore[misc]
@@ -317,7 +384,8 @@ class _ConductorSearcher(Searcher):  # type: ignore[misc]
             return None  # Ray asks again
         # As text, because Ray walks through every value of a configuration again and again.
         texts = {"config": job.config.to_json(), "decisions": sorted(job.decisions), "again": job.again}
-        return {"trial_id": job.trial_id, **{name: json.dumps(value) for name, value in texts.items()}}
+        plain = {"trial_id": job.trial_id, "known": job.known, "alone": job.alone}
+        return {**plain, **{name: json.dumps(value) for name, value in texts.items()}}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass  # the scheduler hears of it, with the trial's configuration
@@ -341,9 +409,11 @@ class _ConductorScheduler(FIFOScheduler):  # type: ignore[misc]
         return str(FIFOScheduler.CONTINUE if go_on[-1] else FIFOScheduler.STOP)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        text = trial.get_ray_actor_error() if hasattr(trial, "get_ray_actor_error") else None
-        cause = next(reversed(str(text or trial.get_error() or "").strip().splitlines()), "the worker was lost")
-        self._reference.ended(trial.config["trial_id"], TrialEnd(f"the Ray worker failed: {cause}"))
+        told = Path(trial.error_file)
+        text = told.read_text(encoding="utf-8").strip() if told.is_file() else ""
+        cause = next(reversed(text.splitlines()), "the worker was lost")
+        fault = Fault.PREEMPTED if "preempt" in text else Fault.LOST
+        self._reference.ended(trial.config["trial_id"], TrialEnd(f"the Ray worker failed: {cause}", fault=fault))
 
 
 class _Ends(tune.Callback):  # type: ignore[misc]

@@ -401,6 +401,12 @@ def _of_final_models(summary: Mapping[str, Any], names: Mapping[str, str]) -> It
                 f"{name} stands for {failed['trained']} of {count(total, 'final training')}, since the others failed "
                 f"({failed['problem']}): it looks better than it is if those were its worst."
             )
+    opened = {tuple(opening.get("trials", ())) for opening in summary.get("test_openings", [])}
+    if len(opened) > 1:
+        yield (
+            "The sweep went on after its test images had been opened: whoever saw those figures before deciding to go "
+            "on has chosen by them."
+        )
     earlier = max((opening.get("earlier_sweeps", 0) for opening in summary.get("test_openings", [])), default=0)
     if earlier:
         yield (

@@ -13,10 +13,13 @@ from pathlib import Path, PurePosixPath
 from urllib.error import URLError
 from urllib.parse import unquote, urlsplit
 
+from filelock import FileLock
+
 from cxr_models.backbones import BACKBONES, Backbone
+from cxr_models.checksums import is_sound, seal
 from cxr_models.extraction import extract_backbone
 from cxr_models.layer_table import LayerTable, weight_problems
-from cxr_models.storage import written_whole
+from cxr_models.storage import NoSpace, told_of_space, written_whole
 from cxr_models.trial import TrialConfig
 from sweep.document import unknown
 
@@ -127,6 +130,8 @@ def find_weights(
         except _MissingError as error:
             missing[str(error)] = row.name
             continue
+        except NoSpace:
+            raise
         except (ValueError, OSError) as error:
             problems.append(f"space.weights: {error}")
             continue
@@ -208,8 +213,12 @@ def _find(
         return WeightsFile(path)
     digest = _sha256(path)
     taken = cache_dir / "weights" / digest[:24] / f"{row.name}.weights.h5"
-    if not taken.is_file():
-        extract_backbone(path, row, table, taken)
+    with told_of_space(taken):
+        taken.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(taken.with_suffix(".lock")):
+            if not is_sound(taken):
+                extract_backbone(path, row, table, taken)
+                seal(taken)
     return WeightsFile(taken, origin=Origin(address or str(path), digest, None if address else path))
 
 
@@ -237,7 +246,7 @@ def _downloaded(url: str, cache_dir: Path) -> Path:
     address, _, fragment = url.partition("#")
     expected = fragment.removeprefix("sha256=").lower()
     kept = cache_dir / "weights" / expected[:24] / PurePosixPath(unquote(urlsplit(address).path)).name
-    if kept.is_file():
+    if kept.is_file() and _sha256(kept) == expected:
         return kept
     found = hashlib.sha256()
     with written_whole(kept) as scratch:
@@ -245,7 +254,10 @@ def _downloaded(url: str, cache_dir: Path) -> Path:
             with urlopen(address, timeout=30) as answer, scratch.open("wb") as file:
                 while chunk := answer.read(_CHUNK):
                     found.update(chunk)
-                    file.write(chunk)
+                    with told_of_space(kept):
+                        file.write(chunk)
+        except NoSpace:
+            raise
         except (URLError, OSError, HTTPException) as error:
             raise ValueError(
                 f"{address} could not be fetched ({error}); check the address and the network, "
@@ -268,8 +280,9 @@ def kept_weights(path: Path, cache_dir: Path) -> Path:
     if path.is_relative_to(cache_dir / "weights"):  # fetched or taken from a model, and named so already
         return path
     contents = path.read_bytes()
-    kept = cache_dir / "weights" / hashlib.sha256(contents).hexdigest()[:24] / path.name
-    if not kept.is_file():
+    digest = hashlib.sha256(contents).hexdigest()
+    kept = cache_dir / "weights" / digest[:24] / path.name
+    if not kept.is_file() or _sha256(kept) != digest:
         with written_whole(kept) as scratch:
             scratch.write_bytes(contents)
     return kept

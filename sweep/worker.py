@@ -5,6 +5,7 @@ scheduler's own process never imports TensorFlow. The child is forked from a ser
 but no TensorFlow operation yet, so threads and devices can still be chosen.
 """
 
+import errno
 import importlib
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from enum import StrEnum
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -29,6 +31,11 @@ BATCH_SPAN_S = 0.2
 # How long an order to end may take, for a child that waits for orders and for one that is training.
 STOP_TIMEOUT_S = 10.0
 STOP_GRACE_S = 0.2
+
+# What TensorFlow, XLA and CUDA say, by an exception's name or in its text, where a device's memory is too small.
+NO_MEMORY_ERRORS = ("ResourceExhaustedError", "MemoryError")
+NO_MEMORY_WORDS = ("OOM when allocating", "RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY", "Out of memory")
+NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,9 @@ class TrialJob:
         decisions: epochs after which it waits to hear whether it goes on. After all others it trains on.
         again: the validation losses of an earlier training of the configuration, up to its best epoch: it is trained
             again that long, on training and validation images. Empty for a trial.
+        known: how many of its epochs have been recorded before. A checkpoint in its folder
+            is gone on from; the recorded epochs are not reported once more, whether or not there is one.
+        alone: it has its device to itself.
     """
 
     trial_id: str
@@ -68,6 +78,8 @@ class TrialJob:
     work: Work
     decisions: frozenset[int] = frozenset()
     again: tuple[float, ...] = ()
+    known: int = 0
+    alone: bool = False
 
     @property
     def folder(self) -> Path:
@@ -78,12 +90,26 @@ class TrialJob:
         return epoch in self.decisions and epoch < self.config.epochs
 
 
+class Fault(StrEnum):
+    """What kept a trial from going on, though nothing is wrong with it."""
+
+    LOST = "lost"  # its process, its worker or its node is gone
+    PREEMPTED = "preempted"  # the node was taken away, with notice
+    NO_MEMORY = "no memory"  # of the device
+    NO_SPACE = "no space"  # on the disk
+
+
 @dataclass(frozen=True)
 class TrialEnd:
-    """A trial came to its end; `error` is empty unless it failed."""
+    """A trial came to its end; `error` is empty unless it failed.
+
+    Attributes:
+        fault: why it failed, where that was no fault of its own.
+    """
 
     error: str = ""
     traceback: str = ""
+    fault: Fault | None = None
 
 
 def train(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
@@ -93,8 +119,12 @@ def train(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
     steps.configure(job.work.threads)
     work = job.work
     if job.again:
-        return training.train_again(job.trial_id, job.config, work.data.together(), job.folder, job.again)
-    return training.run_trial(job.trial_id, job.config, work.data, job.folder, work.objective, decisions=job.decisions)
+        return training.train_again(
+            job.trial_id, job.config, work.data.together(), job.folder, job.again, known=job.known
+        )
+    return training.run_trial(
+        job.trial_id, job.config, work.data, job.folder, work.objective, decisions=job.decisions, known=job.known
+    )
 
 
 def segment(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
@@ -104,9 +134,11 @@ def segment(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
     steps.configure(job.work.threads)
     work = job.work
     if job.again:
-        return segmentation.train_again(job.trial_id, job.config, work.data.together(), job.folder, job.again)
+        return segmentation.train_again(
+            job.trial_id, job.config, work.data.together(), job.folder, job.again, known=job.known
+        )
     return segmentation.run_segmentation(
-        job.trial_id, job.config, work.data, job.folder, work.objective, decisions=job.decisions
+        job.trial_id, job.config, work.data, job.folder, work.objective, decisions=job.decisions, known=job.known
     )
 
 
@@ -120,7 +152,18 @@ def load_program(name: str) -> Program:
 def failure(error: Exception) -> TrialEnd:
     """An exception of a trial as its end."""
     first_line = str(error).strip().partition("\n")[0]
-    return TrialEnd(f"{type(error).__name__}: {first_line}".removesuffix(": "), traceback.format_exc())
+    said = f"{type(error).__name__}: {first_line}".removesuffix(": ")
+    return TrialEnd(said, traceback.format_exc(), _fault(error))
+
+
+def _fault(error: Exception) -> Fault | None:
+    if isinstance(error, OSError) and error.errno in NO_SPACE_ERRNOS:
+        return Fault.NO_SPACE
+    names = {kind.__name__ for kind in type(error).__mro__}
+    text = str(error)
+    if names.intersection(NO_MEMORY_ERRORS) or any(words in text for words in NO_MEMORY_WORDS):
+        return Fault.NO_MEMORY
+    return None
 
 
 class TrialEvents:
@@ -185,7 +228,7 @@ class TrialProcess:
         A batch ends with the trial or where it waits for a decision; asking for another batch is the order to go on.
         """
         if self._trial is None or self._connection is None:
-            return [TrialEnd("the trial was not started")]
+            return [TrialEnd("the trial was not started", fault=Fault.LOST)]
         if self._waiting:
             self._waiting = False
             self._send(True)
@@ -242,13 +285,13 @@ class TrialProcess:
 
     def _died(self) -> TrialEnd:
         if self._process is None:
-            return TrialEnd("the trial's process is gone")
+            return TrialEnd("the trial's process is gone", fault=Fault.LOST)
         self._process.join(STOP_TIMEOUT_S)
         code = self._process.exitcode
         self.close()
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with {code}"
         memory = "; the system may have run out of memory" if code == -signal.SIGKILL else ""
-        return TrialEnd(f"the trial's process {how}{memory} (its output: {self._log})")
+        return TrialEnd(f"the trial's process {how}{memory} (its output: {self._log})", fault=Fault.LOST)
 
 
 def serve(connection: Connection, log: Path) -> None:

@@ -3,6 +3,7 @@
 A trial's `seed` is its place in the sweep, so that one program can treat one trial differently.
 """
 
+import errno
 import json
 import math
 import os
@@ -36,8 +37,8 @@ def measured(job: TrialJob, epoch: int, value: float, **facts: float) -> EpochMe
 
 
 def told_epochs(job: TrialJob, happens: Callable[[int], None]) -> Epochs:
-    """Every epoch tells which process it ran in; `happens` runs before it is told."""
-    for epoch in range(1, job.config.epochs + 1):
+    """Every epoch tells which process it ran in; `happens` runs before it is told. It goes on after the known ones."""
+    for epoch in range(job.known + 1, job.config.epochs + 1):
         happens(epoch)
         value = value_of(job.config.seed, epoch)
         if not (yield measured(job, epoch, value, pid=os.getpid(), parent=os.getppid())):
@@ -57,9 +58,57 @@ def raising(job: TrialJob) -> Epochs:
 
 
 def killed(job: TrialJob) -> Epochs:
+    """Its second epoch never comes through."""
+
     def happens(epoch: int) -> None:
         if job.config.seed == ODD_ONE and epoch == 2:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    return told_epochs(job, happens)
+
+
+def killed_once(job: TrialJob) -> Epochs:
+    """Its second epoch kills it when it is first tried."""
+    tried = job.work.folder / f"tried-{job.trial_id}"
+
+    def happens(epoch: int) -> None:
+        if job.config.seed == ODD_ONE and epoch == 2 and not tried.exists():
+            tried.parent.mkdir(parents=True, exist_ok=True)
+            tried.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return told_epochs(job, happens)
+
+
+class ResourceExhaustedError(Exception):
+    """As TensorFlow names it."""
+
+
+def greedy(job: TrialJob) -> Epochs:
+    """Does not fit beside others where its batch is above 16, and above 32 not at all."""
+
+    def happens(epoch: int) -> None:
+        if job.config.batch_size > (32 if job.alone else 16):
+            raise ResourceExhaustedError("OOM when allocating tensor with shape[64,3,3]")
+
+    return told_epochs(job, happens)
+
+
+def broken(job: TrialJob) -> Epochs:
+    """Fails before its first epoch, whatever the configuration."""
+
+    def happens(epoch: int) -> None:
+        raise ImportError("libcudnn.so.9: cannot open shared object file")
+
+    return told_epochs(job, happens)
+
+
+def without_space(job: TrialJob) -> Epochs:
+    """The disk is full in the second epoch of the third trial, until the file `room` exists."""
+
+    def happens(epoch: int) -> None:
+        if job.config.seed == ODD_ONE and epoch == 2 and not (job.work.folder / "room").exists():
+            raise OSError(errno.ENOSPC, "No space left on device", str(job.folder / "checkpoint.npz"))
 
     return told_epochs(job, happens)
 

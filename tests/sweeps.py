@@ -1,12 +1,13 @@
 """Small sweeps of fake trials, for both runners."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cxr_models.trial import EpochMetrics, Suggestion, TrialConfig, TrialResult
 from sweep.halving import Halving, Rungs
-from sweep.runner import Conductor
+from sweep.runner import Conductor, Retried
 from sweep.search import Search
 from sweep.spec import read_spec
 from tests.programs import work
@@ -22,6 +23,7 @@ space:
   freeze: "{freeze}"
   seed: {seeds}
   epochs: {epochs}
+  batch_size: {batch_sizes}
 """
 
 
@@ -62,6 +64,12 @@ def fake_sweep(
     algorithm: str = "grid",
     freeze: str = "all",
     head_parameters: Callable[[TrialConfig], int] = lambda config: 0,
+    batch_sizes: Sequence[int] = (),
+    seeds: int = 0,
+    journal: Path | None = None,
+    stages: Sequence[int] = (),
+    resumed: bool = False,
+    retried: Retried = lambda trial_id, end, epochs: None,
 ) -> tuple[Conductor, Heard]:
     """A sweep over the seeds 0, 1, 2, ..., and what is heard of it.
 
@@ -75,17 +83,33 @@ def fake_sweep(
         algorithm: a grid runs every seed once, in order.
         freeze: strategy of every trial.
         head_parameters: of a configuration; each has about 110 in all, see `parameters`.
+        batch_sizes: of each trial; 8 if empty.
+        seeds: how many there are to choose from; as many as trials if 0.
+        journal: of the search; the rungs are kept beside it.
+        stages: of the search.
+        resumed: of the search.
+        retried: hears of trials that go on after they were lost.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "fake.yaml"
-    path.write_text(
-        SPACE.format(algorithm=algorithm, trials=trials, seeds=list(range(trials)), epochs=epochs, freeze=freeze)
-    )
+    of_seeds = [{"if": {"seed": seed}, "value": size} for seed, size in enumerate(batch_sizes)]
+    sizes = json.dumps({"choices": [8], "when": of_seeds} if of_seeds else 8)
+    facts = {"algorithm": algorithm, "trials": trials, "seeds": list(range(seeds or trials))}
+    path.write_text(SPACE.format(**facts, epochs=epochs, freeze=freeze, batch_sizes=sizes))
     heard = heard or Heard()
-    halving = Halving(Rungs(rungs, epoch_images=1), 2, "max") if rungs else None
-    search = Search(read_spec(path))
-    jobs = work(folder / "trials", program)
-    return Conductor(jobs, search, halving, parameters, [heard], head_parameters=head_parameters), heard
+    kept = journal.with_name("halving.jsonl") if journal else None
+    halving = Halving(Rungs(rungs, epoch_images=1), 2, "max", journal=kept) if rungs else None
+    search = Search(read_spec(path), journal, stages=stages, resumed=resumed)
+    conductor = Conductor(
+        work(folder / "trials", program),
+        search,
+        halving,
+        parameters,
+        [heard],
+        head_parameters=head_parameters,
+        retried=retried,
+    )
+    return conductor, heard
 
 
 def parameters(config: TrialConfig, phase: int) -> tuple[int, int]:

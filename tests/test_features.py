@@ -3,11 +3,12 @@
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_models import features
+from cxr_models import checksums, features
 from cxr_models.cuts import Cut
 from cxr_models.features import (
     Extraction,
@@ -29,6 +30,8 @@ from cxr_models.features import (
     stored_bytes,
     under_way,
 )
+from cxr_models.storage import DAY_S
+from tests.damages import DAMAGES, changed
 
 EARLY, LATE, POOLED = Cut("early", "", (2, 2, 3)), Cut("late", "", (2, 2, 2)), Cut("late", "average", (5,))
 IMAGES, AT_ONCE = 50, 4
@@ -87,8 +90,9 @@ def size_of(cut: Cut, images: int = IMAGES) -> int:
 
 
 def stored(folder: Path) -> list[str]:
-    """Names of everything in the store but its lock."""
-    return sorted(path.name for path in (folder / "features").glob("*/*"))
+    """Names of everything in the store but its lock, and the checksums and marks of features that are there."""
+    names = {path.name for path in (folder / "features").glob("*/*")}
+    return sorted(names - {f"{name}{ending}" for name in names for ending in (".sums", ".verified")})
 
 
 def take(folder: Path, log: Path, before_s: float, stop_after: int, cuts: tuple[Cut, ...]) -> None:
@@ -212,6 +216,44 @@ class TestOnce:
         np.testing.assert_array_equal(obtain(budget(tmp_path), extraction(prefix), EARLY).array, whole(EARLY))
         assert len(prefix.images) == 2 * IMAGES
 
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_whatever_is_damaged_is_noticed_and_made_anew(self, tmp_path, damage):
+        prefix = Prefix()
+        obtain(budget(tmp_path), extraction(prefix), EARLY, wanted=(POOLED,)).close()
+        (file,) = (tmp_path / "features").glob("*/early.f32")
+        good = file.read_bytes()
+        DAMAGES[damage](file)
+        found = obtain(budget(tmp_path), extraction(prefix), EARLY, wanted=(POOLED,))
+        np.testing.assert_array_equal(found.array, whole(EARLY))
+        assert file.read_bytes() == good
+        assert prefix.cuts == [(EARLY, POOLED), (EARLY,)], "the other is sound"
+        obtain(budget(tmp_path), extraction(prefix), EARLY)
+        assert len(prefix.images) == 2 * IMAGES
+
+    def test_who_has_the_damaged_file_open_keeps_it(self, tmp_path):
+        used = obtain(budget(tmp_path), extraction(Prefix()), EARLY)
+        (file,) = (tmp_path / "features").glob("*/early.f32")
+        DAMAGES["a bit in the middle"](file)
+        seen = used.array.copy()
+        found = obtain(budget(tmp_path), extraction(Prefix()), EARLY)
+        np.testing.assert_array_equal(found.array, whole(EARLY))
+        np.testing.assert_array_equal(used.array, seen)
+        used.close()
+
+    def test_a_disk_that_gives_back_something_else_each_time_is_left_alone(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(features, "is_sound_file", lambda file, path: False)
+        prefix = Prefix()
+        with pytest.raises(NoRoomError, match="read back as something else than was written"):
+            obtain(budget(tmp_path), extraction(prefix), EARLY)
+        assert len(prefix.images) == features.MOST_ATTEMPTS * IMAGES
+        assert not stored(tmp_path)
+
+    def test_a_second_reader_reads_no_checksums(self, tmp_path, monkeypatch):
+        obtain(budget(tmp_path), extraction(Prefix()), EARLY).close()
+        monkeypatch.setattr(checksums, "_fits", None)
+        for _ in range(2):
+            obtain(budget(tmp_path), extraction(Prefix()), EARLY).close()
+
     def test_a_store_that_is_cleared_meanwhile_is_filled_again(self, tmp_path):
         prefix = Prefix()
 
@@ -236,6 +278,20 @@ class TestProcesses:
             assert (one.exitcode, two.exitcode) == (0, 0)
         assert sorted([*logged(logs[0]), *logged(logs[1])]) == list(range(IMAGES))
         assert stored(tmp_path) == ["early.f32", "late-average.f32"]
+
+    def test_they_find_the_same_damage(self, tmp_path):
+        obtain(budget(tmp_path), extraction(Prefix()), EARLY).close()
+        (file,) = (tmp_path / "features").glob("*/early.f32")
+        DAMAGES["zeros at the end"](file)
+        logs = [tmp_path / "one", tmp_path / "two"]
+        with (
+            process(take, tmp_path, logs[0], 0.03, 10**6, (EARLY,)) as one,
+            process(take, tmp_path, logs[1], 0.03, 10**6, (EARLY,)) as two,
+        ):
+            one.join(60)
+            two.join(60)
+            assert (one.exitcode, two.exitcode) == (0, 0)
+        assert sorted([*logged(logs[0]), *logged(logs[1])]) == list(range(IMAGES))
 
     def test_what_one_computes_the_other_only_has_to_finish(self, tmp_path):
         log, prefix = tmp_path / "log", Prefix(before=lambda: time.sleep(0.02))
@@ -276,7 +332,15 @@ class TestProcesses:
         obtain(budget(tmp_path), extraction(prefix), EARLY)
         assert len(prefix.images) == IMAGES
 
-    @pytest.mark.parametrize("lost", ["early.f32.partial", "pass.json", "pass.done"])
+    def test_what_a_killed_one_has_damaged_is_noticed(self, tmp_path):
+        kill_in_the_middle(tmp_path, 5)
+        (file,) = (tmp_path / "features").glob("*/early.f32.partial")
+        changed(file, 0, b"\xff")
+        prefix = Prefix()
+        np.testing.assert_array_equal(obtain(budget(tmp_path), extraction(prefix), EARLY).array, whole(EARLY))
+        assert len(prefix.images) == 2 * IMAGES - 5 * AT_ONCE
+
+    @pytest.mark.parametrize("lost", ["early.f32.partial", "early.f32.partial.sums", "pass.json", "pass.done"])
     def test_a_pass_that_lost_a_file_begins_anew(self, tmp_path, lost):
         kill_in_the_middle(tmp_path, 5)
         (file,) = (tmp_path / "features").glob(f"*/{lost}")
@@ -303,6 +367,43 @@ class TestProcesses:
         assert stored(tmp_path) == ["early.f32"]
 
 
+class TestLitter:
+    """Passes of killed processes that another sweep meets."""
+
+    @staticmethod
+    def next_sweep(folder: Path) -> list[str]:
+        obtain(budget(folder), extraction(Prefix(), weights="other"), EARLY)
+        return stored(folder)
+
+    def test_one_that_may_be_gone_on_with_stays(self, tmp_path):
+        kill_in_the_middle(tmp_path, 5)
+        assert self.next_sweep(tmp_path) == ["early.f32", "early.f32.partial", "pass.done", "pass.json"]
+
+    @pytest.mark.parametrize("lost", ["early.f32.partial.sums", "pass.json", "pass.done"])
+    def test_one_that_cannot_be_gone_on_with_goes(self, tmp_path, lost):
+        kill_in_the_middle(tmp_path, 5)
+        (file,) = (tmp_path / "features").glob(f"*/{lost}")
+        file.unlink()
+        assert self.next_sweep(tmp_path) == ["early.f32"]
+        assert len([path for path in (tmp_path / "features").iterdir() if path.is_dir()]) == 1
+
+    def test_one_that_nobody_has_gone_on_with_for_a_day_goes(self, tmp_path, monkeypatch):
+        kill_in_the_middle(tmp_path, 5)
+        (done,) = (tmp_path / "features").glob("*/pass.done")
+        day_ago = time.time() - DAY_S - 60
+        monkeypatch.setattr(features.psutil, "boot_time", lambda: day_ago - 60)
+        os.utime(done, (day_ago, day_ago))
+        assert self.next_sweep(tmp_path) == ["early.f32"]
+
+    def test_one_in_the_hands_of_a_worker_stays(self, tmp_path):
+        log = tmp_path / "log"
+        with process(take, tmp_path, log, 0.0, 5, (EARLY,)):
+            wait_for(lambda: len(logged(log)) == 5 * AT_ONCE)
+            (done,) = (tmp_path / "features").glob("*/pass.done")
+            os.utime(done, (0, 0))
+            assert "early.f32.partial" in self.next_sweep(tmp_path)
+
+
 class TestUnderWay:
     def test_parts_while_they_are_computed(self, tmp_path):
         seen: list[UnderWay] = []
@@ -322,6 +423,13 @@ class TestUnderWay:
 
 
 class TestRoom:
+    def test_the_checksums_of_what_goes_go_too(self, tmp_path):
+        given = budget(tmp_path, size_of(EARLY))
+        for name in "ab":
+            obtain(given, extraction(Prefix(), weights=name), EARLY).close()
+        names = sorted(path.name for path in given.folder.glob("*/*"))
+        assert names == ["early.f32", "early.f32.sums", "early.f32.verified"]
+
     def test_what_was_not_used_for_longest_goes(self, tmp_path):
         given = budget(tmp_path, 3 * size_of(EARLY))
         for age, name in enumerate("abc"):
@@ -415,7 +523,53 @@ class TestRoom:
         assert "early.f32.partial" not in stored(tmp_path)
 
 
+def crowd(folder: Path, seed: int, limit_bytes: int) -> None:
+    """A worker process that wants one of a few features after another; some do not fit just now."""
+    generator, found = np.random.default_rng(seed), 0
+    for _ in range(40):
+        name = str(generator.integers(8))
+        try:
+            with closing(obtain(budget(folder, limit_bytes), extraction(Prefix(), weights=name), EARLY)) as stored:
+                np.testing.assert_array_equal(stored.array, whole(EARLY))
+                found += 1
+        except NoRoomError:
+            time.sleep(0.01)
+    assert found > 10
+
+
+@pytest.mark.parametrize("limit_bytes", [3 * size_of(EARLY), PLENTY], ids=["evicting", "the disk is full"])
+def test_what_processes_read_is_right_while_others_fill_the_cache(tmp_path, small_disk, limit_bytes):
+    disk = small_disk(1)
+    filler = bytes(shutil.disk_usage(disk).free - 10 * 4096)  # eight features take 24 pages, with their checksums
+    (disk / "filler").write_bytes(filler)
+    with process(crowd, disk, 0, limit_bytes) as one, process(crowd, disk, 1, limit_bytes) as two:
+        one.join(60)
+        two.join(60)
+        assert (one.exitcode, two.exitcode) == (0, 0)
+
+
 class TestFullDisk:
+    def test_a_real_one(self, tmp_path, small_disk):
+        """Another sweep fills it while features are computed; then there is room again."""
+        disk, images = small_disk(1), 4000
+        filler = disk / "filler"
+
+        def fill() -> None:
+            if not filler.exists():
+                filler.write_bytes(bytes(shutil.disk_usage(disk).free))
+
+        prefix = Prefix(before=fill)
+        found = obtain(budget(disk), extraction(prefix, images=images), EARLY)  # its place was reserved
+        np.testing.assert_array_equal(found.array, whole(EARLY, images))
+        found.close()
+        for _ in range(2):
+            with pytest.raises(NoRoomError, match="No space left on device"):
+                obtain(budget(disk), extraction(prefix, images=images, weights="other"), EARLY)
+            assert stored(disk) == ["early.f32"]
+        filler.unlink()
+        found = obtain(budget(disk), extraction(Prefix(), images=images, weights="other"), EARLY)
+        np.testing.assert_array_equal(found.array, whole(EARLY, images))
+
     def test_it_is_noticed_before_anything_is_computed(self, tmp_path, monkeypatch):
         monkeypatch.setattr(features.os, "posix_fallocate", full)
         prefix = Prefix()
@@ -460,7 +614,7 @@ class TestFullDisk:
         write, sync = os.pwrite, os.fdatasync
 
         def written(file: int, data: bytes, place: int) -> int:
-            calls.append("done" if data == b"\1" else "features")
+            calls.append({1: "done", 8: "sum"}.get(len(data), "features"))
             return write(file, data, place)
 
         def synced(file: int) -> None:
@@ -470,7 +624,7 @@ class TestFullDisk:
         monkeypatch.setattr(features.os, "pwrite", written)
         monkeypatch.setattr(features.os, "fdatasync", synced)
         obtain(budget(tmp_path), extraction(Prefix()), EARLY)
-        assert calls == ["features", "synced", "done"] * SHARES
+        assert calls == ["sum", "features", "synced", "synced", "done"] * SHARES
 
     @pytest.mark.parametrize("kind", ["lockf", "flock"])
     def test_a_file_system_without_locks_keeps_nothing(self, kind, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cxr_models.masking import in_channels, masked_array
+from tests.damages import DAMAGES
 
 
 @pytest.fixture
@@ -27,6 +28,15 @@ def test_inside_stays_and_outside_is_black(arrays, tmp_path):
     assert path.name != "pixels.npy", "features are kept by the name of the pixels"
     before = path.stat().st_mtime_ns
     assert masked_array(tmp_path / "pixels.npy", tmp_path / "masks.npy", tmp_path).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_array_is_made_anew(arrays, tmp_path, damage):
+    path = masked_array(tmp_path / "pixels.npy", tmp_path / "masks.npy", tmp_path)
+    good = path.read_bytes()
+    DAMAGES[damage](path)
+    assert masked_array(tmp_path / "pixels.npy", tmp_path / "masks.npy", tmp_path) == path
+    assert path.read_bytes() == good
 
 
 def test_a_smaller_mask_is_scaled_up(arrays, tmp_path):

@@ -1,5 +1,7 @@
 """Networks: their first weights, what a saved model predicts, and files of weights."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from cxr_models.freezing import parse_strategy
 from cxr_models.layer_table import PACKAGED, LayerTable, layer_tables, read_table, weight_problems
 from cxr_models.network import build_network, export_model
 from cxr_models.trial import TrialConfig
+from tests.damages import DAMAGES
 from tests.networks import save_as_keras_ships
 
 
@@ -64,6 +67,19 @@ def test_tables_that_are_not_packaged_are_made_by_one_child_and_kept(tmp_path, m
     assert layer_tables(wanted, tmp_path) == made
     with pytest.raises(ValueError, match="needs an image side of at least 70, but got 60"):
         layer_tables([("vanilla_cnn", 60)], tmp_path)
+    made_again = []
+
+    def make(files: dict[tuple[str, int], Path]) -> None:
+        for key, path in files.items():
+            made_again.append(key)
+            path.write_text(made[key].to_json())
+
+    monkeypatch.setattr(layer_table, "_make_tables", make)
+    damages = [DAMAGES[name] for name in DAMAGES if "head" not in name]  # one block may be of any length
+    for damage in damages:
+        damage(tmp_path / "layer_tables" / "vanilla_cnn-88.json")
+        assert layer_tables(wanted, tmp_path) == made
+    assert made_again == [("vanilla_cnn", 88)] * len(damages), "nothing but what is damaged"
 
 
 class TestReset:

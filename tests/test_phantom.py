@@ -1,4 +1,5 @@
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from cxr_models import phantom
 from cxr_models.phantom import CLASSES, PATIENT_PATTERN, Drawing, Finding, draw, patient_drawings, phantom_dataset
+from cxr_models.storage import NoSpace
 
 BUNDLED_WEIGHTS = Path(phantom.__file__).parent / "bundled" / "mobilenet_v2_0.35_phantom_notop.weights.h5"
 
@@ -175,6 +177,17 @@ def test_a_made_data_set_is_not_made_again(tmp_path, few_patients):
     assert phantom_dataset(tmp_path, side=32, progress=progress) == folder
     assert len(told) == total
     assert phantom_dataset(tmp_path, side=32, seed=1) != folder
+
+
+def test_a_full_disk_is_told_and_has_its_room_back(small_disk, few_patients):
+    disk = small_disk(1)
+    filler = disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - 5 * 4096))
+    with pytest.raises(NoSpace, match=r"expected room on the disk for .*phantom-v"):
+        phantom_dataset(disk, side=32)
+    assert not list(disk.rglob("*.png"))
+    filler.unlink()
+    assert list(phantom_dataset(disk, side=32).rglob("*.png"))
 
 
 def test_an_interrupted_making_is_not_taken_for_whole(tmp_path, few_patients):

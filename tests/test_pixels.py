@@ -1,5 +1,10 @@
 """Every kind of image file decodes to the picture people see, and each is decoded once."""
 
+import errno
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +16,8 @@ from PIL import Image
 from cxr_models import pixels
 from cxr_models.dataset import DataError, read_manifest
 from cxr_models.pixels import decode, mask_array, pixel_array
+from cxr_models.storage import NoSpace
+from tests.damages import DAMAGES
 
 # Smooth, of all grey values, and different in every orientation.
 PICTURE = np.add.outer(np.linspace(0, 155, 40), np.linspace(0, 100, 60)).round().astype(np.uint8)
@@ -172,6 +179,122 @@ def test_a_damaged_array_is_made_anew(tmp_path: Path, decoded: list[str], damage
     assert path.read_bytes() == good
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_whatever_is_damaged_is_noticed_and_made_anew(tmp_path: Path, decoded: list[str], damage: str) -> None:
+    save_study(tmp_path / "data")
+    manifest = read_manifest(tmp_path / "data")
+    path = pixel_array(manifest, 16, tmp_path)
+    good = path.read_bytes()
+    DAMAGES[damage](path)
+    with path.open("rb") as used:
+        found = path.read_bytes()
+        assert pixel_array(manifest, 16, tmp_path) == path
+        assert used.read() == found, "who has the old file open keeps it"
+    assert path.read_bytes() == good
+    assert len(decoded) == 16
+    pixel_array(manifest, 16, tmp_path)
+    assert len(decoded) == 16
+
+
+def test_an_array_of_before_there_were_checksums_is_made_anew(tmp_path: Path, decoded: list[str]) -> None:
+    save_study(tmp_path / "data")
+    manifest = read_manifest(tmp_path / "data")
+    path = pixel_array(manifest, 16, tmp_path)
+    good = path.read_bytes()
+    for other in path.parent.glob("*.npy.*"):
+        other.unlink()
+    pixel_array(manifest, 16, tmp_path)
+    assert path.read_bytes() == good
+    assert len(decoded) == 16
+
+
+def decode_slowly(data: Path, cache: Path, log: Path) -> None:
+    """A sweep that decodes, and says what it has decoded."""
+
+    def slow(path: Path, side: int, channels: int) -> NDArray[np.uint8]:
+        time.sleep(0.05)
+        with log.open("a") as file:
+            file.write(f"{path.name}\n")
+        return decode(path, side, channels)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pixels, "decode", slow)
+        pixel_array(read_manifest(data), 16, cache)
+
+
+def decoded_by(log: Path) -> int:
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_a_sweep_that_is_killed_while_it_decodes_leaves_nothing_behind(tmp_path: Path) -> None:
+    save_study(tmp_path / "data")
+    manifest = read_manifest(tmp_path / "data")
+    expected = pixel_array(manifest, 16, tmp_path / "other").read_bytes()
+    log = tmp_path / "log"
+    child = multiprocessing.get_context("spawn").Process(
+        target=decode_slowly, args=(tmp_path / "data", tmp_path, log), daemon=True
+    )
+    child.start()
+    while not decoded_by(log):
+        time.sleep(0.01)
+    child.kill()
+    child.join()
+    assert decoded_by(log) < 8
+    assert len(list((tmp_path / "pixels").glob(".*"))) == 1
+    path = pixel_array(manifest, 16, tmp_path)
+    assert path.read_bytes() == expected
+    ours = {path.name, path.with_suffix(".lock").name, f"{path.name}.sums", f"{path.name}.verified"}
+    assert {file.name for file in path.parent.iterdir()} == ours
+
+
+def test_two_processes_find_the_same_damage(tmp_path: Path) -> None:
+    save_study(tmp_path / "data")
+    path = pixel_array(read_manifest(tmp_path / "data"), 16, tmp_path)
+    good = path.read_bytes()
+    DAMAGES["a bit in the middle"](path)
+    log = tmp_path / "log"
+    both = [
+        multiprocessing.get_context("spawn").Process(target=decode_slowly, args=(tmp_path / "data", tmp_path, log))
+        for _ in range(2)
+    ]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join(60)
+    assert [one.exitcode for one in both] == [0, 0]
+    assert path.read_bytes() == good
+    assert decoded_by(log) == 8, "one decodes, the other waits"
+
+
+class TestFullDisk:
+    def test_it_is_noticed_before_anything_is_decoded_and_the_next_works(
+        self, tmp_path: Path, small_disk: Callable[[int], Path], decoded: list[str]
+    ) -> None:
+        save_study(tmp_path / "data")
+        manifest, disk = read_manifest(tmp_path / "data"), small_disk(1)
+        with pytest.raises(NoSpace, match=r"512px-1ch\.npy \(2\.1 MB\)\n  found: No space .*; 1\.0 MB are free"):
+            pixel_array(manifest, 512, disk)
+        assert decoded == []
+        assert not list(disk.rglob("*.npy*"))
+        path = pixel_array(manifest, 128, disk)
+        assert path.read_bytes() == pixel_array(manifest, 128, tmp_path).read_bytes()
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+    def test_in_the_middle_it_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+        save_study(tmp_path / "data")
+        manifest = read_manifest(tmp_path / "data")
+
+        def refused(*given: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", refused)
+            with pytest.raises(NoSpace, match=os.strerror(code)):
+                pixel_array(manifest, 16, tmp_path)
+        assert {file.suffix for file in (tmp_path / "pixels").iterdir()} <= {".lock"}
+        assert np.load(pixel_array(manifest, 16, tmp_path)).shape == (8, 16, 16, 1)
+
+
 def test_of_two_sweeps_at_once_one_decodes(tmp_path: Path, decoded: list[str]) -> None:
     save_study(tmp_path / "data")
     manifest = read_manifest(tmp_path / "data")
@@ -210,6 +333,15 @@ class TestMasks:
         assert found.shape == (2, 8, 8, 1)
         # The fourth column is covered by three quarters, and counts as inside.
         np.testing.assert_array_equal(found[0, :, :, 0], np.tile([255] * 4 + [0] * 4, (8, 1)))
+
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_damaged_masks_are_read_anew(self, tmp_path: Path, damage: str) -> None:
+        manifest = read_manifest(self.folder(tmp_path / "set", GREY))
+        path = mask_array(manifest, 8, tmp_path)
+        good = path.read_bytes()
+        DAMAGES[damage](path)
+        assert mask_array(manifest, 8, tmp_path) == path
+        assert path.read_bytes() == good
 
     def test_an_empty_mask_stays_empty(self, tmp_path: Path) -> None:
         source = self.folder(tmp_path / "set", Image.new("L", (20, 20)))

@@ -1,5 +1,6 @@
 """A plan reads the data as the file says: sources, classes, subset and split, with a note on whatever matters."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from sweep.plan_view import render_plan
 from sweep.spec import read_spec
 from sweep.splitting import stored_splits
 from tests import layouts
+from tests.damages import flipped
 
 SPACE = """\
 name: planned
@@ -199,6 +201,20 @@ def test_a_stored_split_is_that_of_its_shares(plan, tmp_path, cache_dir, monkeyp
     assert stored_splits(manifest, 0, cache_dir) != thirds
     monkeypatch.setattr(splitting, "assign_splits", None)  # what is stored is not made again
     assert stored_splits(manifest, 0, cache_dir, (0.5, 0.5, 0.0)) == thirds
+
+
+@pytest.mark.parametrize("place", [3, 50, -3])
+def test_a_stored_split_that_is_damaged_is_made_again(plan, tmp_path, place):
+    """A patient moved to the test set by a flipped bit would be there for good."""
+    manifest = plan(f"{{source: {layouts.nested(tmp_path / 'x', images=20)}}}").manifest
+    good = stored_splits(manifest, 7, tmp_path)
+    (stored,) = (tmp_path / "splits").iterdir()
+    whole = stored.read_bytes()
+    flipped(stored, place % len(whole))
+    assert stored_splits(manifest, 7, tmp_path) == good
+    assert stored.read_bytes() == whole
+    stored.write_text(json.dumps([TEST, *good[1:]]))
+    assert stored_splits(manifest, 7, tmp_path) == good
 
 
 def test_values_that_cannot_go_together_are_told_with_the_backbone(plan, tmp_path):

@@ -26,7 +26,16 @@ from cxr_models.training import (
     train_again,
     warm_network,
 )
-from cxr_models.trial import BEST_WEIGHTS, METRICS, VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialData
+from cxr_models.trial import (
+    BEST_WEIGHTS,
+    CHECKPOINT,
+    METRICS,
+    VALIDATION_SCORES,
+    EpochMetrics,
+    Objective,
+    TrialConfig,
+    TrialData,
+)
 from tests.trainings import LOSS, Weights, cuts_of, drain, images_of, keeping, weights_of
 
 TRAIN, VAL = 20, 10
@@ -187,7 +196,8 @@ class TestBestWeights:
 
     def test_nothing_else_is_left_in_the_folder(self, data, tmp_path):
         drain(run_trial("t", TINY, data, tmp_path / "trial", LOSS))
-        assert {path.name for path in (tmp_path / "trial").iterdir()} == {BEST_WEIGHTS, VALIDATION_SCORES}
+        left = {path.name for path in (tmp_path / "trial").iterdir()}
+        assert left == {BEST_WEIGHTS, VALIDATION_SCORES, CHECKPOINT}
 
 
 @dataclass

@@ -17,11 +17,21 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import OutOfMemoryError
 
 from cxr_models.trial import EpochMetrics, Outcome, TrialResult
 from sweep.machine import ClusterUnreachable
+from sweep.retries import SweepFailed
 from sweep.runner import Conductor, run_inline
-from sweep.trials import Placement, _Ends, check_address, ray_cluster, run_on_ray
+from sweep.trials import (
+    Placement,
+    _Ends,
+    _retry_what_the_memory_monitor_kills,
+    check_address,
+    ray_cluster,
+    run_on_ray,
+)
 from tests.programs import ODD_ONE, value_of
 from tests.sweeps import Heard, fake_sweep
 
@@ -38,8 +48,8 @@ def local_ray() -> Iterator[None]:
             yield
 
 
-def run(conductor: Conductor, folder: Path, *, total: int, at_once: int, gpus: float = 0.0) -> None:
-    run_on_ray(conductor, Placement(1.0, gpus, at_once), total=total, folder=folder)
+def run(conductor: Conductor, folder: Path, *, at_once: int, gpus: float = 0.0) -> None:
+    run_on_ray(conductor, Placement(1.0, gpus, at_once), folder=folder)
 
 
 @pytest.mark.parametrize(("share", "on_one"), [pytest.param(1.0, 1, marks=pytest.mark.slow), (0.5, 2)])
@@ -49,7 +59,7 @@ def test_trials_share_four_gpus(share, on_one, local_ray, tmp_path):
     conductor, heard = fake_sweep(tmp_path, "meeting", trials=at_once + 2, epochs=1)
     conductor.work.folder.mkdir()
     (conductor.work.folder / "peers").write_text(str(at_once))
-    run(conductor, tmp_path, total=at_once + 2, at_once=at_once, gpus=share)
+    run(conductor, tmp_path, at_once=at_once, gpus=share)
     assert [result.error for result in heard.results.values()] == [""] * (at_once + 2)
     spans = [json.loads(path.read_text()) for path in conductor.work.folder.glob("*/span.json")]
     assert len(spans) == at_once + 2
@@ -76,7 +86,7 @@ def test_one_at_a_time_the_sweep_is_that_of_the_inline_runner(local_ray, tmp_pat
         for name in ("inline", "ray")
     ]
     run_inline(sweeps[0][0])
-    run(sweeps[1][0], tmp_path / "ray", total=14, at_once=1)
+    run(sweeps[1][0], tmp_path / "ray", at_once=1)
     inline, on_ray = (told(heard) for _, heard in sweeps)
     assert inline == on_ray
     assert {facts[2] for facts in inline[1].values()} == set(Outcome)
@@ -85,20 +95,39 @@ def test_one_at_a_time_the_sweep_is_that_of_the_inline_runner(local_ray, tmp_pat
 
 def test_one_warm_worker_serves_many_trials_on_cpus_and_sees_no_gpu(local_ray, tmp_path):
     conductor, heard = fake_sweep(tmp_path, "quick", trials=6)
-    run(conductor, tmp_path, total=6, at_once=1)
+    run(conductor, tmp_path, at_once=1)
     assert len(heard.results) == 6
     assert len({(metrics.val["parent"], metrics.val["pid"]) for metrics in heard.epochs}) == 1
     assert {result.device for result in heard.results.values()} == {"GPU "}
 
 
-def test_a_killed_trial_does_not_stop_the_sweep(local_ray, tmp_path):
+def test_a_trial_that_dies_again_and_again_has_failed_and_does_not_stop_the_sweep(local_ray, tmp_path):
     conductor, heard = fake_sweep(tmp_path, "killed", trials=5)
-    run(conductor, tmp_path, total=5, at_once=1)
+    run(conductor, tmp_path, at_once=1)
     assert len(heard.results) == 5
     for seed, result in heard.by_seed.items():
         assert result.outcome is (Outcome.FAILED if seed == ODD_ONE else Outcome.COMPLETED)
     assert "was killed by SIGKILL" in heard.by_seed[ODD_ONE].error
+    assert heard.by_seed[ODD_ONE].error.endswith("; so were 2 earlier attempts")
     assert heard.by_seed[ODD_ONE].epochs == 1
+
+
+def test_a_trial_that_was_killed_goes_on_from_its_last_epoch(local_ray, tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "killed_once", trials=5)
+    run(conductor, tmp_path, at_once=2)
+    assert {result.outcome for result in heard.results.values()} == {Outcome.COMPLETED}
+    for result in heard.results.values():
+        own = [epoch for what, trial_id, epoch in heard.order if what == "epoch" and trial_id == result.trial_id]
+        assert own == [1, 2, 3], "each epoch once"
+
+
+def test_what_does_not_fit_beside_others_has_its_device_to_itself(local_ray, tmp_path):
+    """Ray gives a trial that is to be alone a whole GPU, where the others have a share each."""
+    conductor, heard = fake_sweep(tmp_path, "greedy", trials=4, batch_sizes=(8, 32, 64, 8))
+    run_on_ray(conductor, Placement(1.0, 0.5, 4), folder=tmp_path)
+    of = {result.config.seed: result for result in heard.results.values()}
+    assert [of[seed].outcome for seed in (0, 1, 3)] == [Outcome.COMPLETED] * 3
+    assert of[2].error.startswith("does not fit into the device's memory, even alone on it: ResourceExhaustedError")
 
 
 def test_short_epochs_come_in_batches_each_once_and_in_order(local_ray, tmp_path, monkeypatch):
@@ -111,7 +140,7 @@ def test_short_epochs_come_in_batches_each_once_and_in_order(local_ray, tmp_path
 
     monkeypatch.setattr(_Ends, "on_trial_result", count)
     conductor, heard = fake_sweep(tmp_path, "brisk", trials=4, epochs=60, rungs=(20,))
-    run(conductor, tmp_path, total=4, at_once=2)
+    run(conductor, tmp_path, at_once=2)
     assert len(heard.results) == 4
     for result in heard.results.values():
         told = [(what, epoch) for what, trial_id, epoch in heard.order if trial_id == result.trial_id]
@@ -134,16 +163,61 @@ class KillTheWorker(Heard):
             psutil.Process(int(metrics.val["parent"])).parent().kill()
 
 
-def test_a_killed_ray_worker_does_not_stop_the_sweep(local_ray, tmp_path):
+def test_trials_of_a_killed_ray_worker_go_on_with_another(local_ray, tmp_path, capfd):
     conductor, heard = fake_sweep(tmp_path, "slow", trials=3, epochs=8, heard=KillTheWorker())
-    run(conductor, tmp_path, total=3, at_once=1)
-    assert [heard.results[number].outcome for number in range(3)] == [
-        Outcome.FAILED,
-        Outcome.COMPLETED,
-        Outcome.COMPLETED,
+    run(conductor, tmp_path, at_once=1)
+    assert [heard.results[number].outcome for number in range(3)] == [Outcome.COMPLETED] * 3
+    assert [entry for entry in heard.order if entry[0] == "epoch"] == [
+        ("epoch", suggestion.trial_id, epoch) for suggestion in heard.begun for epoch in range(1, 9)
     ]
-    assert heard.results[0].error.startswith("the Ray worker failed: ")
+    assert len({metrics.val["parent"] for metrics in heard.epochs}) == 2, "two workers' servers"
     assert heard.by_seed[1].val["macro_f1"] == value_of(1, 8)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_worker_that_ray_s_memory_monitor_kills_is_one_that_was_lost(local_ray, tmp_path, monkeypatch):
+    """As its own error reaches Ray's loop; the monitor itself is off here."""
+    conductor, heard = fake_sweep(tmp_path, "slow", trials=2, epochs=3, heard=KillTheWorker())
+    _retry_what_the_memory_monitor_kills()
+    patched, raised = RayActorManager._actor_task_failed, []
+
+    def as_the_monitor(self, task, exception):
+        raised.append(exception)
+        patched(self, task, OutOfMemoryError("Task was killed due to the node running low on memory."))
+
+    as_the_monitor._knows_the_memory_monitor = True
+    monkeypatch.setattr(RayActorManager, "_actor_task_failed", as_the_monitor)
+    run(conductor, tmp_path, at_once=1)
+    assert raised
+    assert {result.outcome for result in heard.results.values()} == {Outcome.COMPLETED}
+
+
+def test_where_ray_s_loop_fails_another_takes_the_trials_up(local_ray, tmp_path, monkeypatch):
+    conductor, heard = fake_sweep(tmp_path, "slow", trials=3, epochs=6)
+    hear = _Ends.on_trial_result
+
+    def breaks_once(self, **info):
+        hear(self, **info)
+        if len(heard.epochs) >= 3 and not broken:
+            broken.append(True)
+            raise OSError("of Ray itself")
+
+    broken: list[bool] = []
+    monkeypatch.setattr(_Ends, "on_trial_result", breaks_once)
+    run(conductor, tmp_path, at_once=1)
+    assert broken
+    assert {result.outcome for result in heard.results.values()} == {Outcome.COMPLETED}
+    assert [entry for entry in heard.order if entry[0] == "epoch"] == [
+        ("epoch", suggestion.trial_id, epoch) for suggestion in heard.begun for epoch in range(1, 7)
+    ]
+
+
+def test_a_full_disk_ends_the_sweep_in_words_and_leaves_the_trial_open(local_ray, tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "without_space", trials=4)
+    with pytest.raises(SweepFailed, match="No space left on device"):
+        run(conductor, tmp_path, at_once=1)
+    assert sorted(heard.results) == [0, 1]
+    assert conductor.running
 
 
 class Interrupter(Heard):
@@ -167,7 +241,7 @@ def test_an_interruption_keeps_the_finished_trials(local_ray, tmp_path):
     conductor, heard = fake_sweep(tmp_path, "slow", trials=20, heard=Interrupter())
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run(conductor, tmp_path, total=20, at_once=2)
+        run(conductor, tmp_path, at_once=2)
     assert time.monotonic() - begun < 30
     assert not in_ray(heard.loop), "Ray would be shut down below its running loop"
     assert conductor.interrupted

@@ -14,10 +14,13 @@ import h5py
 import pytest
 
 from cxr_models.backbones import BACKBONES
+from cxr_models.checksums import is_sound
 from cxr_models.layer_table import LayerTable, layer_tables, weight_problems
+from cxr_models.storage import NoSpace
 from cxr_models.trial import TrialConfig
 from sweep import weights
 from sweep.weights import WeightsFile, find_weights, kept_weights, origin_notes, source_problem
+from tests.damages import DAMAGES
 
 MOBILENET = BACKBONES["mobilenet_v2_0.35"]
 BUNDLED = MOBILENET.bundled_path
@@ -32,6 +35,19 @@ def test_a_file_that_is_replaced_changes_nothing(tmp_path):
     assert kept.name == given.name, "its ending tells how it is read"
     other = kept_weights(given, tmp_path / "cache")
     assert (other.read_bytes(), other != kept) == (b"two", True)
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if "sum" not in name])
+def test_a_damaged_copy_is_made_anew(tmp_path, damage):
+    given = tmp_path / "own.weights.h5"
+    given.write_bytes(b"what was learned")
+    kept = kept_weights(given, tmp_path / "cache")
+    DAMAGES[damage](kept)
+    with kept.open("rb") as used:
+        found = kept.read_bytes()
+        assert kept_weights(given, tmp_path / "cache") == kept
+        assert used.read() == found, "who has the old file open keeps it"
+    assert kept.read_bytes() == b"what was learned"
 
 
 def test_the_same_contents_are_kept_once(tmp_path):
@@ -124,6 +140,22 @@ class TestUrls:
         assert asked == ["/own.weights.h5"]
         assert kept_weights(found[0].path, tmp_path / "cache") == found[0].path
 
+    def test_a_damaged_file_is_fetched_again(self, server, tmp_path):
+        address, asked = server
+        for _ in range(2):
+            (found,), problems = find(f"{address}/own.weights.h5#sha256={self.digest}", tmp_path)
+            assert problems == []
+            assert found.path.read_bytes() == BUNDLED.read_bytes()
+            DAMAGES["a bit in the middle"](found.path)
+        assert len(asked) == 2
+
+    def test_a_full_disk_is_no_fault_of_the_network(self, server, tmp_path, small_disk):
+        disk = small_disk(1)
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - BUNDLED.stat().st_size // 2))
+        with pytest.raises(NoSpace, match=r"expected room on the disk for .*own\.weights\.h5"):
+            find(f"{server[0]}/own.weights.h5#sha256={self.digest}", disk)
+        assert not list(disk.rglob("*.h5"))
+
     def test_another_file_than_was_asked_for_is_refused_and_not_kept(self, server, tmp_path):
         found, problems = find(f"{server[0]}/own.weights.h5#sha256={'0' * 64}", tmp_path)
         assert found == []
@@ -169,6 +201,19 @@ class TestModelsOfEarlierSweeps:
             digest = hashlib.sha256(model.read_bytes()).hexdigest()
             (note,) = origin_notes({("mobilenet_v2_0.35", source, 96): found[0]})
             assert f"starts from the model of an earlier sweep, {model} (sha256 {digest})" in note
+
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_a_damaged_backbone_is_taken_out_again(self, tmp_path, table, damage):
+        model = saved_model(tmp_path / "model.keras", "mobilenet_v2_0_35")
+        (found,), _ = find(str(model), tmp_path)
+        good = found.path.stat().st_size
+        DAMAGES[damage](found.path)
+        (again,), problems = find(str(model), tmp_path)
+        assert problems == []
+        assert again.path == found.path
+        assert again.path.stat().st_size == good
+        assert weight_problems(table, again.path) == ""
+        assert is_sound(again.path)
 
     def test_a_url_of_a_model_is_its_origin(self, tmp_path):
         model = saved_model(tmp_path / "model.keras", "mobilenet_v2_0_35")

@@ -16,7 +16,7 @@ import pytest
 from cxr_models.backbones import BACKBONES
 from cxr_models.trial import EpochMetrics, TrialConfig
 from sweep import worker
-from sweep.worker import TrialEnd, TrialJob, TrialProcess, failure, load_program
+from sweep.worker import Fault, TrialEnd, TrialJob, TrialProcess, failure, load_program
 from tests.programs import ODD_ONE, job, value_of
 from tests.trainings import images_of, in_workers, keeping
 from tests.trainings import job as real_job
@@ -187,7 +187,7 @@ class TestEpochs:
         first, end = process.next()
         assert first.epoch == 1
         assert "exited with 3" in end.error
-        assert process.next() == [TrialEnd("the trial was not started")]
+        assert process.next() == [TrialEnd("the trial was not started", fault=Fault.LOST)]
 
 
 class TestStop:
@@ -256,7 +256,7 @@ class TestStop:
 
     def test_without_a_trial(self, process):
         process.stop()
-        assert process.next() == [TrialEnd("the trial was not started")]
+        assert process.next() == [TrialEnd("the trial was not started", fault=Fault.LOST)]
 
 
 class TestChild:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +24,8 @@ from cxr_models.cuts import Cut, choose_cut
 from cxr_models.features import FeatureBudget
 from cxr_models.freezing import parse_strategy
 from cxr_models.network import head_parameters
-from cxr_models.trial import EpochMetrics, Objective, TrialConfig, TrialData
-from sweep.worker import TrialEnd, TrialJob, TrialProcess, Work, train
+from cxr_models.trial import CLASSIFY, EpochMetrics, Objective, TrialConfig, TrialData
+from sweep.worker import TrialEnd, TrialJob, TrialProcess, Work, segment, train
 
 ROOT = Path(__file__).parent.parent
 LOSS = Objective("loss", "min")
@@ -144,6 +145,32 @@ def recording(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
         (job.folder / "record.json").write_text(json.dumps(record))
         try:
             metrics = epochs.send((yield metrics))
+        except StopIteration:
+            return
+
+
+def stopping(job: TrialJob) -> Generator[EpochMetrics, bool, None]:
+    """The program of every real trial; writes down its epochs. Begun first, it ends after the one the folder names."""
+    stop = 0 if job.known else int((job.work.folder / "stop").read_text())
+    told: list[dict[str, Any]] = []
+    epochs = train(job) if job.work.objective.task == CLASSIFY else segment(job)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / "record.json").write_text("[]")
+    for metrics in epochs_of(epochs):
+        told.append(metrics.to_json())
+        (job.folder / "record.json").write_text(json.dumps(told))
+        yield metrics
+        if metrics.epoch == stop:
+            return
+
+
+def epochs_of(epochs: Generator[EpochMetrics, bool, None]) -> Generator[EpochMetrics, None, None]:
+    """A training that is always told to go on, and left alone with this generator."""
+    with closing(epochs):
+        try:
+            yield next(epochs)
+            while True:
+                yield epochs.send(True)
         except StopIteration:
             return
 

@@ -1,0 +1,76 @@
+"""What Ctrl-C and the signals of schedulers do: the first ends a sweep in good order, the second at once.
+
+SIGTERM comes from `docker stop`, Slurm and Kubernetes, SIGUSR1 from Slurm ahead of time (`--signal`), SIGHUP from a
+terminal that closes. All that a sweep needs to go on is on disk at any moment.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+INTERRUPTED = 130
+
+
+class _EndAtOnce:
+    """The handler after the first signal."""
+
+    def __init__(self, last_words: Callable[[], str]) -> None:
+        self._last_words = last_words
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        os.write(sys.stderr.fileno(), f"\n{self._last_words()}\n".encode())
+        os._exit(INTERRUPTED)
+
+
+@contextmanager
+def handled(last_words: Callable[[], str]) -> Iterator[None]:
+    """Within the block the first signal raises `KeyboardInterrupt`, and the second ends the process.
+
+    A signal that was ignored, as `nohup` has it, stays ignored.
+
+    Args:
+        last_words: what is printed before the process ends.
+    """
+    at_once = _EndAtOnce(last_words)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def first(signum: int, frame: FrameType | None) -> None:
+        for number in SIGNALS:
+            signal.signal(number, at_once)
+        raise KeyboardInterrupt
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, first)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Let what has begun be written down: a first signal that comes meanwhile counts at the block's end.
+
+    A second one still ends the process at once.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    if threading.current_thread() is not threading.main_thread() or isinstance(before[signal.SIGINT], _EndAtOnce):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *given: came.append(given))
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, before[number])
+    if came and callable(handler := before[signal.SIGINT]):
+        handler(*came[0])

@@ -1,0 +1,351 @@
+"""A sweep that goes on is the one it was, wherever it was cut short."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from cxr_models.trial import EpochMetrics, Outcome, Suggestion, TrialResult
+from sweep.record import Past, Record, RunFolder, read_lines
+from sweep.resume import Session, SessionEnd, Sessions
+from sweep.runner import Conductor, run_inline
+from sweep.worker import Fault, TrialEnd, TrialEvents, TrialJob
+from tests.programs import ODD_ONE, measured
+from tests.sweeps import fake_sweep
+
+TRIALS, EPOCHS, RUNGS = 14, 4, (2, 3)
+
+
+class Cut(BaseException):
+    """The driver dies."""
+
+
+class Recorded:
+    """Writes down what it hears as a sweep does, and dies after so many entries."""
+
+    def __init__(self, folder: RunFolder, conductor: Conductor, dies_after: int | None = None) -> None:
+        self.record = Record(folder, conductor.work.objective)
+        self.left = dies_after
+
+    def _written(self) -> None:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise Cut
+
+    def started(self, suggestion: Suggestion) -> None:
+        self._written()
+        self.record.started(suggestion)
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        self._written()
+        self.record.epoch(metrics)
+
+    def ended(self, number: int, result: TrialResult) -> None:
+        self._written()
+        self.record.ended(number, result)
+
+
+def run_two_at_once(conductor: Conductor) -> None:
+    """Two trials take turns, as on two workers that are exactly as fast."""
+    running: list[tuple[TrialJob, TrialEvents, EpochMetrics | TrialEnd]] = []
+    while True:
+        while len(running) < 2 and isinstance(job := conductor.next_job(), TrialJob):
+            trial = TrialEvents(job)
+            running.append((job, trial, trial.begin()))
+        if not running:
+            return
+        job, trial, event = running.pop(0)
+        if isinstance(event, TrialEnd):
+            conductor.ended(job.trial_id, event)
+        elif conductor.epoch(event):
+            running.append((job, trial, trial.answer(True)))
+
+
+Runs = Callable[[Conductor], None]
+
+
+def session(
+    tmp_path: Path, algorithm: str, runs: Runs, *, dies_after: int | None = None, stages: tuple[int, ...] = (TRIALS,)
+) -> bool:
+    """One session of the sweep in the folder; whether it came to its end."""
+    folder = RunFolder(tmp_path)
+    folder.state.mkdir(parents=True, exist_ok=True)
+    resumed = folder.suggestion_record.exists() or folder.study.exists()
+    conductor, _ = fake_sweep(
+        tmp_path,
+        "raising",
+        trials=stages[-1],
+        seeds=TRIALS,
+        epochs=EPOCHS,
+        rungs=RUNGS,
+        algorithm=algorithm,
+        journal=folder.study,
+        resumed=resumed,
+        stages=stages,
+    )
+    listener = Recorded(folder, conductor, dies_after)
+    conductor._listeners = [listener]
+    try:
+        assert conductor.resume(listener.record.past), "the sampler goes on as if it had never stopped"
+        runs(conductor)
+    except Cut:
+        return False
+    conductor.close()
+    return True
+
+
+def told(tmp_path: Path) -> dict[str, object]:
+    """All that a sweep has on record."""
+    folder = RunFolder(tmp_path)
+
+    def without_times(entry: dict) -> dict:
+        unequal = ("train_seconds", "ended_ms", "traceback", "device")
+        return {name: value for name, value in entry.items() if name not in unequal}
+
+    def epoch(entry: dict) -> tuple:
+        return entry["trial_id"], entry["epoch"], entry["val"]["macro_f1"]
+
+    study = optuna.load_study(study_name="fake", storage=JournalStorage(JournalFileBackend(str(folder.study))))
+    return {
+        "suggestions": list(read_lines(folder.suggestion_record)),
+        "epochs": sorted(map(epoch, read_lines(folder.epoch_record))),
+        "trials": sorted(map(without_times, read_lines(folder.trial_record)), key=lambda entry: entry["number"]),
+        "rungs": sorted(map(json.dumps, read_lines(folder.halving))),
+        "study": [
+            (trial.number, trial.state, trial.value, trial.params, trial.intermediate_values) for trial in study.trials
+        ],
+    }
+
+
+@pytest.mark.parametrize("algorithm", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("runs", [run_inline, run_two_at_once])
+def test_cut_after_any_entry_of_its_record_it_is_the_same_sweep(algorithm, runs, tmp_path):
+    """Suggestions, epochs, ends, rungs and the study; each trial and each epoch on record once."""
+    assert session(tmp_path / "whole", algorithm, runs)
+    whole = told(tmp_path / "whole")
+    assert {entry["outcome"] for entry in whole["trials"]} == {"completed", "stopped_early", "failed"}
+    entries = len(whole["suggestions"]) + len(whole["epochs"]) + len(whole["trials"])
+    for after in range(0, entries, 5 if runs is run_inline else 7):
+        folder = tmp_path / f"{after}"
+        assert not session(folder, algorithm, runs, dies_after=after)
+        assert session(folder, algorithm, runs)
+        found = told(folder)
+        if runs is run_inline:  # at once, trials that go on change their turns, and rungs may see them in another order
+            assert found == whole, f"cut after {after} entries"
+        ids = [entry["trial_id"] for entry in found["trials"]]
+        assert len(ids) == len(set(ids)) == TRIALS
+        assert len({entry[:2] for entry in found["epochs"]}) == len(found["epochs"])
+
+
+def test_cut_again_and_again_it_is_the_same_sweep(tmp_path):
+    assert session(tmp_path / "whole", "tpe", run_inline)
+    sessions = 0
+    while not session(tmp_path / "cut", "tpe", run_inline, dies_after=3):
+        sessions += 1
+    assert sessions > 10
+    assert told(tmp_path / "cut") == told(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("algorithm", ["tpe", "random", "grid"])
+def test_a_sweep_that_grows_begins_as_it_was(algorithm, tmp_path):
+    assert session(tmp_path, algorithm, run_inline, stages=(6,))
+    small = told(tmp_path)
+    assert not session(tmp_path, algorithm, run_inline, stages=(6, TRIALS), dies_after=7)
+    assert session(tmp_path, algorithm, run_inline, stages=(6, TRIALS))
+    grown = told(tmp_path)
+    assert grown["suggestions"][:6] == small["suggestions"]
+    assert grown["trials"][:6] == small["trials"]
+    assert len(grown["trials"]) == TRIALS
+    assert len({entry["trial_id"] for entry in grown["trials"]}) == TRIALS
+
+
+def test_lines_that_were_cut_short_are_forgotten(tmp_path):
+    assert session(tmp_path / "whole", "tpe", run_inline)
+    folder = RunFolder(tmp_path / "cut")
+    assert not session(folder.path, "tpe", run_inline, dies_after=30)
+    for path in (folder.suggestion_record, folder.epoch_record, folder.trial_record, folder.halving, folder.study):
+        with path.open("a") as file:
+            file.write('{"trial_id": "half of a li')
+    assert session(folder.path, "tpe", run_inline)
+    assert told(folder.path) == told(tmp_path / "whole")
+
+
+def test_a_damaged_study_is_written_anew_from_the_record(tmp_path):
+    assert session(tmp_path / "whole", "tpe", run_inline)
+    folder = RunFolder(tmp_path / "cut")
+    assert not session(folder.path, "tpe", run_inline, dies_after=40)
+    lines = folder.study.read_text().splitlines(keepends=True)
+    folder.study.write_text("".join([*lines[:5], "\0\0\0\n", *lines[6:]]))
+    assert session(folder.path, "tpe", run_inline)
+    assert told(folder.path)["study"] == told(tmp_path / "whole")["study"]
+    assert folder.study.with_name("study.journal.damaged").is_file()
+
+
+def test_a_lock_of_a_killed_writer_holds_nobody_up(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert not session(tmp_path, "tpe", run_inline, dies_after=9)
+    folder.study.with_name("study.journal.lock").symlink_to(folder.study)
+    assert session(tmp_path, "tpe", run_inline)
+
+
+def test_other_versions_keep_the_trials_of_the_record(tmp_path):
+    """A sampler that draws other numbers: what has run stays what it was."""
+    conductor, _ = fake_sweep(tmp_path / "then", "quick", trials=6, algorithm="tpe")
+    suggestions = []
+    while isinstance(job := conductor.next_job(), TrialJob):
+        suggestions.append(job)
+        conductor.epoch(measured(job, 1, 0.5))
+        conductor.ended(job.trial_id, TrialEnd())
+        if len(suggestions) == 4:
+            break
+    begun = [(Suggestion(number, job.trial_id, job.config), number) for number, job in enumerate(suggestions)]
+    ended = [
+        (number, TrialResult(job.trial_id, job.config, Outcome.COMPLETED, 1, 1, {"macro_f1": 0.5}))
+        for number, job in enumerate(suggestions)
+    ]
+    now, _ = fake_sweep(tmp_path / "now", "quick", trials=6, algorithm="tpe")
+    draw = now._search._model.draw
+    draws = []
+
+    def otherwise(point=None):
+        draws.append(point)
+        return draw(point if point or len(draws) != 3 else {"seed": (suggestions[2].config.seed + 1) % 6})
+
+    now._search._model.draw = otherwise
+    assert not now.resume(Past(begun, ended))
+    job = now.next_job()
+    assert isinstance(job, TrialJob)
+    assert [each.config for each in suggestions] == [result.config for _, result in ended]
+
+
+def test_a_trial_whose_rung_was_not_answered_is_judged_before_it_goes_on(tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=3, epochs=4, rungs=(1,))
+    jobs = [conductor.next_job() for _ in range(2)]
+    first = [measured(jobs[0], 1, 0.9)]
+    second = [measured(jobs[1], 1, 0.1)]
+    begun = [(Suggestion(number, job.trial_id, job.config), 0) for number, job in enumerate(jobs)]
+    now, heard = fake_sweep(tmp_path / "now", "quick", trials=3, epochs=4, rungs=(1,))
+    now.resume(Past(begun, [], {jobs[0].trial_id: first, jobs[1].trial_id: second}))
+    assert [(number, result.outcome) for number, result in heard.results.items()] == [(1, Outcome.STOPPED_EARLY)]
+    again = now.next_job()
+    assert (again.trial_id, again.known) == (jobs[0].trial_id, 1)
+
+
+def test_epochs_that_are_trained_again_are_recorded_once(tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=1, epochs=4)
+    job = conductor.next_job()
+    assert all(conductor.epoch(measured(job, epoch, 0.5)) for epoch in (1, 2, 1, 2, 3))
+    assert [metrics.epoch for metrics in heard.epochs] == [1, 2, 3]
+
+
+class TestSessions:
+    def test_none(self, tmp_path):
+        sessions = Sessions.read(RunFolder(tmp_path))
+        assert sessions.past == ()
+        assert sessions.stages(5) == [5]
+        assert not sessions.is_done(5)
+
+    def test_a_killed_one_has_no_end_and_trials_only_grow(self, tmp_path):
+        (tmp_path / "state").mkdir()
+        folder = RunFolder(tmp_path)
+        lines = [
+            {"begun": "2026-01-01", "process": 1, "trials": 5, "threads": 2, "versions": {"numpy": "1.0"}},
+            {"begun": "2026-01-02", "process": 2, "trials": 5, "threads": 2, "versions": {"numpy": "1.0"}},
+            {"ended": "done", "at": "2026-01-02"},
+        ]
+        folder.sessions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        sessions = Sessions.read(folder)
+        assert sessions.past == (
+            Session(5, 2, {"numpy": "1.0"}, None),
+            Session(5, 2, {"numpy": "1.0"}, SessionEnd.DONE),
+        )
+        assert sessions.is_done(5)
+        assert not sessions.is_done(6)
+        assert sessions.stages(9) == [5, 9]
+        assert all("numpy 1.0, now it is" in note for note in sessions.notes())
+        assert sessions.notes()
+
+
+class TestRetries:
+    def test_a_lost_trial_goes_on_from_its_last_epoch_twice_then_fails(self, tmp_path):
+        notes: list[tuple[str, int]] = []
+        conductor, heard = fake_sweep(
+            tmp_path, "quick", trials=1, retried=lambda trial_id, end, epochs: notes.append((end.error, epochs))
+        )
+        job = conductor.next_job()
+        conductor.epoch(measured(job, 1, 0.5))
+        for _ in range(2):
+            conductor.ended(job.trial_id, TrialEnd("killed", fault=Fault.LOST))
+            job = conductor.next_job()
+            assert job.known == 1
+        conductor.ended(job.trial_id, TrialEnd("killed", fault=Fault.LOST))
+        assert heard.results[0].error == "killed; so were 2 earlier attempts"
+        assert notes == [("killed", 1)] * 2
+        assert conductor.next_job() is None
+
+    def test_a_preempted_node_does_not_count(self, tmp_path):
+        conductor, _ = fake_sweep(tmp_path, "quick", trials=1)
+        for _ in range(10):
+            conductor.ended(conductor.next_job().trial_id, TrialEnd("spot", fault=Fault.PREEMPTED))
+        assert isinstance(conductor.next_job(), TrialJob)
+
+    def test_a_lost_trial_of_an_interrupted_sweep_stays_open(self, tmp_path):
+        conductor, heard = fake_sweep(tmp_path, "quick", trials=1)
+        job = conductor.next_job()
+        conductor.interrupt()
+        conductor.ended(job.trial_id, TrialEnd("killed", fault=Fault.LOST))
+        assert heard.results == {}
+
+    def test_what_does_not_fit_is_tried_alone_then_avoided(self, tmp_path):
+        """Trials of the same network with as large a batch are not even begun."""
+        sizes = (64, 32, 64, 128, 8)
+        conductor, heard = fake_sweep(tmp_path, "greedy", trials=5, batch_sizes=sizes)
+        run_inline(conductor)
+        assert [heard.results[number].outcome for number in range(5)] == [
+            Outcome.FAILED,
+            Outcome.COMPLETED,
+            Outcome.FAILED,
+            Outcome.FAILED,
+            Outcome.COMPLETED,
+        ]
+        assert "even alone on it: ResourceExhaustedError: OOM when allocating" in heard.results[0].error
+        assert heard.results[2].error == (
+            "does not fit into the device's memory: the same network did not in batches of 64; not tried"
+        )
+        states = [trial.state.name for trial in conductor._search._model._ended]
+        assert states == ["PRUNED", "COMPLETE", "PRUNED", "PRUNED", "COMPLETE"], "TPE keeps away from them"
+
+    def test_a_sweep_whose_first_trials_fail_alike_stops(self, tmp_path):
+        conductor, heard = fake_sweep(tmp_path, "broken", trials=20)
+        with pytest.raises(
+            RuntimeError, match=r"first 3 trials failed .* alike; the others would, too: ImportError: libcudnn"
+        ):
+            run_inline(conductor)
+        assert len(heard.results) == 3
+
+    def test_it_goes_on_where_one_of_those_that_run_has_an_epoch(self, tmp_path):
+        conductor, _ = fake_sweep(tmp_path, "quick", trials=9)
+        jobs = [conductor.next_job() for _ in range(4)]
+        for job in jobs[:3]:
+            conductor.ended(job.trial_id, TrialEnd("no luck"))
+        assert not isinstance(conductor.next_job(), TrialJob), "it waits for the fourth"
+        conductor.epoch(measured(jobs[3], 1, 0.5))
+        assert isinstance(conductor.next_job(), TrialJob)
+
+    def test_failures_that_differ_do_not_stop_it(self, tmp_path):
+        conductor, heard = fake_sweep(tmp_path, "quick", trials=5)
+        for number in range(5):
+            conductor.ended(conductor.next_job().trial_id, TrialEnd(f"no luck {number}"))
+        assert len(heard.results) == 5
+
+    def test_a_full_disk_stops_the_sweep_and_keeps_the_trial(self, tmp_path):
+        conductor, heard = fake_sweep(tmp_path, "without_space", trials=5)
+        with pytest.raises(RuntimeError, match="No space left on device"):
+            run_inline(conductor)
+        assert ODD_ONE not in heard.by_seed
+        assert conductor.running
