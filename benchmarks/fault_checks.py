@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cxr_models.trial import EpochMetrics
+from cxr_models.trial import CHECKPOINT, EpochMetrics
 from sweep.record import RunFolder, read_lines
 from sweep.tracked import MetricNames
 
@@ -23,7 +23,7 @@ QUIET = {
 }
 # What depends on the clock. Everything else of a trial or an epoch must be the same to the last bit.
 TIMED_COLUMNS = ("train_seconds",)
-CHECKPOINT = "checkpoint.npz"  # what a training leaves in its folder
+
 EXACT_IN_EPOCHS = ("phase", "learning_rate", "train", "val", "folds")
 
 

@@ -67,17 +67,8 @@ class Place:
         files = self.disk or self.folder
         where = ["--out", str(files / "runs"), "--name", self.name]
         where += ["--cache-dir", str(self.cache or files / "cache")]
-        command = [
-            sys.executable,
-            "-u",
-            "-m",
-            "sweep.run",
-            str(SPACE),
-            *where,
-            "--trials",
-            str(self.trials),
-            *self.options,
-        ]
+        command = [sys.executable, "-u", "-m", self.program, str(self.space), *where]
+        command += ["--trials", str(self.trials), *self.options]
         return [*command, "--resume"] if resume else command
 
 
