@@ -17,7 +17,7 @@ from measuring import ROOT, ProgramFailed
 
 from sweep.record import RunFolder, read_lines
 
-# Every process of a sweep inherits it: whatever sessions and parents Ray's processes have, this tells whose they are.
+# A variable that every process of a sweep inherits.
 MARK = "CXR_SWEEP_FAULTS"
 POLL_S = 0.05
 ORPHANS_MAY_LIVE_S = 30.0
@@ -95,17 +95,16 @@ class Attempt:
     ended: float = 0.0
 
     @classmethod
-    def start(cls, place: Place, number: int, environment: Mapping[str, str] | None = None) -> "Attempt":
+    def start(cls, place: Place, number: int) -> "Attempt":
         """Run the sweep's command: `--resume` if there is a run folder, else the same command as the first time.
 
         Args:
             place: the sweep.
             number: of the attempt, 0 for the first.
-            environment: variables besides those of this process.
         """
         place.folder.mkdir(parents=True, exist_ok=True)
         mark, log, resumed = f"{place.folder.name}-{number}-{os.getpid()}", place.folder / f"log-{number}", place.begun
-        own = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(environment or {}), MARK: mark, "PYTHONPATH": str(ROOT)}
+        own = {**os.environ, "CUDA_VISIBLE_DEVICES": "", MARK: mark, "PYTHONPATH": str(ROOT)}
         with log.open("wb") as output:
             process = subprocess.Popen(
                 place.command(resume=resumed),
@@ -165,8 +164,19 @@ class Attempt:
         self.wait()
 
     def processes(self) -> list[psutil.Process]:
-        """All living processes of this attempt."""
-        return [process for process in psutil.process_iter() if _mark_of(process) == self.mark]
+        """All living processes of this attempt: those in its session, and those with its mark in their environment.
+
+        Ray's processes write their titles over their environment; a process may leave the session.
+        """
+        return [process for process in psutil.process_iter() if self._has(process)]
+
+    def _has(self, process: psutil.Process) -> bool:
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            return os.getsid(process.pid) == self.process.pid or process.environ().get(MARK) == self.mark
+        except (psutil.Error, OSError):
+            return False  # it has ended meanwhile, or is another user's
 
     def seconds_to_die(self, limit_s: float = ORPHANS_MAY_LIVE_S) -> float | None:
         """After the driver's end: how long its other processes still live; None if longer than the limit."""
@@ -187,16 +197,9 @@ class Attempt:
         self.process.wait()
 
 
-def _mark_of(process: psutil.Process) -> str:
-    try:
-        return process.environ().get(MARK, "") if process.status() != psutil.STATUS_ZOMBIE else ""
-    except (psutil.Error, OSError):
-        return ""
-
-
 def ray_workers(attempt: Attempt) -> list[psutil.Process]:
-    """The Ray actors that have a trial."""
-    return [process for process in attempt.processes() if _command_of(process).startswith("ray::_RayTrial")]
+    """The Ray actors that have a child to train in; what their titles say of them changes with what they do."""
+    return [each for each in attempt.processes() if _command_of(each).startswith("ray::") and _children_of(each)]
 
 
 def training_children(attempt: Attempt) -> list[psutil.Process]:
