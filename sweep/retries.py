@@ -62,7 +62,7 @@ class Retries:
                 return None
             case Fault.NO_MEMORY:
                 return replace(
-                    end, error=f"{DOES_NOT_FIT} into the memory of the device, even alone on it: {end.error}"
+                    end, error=f"{DOES_NOT_FIT} into the device's memory, even alone on it: {end.error}"
                 )
         self._lost[trial_id] += 1
         if self._lost[trial_id] <= self._most:
