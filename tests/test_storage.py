@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_models.storage import written_whole
+from cxr_models.storage import remove_scratch, written_whole
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):
@@ -46,3 +46,12 @@ def test_a_block_that_wrote_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), written_whole(tmp_path / "nothing.json"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_files_of_one_file_are_removed_and_no_other(tmp_path):
+    names = ("checkpoint.npz", ".17-checkpoint.npz", ".18-checkpoint.npz", ".17-best.npz")
+    for name in names:
+        (tmp_path / name).touch()
+    remove_scratch(tmp_path / "checkpoint.npz")
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], names[3]}
+    remove_scratch(tmp_path / "no folder" / "checkpoint.npz")
