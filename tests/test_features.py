@@ -349,7 +349,7 @@ class TestProcesses:
         np.testing.assert_array_equal(obtain(budget(tmp_path), extraction(prefix), EARLY).array, whole(EARLY))
         assert len(prefix.images) == IMAGES
 
-    @pytest.mark.parametrize("noted", [b"", b"{", b"[]", b"{}", b'{"title": "", "cuts": [1]}', b"\xff"])
+    @pytest.mark.parametrize("noted", [b"{", b"{}", b'{"title": "", "cuts": [1]}'])
     def test_a_pass_whose_notes_are_damaged_begins_anew(self, tmp_path, noted):
         kill_in_the_middle(tmp_path, 5)
         (file,) = (tmp_path / "features").glob("*/pass.json")
