@@ -215,6 +215,7 @@ def mean_epoch(epochs: Sequence[EpochMetrics]) -> EpochMetrics:
         images_per_second=len(epochs) / sum(1 / each.images_per_second for each in epochs),
         features_seconds=sum(each.features_seconds for each in epochs),
         trial_seconds=epochs[-1].trial_seconds,
+        ended_ms=epochs[-1].ended_ms,
         folds=tuple(each.val for each in epochs),
     )
 

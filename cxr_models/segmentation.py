@@ -182,6 +182,7 @@ class _EpochLoop:
             images_per_second=len(data.train) / (trained - start),
             device=steps.device(),
             trial_seconds=time.perf_counter() - begun,
+            ended_ms=int(time.time() * 1000),
         )
         return metrics, counts
 

@@ -343,6 +343,7 @@ class _EpochLoop:
             source=self._inputs.source,
             features_seconds=waited,
             trial_seconds=time.perf_counter() - begun,
+            ended_ms=int(time.time() * 1000),
         )
         return metrics, scores
 

@@ -309,6 +309,7 @@ class EpochMetrics:
         features_seconds: that were spent computing features for this epoch, or waiting for them.
         trial_seconds: from the trial's start in its process to the end of this epoch.
         folds: `val` of each fold, of which `val` itself is the mean, as `train` is; empty without folds.
+        ended_ms: when it ended, milliseconds since 1970; 0 in records of earlier versions.
     """
 
     trial_id: str
@@ -324,6 +325,7 @@ class EpochMetrics:
     features_seconds: float = 0.0
     trial_seconds: float = 0.0
     folds: tuple[Mapping[str, float], ...] = ()
+    ended_ms: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Values that JSON has."""
@@ -376,6 +378,7 @@ class TrialResult:
             features that it computed or waited for, which later trials then find.
         error: for a failed trial, one line with the cause; the traceback is in `traceback`.
         doctor: what is wrong with its training, grave diagnoses first.
+        ended_ms: when it ended, milliseconds since 1970; 0 in records of earlier versions.
     """
 
     trial_id: str
@@ -392,6 +395,7 @@ class TrialResult:
     traceback: str = ""
     doctor: tuple[Diagnosis, ...] = ()
     by_fold: tuple[float, ...] = ()
+    ended_ms: int = 0
 
     def __post_init__(self) -> None:
         if (self.outcome is Outcome.FAILED) != bool(self.error):

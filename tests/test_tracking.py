@@ -15,7 +15,7 @@ import pytest
 
 from cxr_models.trial import METRICS, Diagnosis, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 from sweep import backlog, tracking
-from sweep.record import RunFolder
+from sweep.record import Record, RunFolder
 from sweep.tracked import MetricNames, flat_params, matrix_page
 from sweep.tracking import DatasetInfo, Tracker
 
@@ -88,8 +88,28 @@ def run_folder(path: Path) -> RunFolder:
     return folder
 
 
+class RecordedTracker(Tracker):
+    """With the record, which hears of everything first."""
+
+    def __init__(self, folder: RunFolder, *arguments, **options) -> None:
+        super().__init__(folder, *arguments, **options)
+        self._record = Record(folder, OBJECTIVE)
+
+    def started(self, trial: Suggested) -> None:
+        self._record.started(trial)
+        super().started(trial)
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        self._record.epoch(metrics)
+        super().epoch(metrics)
+
+    def ended(self, number: int, result: TrialResult) -> None:
+        self._record.ended(number, result)
+        super().ended(number, result)
+
+
 def tracker(folder: RunFolder, **options) -> Tracker:
-    return Tracker(folder, "small", objective=OBJECTIVE, classes=CLASSES, dataset=DATASET, **options)
+    return RecordedTracker(folder, "small", objective=OBJECTIVE, classes=CLASSES, dataset=DATASET, **options)
 
 
 def run_trial(target: Tracker, folder: RunFolder, trial: Suggested, values: list[float]) -> None:
