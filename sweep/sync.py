@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG_FOLDER
     try:
         with FolderLock(folder.state / "lock"):
-            return _sync(folder, arguments.tracking_uri or _own_uri(folder))
+            return _sync(folder, arguments.tracking_uri)
     except (FolderInUse, SpecError) as error:
         print(error, file=sys.stderr)
         return WRONG_FOLDER
@@ -116,7 +116,8 @@ def _own_uri(folder: RunFolder) -> str:
     return read_spec(folder.spec).tracking.uri or own_store(folder)
 
 
-def _sync(folder: RunFolder, uri: str) -> int:
+def _sync(folder: RunFolder, given_uri: str | None) -> int:
+    uri = given_uri or _own_uri(folder)
     spool = Spool(folder)
     entries = spool.entries()
     if not entries:
@@ -127,7 +128,7 @@ def _sync(folder: RunFolder, uri: str) -> int:
     ledger = Ledger(folder)
     unsent = Unsent(folder, ledger, spool)
     where = without_password(uri)
-    if not unsent.left.steps:
+    if not unsent.left.steps and not given_uri:  # another server may have nothing of it
         print(f"nothing is left to send to {where}")
         return DONE
     print(f"to send to {where}: {unsent.left}", flush=True)
