@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,10 @@ class Unavailable(Exception):  # noqa: N818 - what is so, not an error of a call
     """MLflow cannot be had now; the same may be tried again."""
 
 
+class Faulty(Unavailable):
+    """MLflow answers with an error of its own, which may pass or not."""
+
+
 class Refused(Exception):  # noqa: N818 - as above
     """MLflow will not take this, however often it is tried."""
 
@@ -58,7 +63,7 @@ def set_environment() -> None:
 
 @contextmanager
 def sorted_out() -> Iterator[None]:
-    """Raise whatever goes wrong as `Unavailable`, `Refused` or `RunGone`, in one line."""
+    """Raise whatever goes wrong as `Unavailable`, `Refused` or one of their kinds, in one line."""
     try:
         yield
     except (Unavailable, Refused):
@@ -73,6 +78,8 @@ def _kind(error: Exception) -> type[Exception]:
         return RunGone
     if hasattr(error, "get_http_status_code"):
         status = error.get_http_status_code()
+        if status == 500 and not re.search("API request to .* failed with (timeout )?exception", str(error)):
+            return Faulty
         passing = status >= 500 or status in PASSING or code in ("ENDPOINT_NOT_FOUND", "ABORTED")
         return Unavailable if passing else Refused
     response = getattr(error, "response", None)

@@ -4,8 +4,10 @@ Every step may be done twice, and a step that MLflow did not take is tried again
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from cxr_models.trial import EpochMetrics, Objective, Outcome
 from sweep.backlog import Backlog, TrackedTrial
 from sweep.champion import champion_notes
 from sweep.ledger import SWEEP, Ledger, Spool
-from sweep.mlflow_runs import MlflowRuns, Refused, RunGone, RunStatus, Unavailable
+from sweep.mlflow_runs import Faulty, MlflowRuns, Refused, RunGone, RunStatus, Unavailable
 from sweep.record import RunFolder
 from sweep.record_tail import RecordTail
 from sweep.tracked import (
@@ -32,6 +34,8 @@ from sweep.tracked import (
     trial_tags,
     without_password,
 )
+
+MOST_FAULTS = 4  # of one part, which MLflow answers, but with an error of its own
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,9 @@ class Sender:
         ledger: what has been sent.
         spool: what is sent beside the record.
         refused: hears in a line of what MLflow will not take; it is left out, and the rest sent.
+
+    Attributes:
+        parts_sent: grows while a step gets on that is not through yet.
     """
 
     def __init__(
@@ -85,6 +92,9 @@ class Sender:
         self._known = bool(spool.entries())  # an earlier process may have sent something
         self._doubtful: set[str] = set()  # may have a run that nobody was told of
         self._entries: list[dict[str, Any]] = []
+        self._done: set[str] = set()  # parts of the entry of the spool that is being sent
+        self._faults: Counter[str] = Counter()
+        self.parts_sent = 0
         self._spool_size = -1
         self._begin_reading()
         self._runs: MlflowRuns | None = None
@@ -152,6 +162,7 @@ class Sender:
                 return
         self._send(self._runs, entry)
         self._ledger.spooled_to(self._ledger.spooled + 1)
+        self._done.clear()
 
     def _next_entry(self) -> dict[str, Any] | None:
         size = self._spool.path.stat().st_size if self._spool.path.is_file() else 0
@@ -166,10 +177,14 @@ class Sender:
         return any(entry["kind"] == "resumed" for entry in later)
 
     def _read(self, now_s: float) -> None:
-        try:
-            self._tail.read(_now_ms, now_s)
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            self._refused(f"the record has something that cannot be read: {type(error).__name__}: {error}")
+        while True:
+            try:
+                self._tail.read(_now_ms, now_s)
+                return
+            except OSError as error:
+                raise Unavailable(f"the record cannot be read: {error}") from error
+            except (ValueError, TypeError, KeyError) as error:  # of one line, which is not read again
+                self._refused(f"the record has a line that cannot be understood: {one_line(error)}")
 
     def _connect(self) -> MlflowRuns:
         """Find the server, and what it has of this sweep; make the sweep's run if it has none."""
@@ -233,8 +248,13 @@ class Sender:
         except RunGone as error:
             self._refused(f"trial {trial.suggestion.trial_id}: {error}")
             self._ledger.status(trial.suggestion.trial_id, "DELETED")
+        except Faulty as error:  # the ledger has nothing of it, so that `sweep.sync` tries again
+            self._count_fault(trial.suggestion.trial_id, error)
+            self._refused(f"trial {trial.suggestion.trial_id}: {error}")
         except (Unavailable, OSError):
             raise
+        except Refused as error:
+            self._refused(f"trial {trial.suggestion.trial_id}: {error}")
         except Exception as error:
             self._refused(f"trial {trial.suggestion.trial_id}: {one_line(error)}")
         trial.described = True
@@ -262,7 +282,9 @@ class Sender:
             self._ledger.sent(trial_id, max([run.epochs, *(each.epoch for _, each in trial.epochs)]))
         if result:
             folder, classes = self._folder.trial(trial_id), self._opened.classes
-            self._try(lambda: runs.log_texts(run.run_id, trial_files(result, folder, classes)))
+            part = f"files of trial {trial_id}"
+            self._try(part, lambda: runs.log_texts(run.run_id, trial_files(result, folder, classes)))
+            self._done.discard(part)
             status: RunStatus = "FAILED" if result.outcome is Outcome.FAILED else "FINISHED"
             runs.terminate(run.run_id, status, result.ended_ms or trial.ended_ms)
             self._ledger.status(trial_id, status)
@@ -311,32 +333,32 @@ class Sender:
             shown = {name: without_password(text) for name, text in flat_params(spec).items()}
             runs.log(parent, params=shown, refused=self._refused)
 
-        self._try(params)
-        self._try(lambda: runs.log_dataset(parent, self._opened.dataset))
+        self._try("parameters", params)
+        self._try("data set", lambda: runs.log_dataset(parent, self._opened.dataset))
         self._send_files(runs, (self._folder.spec, self._folder.split))
 
     def _go_on(self, runs: MlflowRuns) -> None:
         """A sweep was resumed: its run and those of its killed trials run again."""
         for trial_id, run in list(self._ledger.runs.items()):
             if trial_id == SWEEP or run.status == "KILLED":
-                self._try(lambda run_id=run.run_id: runs.go_on(run_id))  # type: ignore[misc]
+                self._try(f"going on with {trial_id}", partial(runs.go_on, run.run_id))
                 self._ledger.status(trial_id, "")
 
     def _end(self, runs: MlflowRuns, entry: Mapping[str, Any]) -> None:
         parent, summary, at_ms = self.parent_run_id, entry["summary"], entry["at"]
         self._send_figures(runs, SWEEP, self._names.of_summary(summary), at_ms)
         self._tag(runs, summary_tags(summary))
-        self._try(lambda: runs.note_champion(parent, champion_notes(summary)))
+        self._try("notes on the model", lambda: runs.note_champion(parent, champion_notes(summary)))
         self._send_files(runs, [self._folder.path / name for name in entry["files"]])
-        self._try(lambda: runs.log_texts(parent, summary_files(summary)))
+        self._try("pages", lambda: runs.log_texts(parent, summary_files(summary)))
         for trial in self.backlog.running:
             trial_id = trial.suggestion.trial_id
             run = self._ledger.runs.get(trial_id)
             if run and not run.ended:
-                self._try(lambda run_id=run.run_id: runs.terminate(run_id, "KILLED", at_ms))  # type: ignore[misc]
+                self._try(f"end of {trial_id}", partial(runs.terminate, run.run_id, "KILLED", at_ms))
                 self._ledger.status(trial_id, "KILLED")
         self._drop_strays(runs)
-        self._try(lambda: runs.terminate(parent, entry["status"], at_ms))
+        self._try("end of the sweep", lambda: runs.terminate(parent, entry["status"], at_ms))
         self._ledger.status(SWEEP, entry["status"])
 
     def note_champion(self) -> None:
@@ -352,7 +374,7 @@ class Sender:
         own = {trial_id: run.run_id for trial_id, run in self._ledger.runs.items()}
         for found in runs.find():
             if found.trial_id in own and found.run_id != own[found.trial_id]:
-                self._try(lambda run_id=found.run_id: runs.delete(run_id))  # type: ignore[misc]
+                self._try(f"second run {found.run_id}", partial(runs.delete, found.run_id))
         self._doubtful.clear()
 
     def _send_figures(self, runs: MlflowRuns, trial_id: str, figures: Mapping[str, float], at_ms: int) -> None:
@@ -362,28 +384,43 @@ class Sender:
             self._refused(f"trial {trial_id} has final figures, but no run")
             return
         new = {name: float(value) for name, value in figures.items() if run.figures.get(name) != value}
-        self._try(lambda: runs.log(run.run_id, metrics=runs.metrics(new, at_ms), refused=self._refused))
+        metrics = runs.metrics(new, at_ms)
+        self._try("final figures", lambda: runs.log(run.run_id, metrics=metrics, refused=self._refused))
         if new:
             self._ledger.figures(trial_id, new)
 
     def _tag(self, runs: MlflowRuns, tags: Mapping[str, str]) -> None:
-        self._try(lambda: runs.log(self.parent_run_id, tags=tags, refused=self._refused))
+        self._try("tags", lambda: runs.log(self.parent_run_id, tags=tags, refused=self._refused))
 
     def _send_files(self, runs: MlflowRuns, paths: Sequence[Path]) -> None:
         for path in paths:
             if path.is_file():
-                self._try(lambda path=path: runs.log_file(self.parent_run_id, path))  # type: ignore[misc]
+                self._try(path.name, partial(runs.log_file, self.parent_run_id, path))
             else:
                 self._refused(f"{path} is not there any more")
 
-    def _try(self, send: Callable[[], None]) -> None:
-        """Leave out what is refused; an outage is raised."""
+    def _try(self, part: str, send: Callable[[], None]) -> None:
+        """Send a part of an entry, once; leave out what is refused. An outage is raised."""
+        if part in self._done:
+            return
         try:
             send()
+        except Faulty as error:
+            self._count_fault(part, error)
+            self._refused(f"{part}: {error}")
         except Unavailable:
             raise
         except Exception as error:
-            self._refused(str(error) if isinstance(error, Refused) else one_line(error))
+            self._refused(f"{part}: {error if isinstance(error, Refused) else one_line(error)}")
+        self._done.add(part)
+        self.parts_sent += 1
+
+    def _count_fault(self, what: str, error: Faulty) -> None:
+        """Raise it, unless the same has gone wrong so often that it is no accident, and must not block all others."""
+        self._faults[what] += 1
+        if self._faults[what] < MOST_FAULTS:
+            raise error
+        del self._faults[what]
 
 
 def _now_ms() -> int:

@@ -159,10 +159,12 @@ def _send(sender: Sender, unsent: Unsent) -> None:
     begun = shown = answered = time.monotonic()
     total = unsent.left.steps
     while (now := time.monotonic()) and sender.due(now, everything=True) is not None:
+        before = sender.parts_sent
         try:
             sender.step(now)
             answered = time.monotonic()
         except Unavailable:
+            answered = time.monotonic() if sender.parts_sent > before else answered
             if time.monotonic() - answered >= PATIENCE_S:
                 raise
             time.sleep(PAUSE_S)

@@ -214,7 +214,7 @@ class Tracker:
         pause_s, rested, failing_since = FIRST_PAUSE_S, 0.0, math.inf
         while not self._stopped.is_set():
             self._news.clear()
-            closing = self._closing.is_set()
+            closing, before = self._closing.is_set(), self._sender.parts_sent
             try:
                 now = time.monotonic()
                 due = self._sender.due(now, everything=closing)
@@ -232,7 +232,8 @@ class Tracker:
                 self._outage = str(error) if isinstance(error, Unavailable) else one_line(error)
                 self._tell()
                 if closing:
-                    failing_since = min(failing_since, time.monotonic())
+                    got_on = self._sender.parts_sent > before
+                    failing_since = time.monotonic() if got_on else min(failing_since, time.monotonic())
                     if time.monotonic() - failing_since >= PATIENCE_S:
                         return
                     self._stopped.wait(FIRST_PAUSE_S)

@@ -115,7 +115,7 @@ class Proxy:
 
 
 class Faults:
-    """The first two answers to each kind of writing request are lost; then, by a seed, some come to grief in some way."""
+    """The first two answers to each kind of writing request are lost; then, by a seed, some fail in some way."""
 
     def __init__(self, seed: int, share: float) -> None:
         self._random = random.Random(seed)

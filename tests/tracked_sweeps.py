@@ -138,13 +138,15 @@ def check_exactly_once(database: str, folder: RunFolder, *, finished: bool = Tru
     expected: dict[str, Rows] = {trial_id: [] for trial_id in begun}
     for trial_id, epochs in read_epochs(folder.epoch_record).items():
         for each in epochs:
-            expected[trial_id] += [(key, value, each.ended_ms, each.epoch) for key, value in names.of_epoch(each).items()]
+            expected[trial_id] += [
+                (key, value, each.ended_ms, each.epoch) for key, value in names.of_epoch(each).items()
+            ]
     for entry in read_lines(folder.trial_record):
         result = TrialResult.from_json({key: value for key, value in entry.items() if key != "number"})
         for key, value in names.of_result(result).items():
             expected[result.trial_id].append((key, float(value), result.ended_ms, 0))
     rows = {trial_id: sorted(found.rows.get(trial_id, [])) for trial_id in begun}
-    final = {name: value for name, value in names.of_evaluation(FINAL).items()} if finished else {}
+    final = names.of_evaluation(FINAL) if finished else {}
     if "t0" in rows:
         told = [row for row in rows["t0"] if row[0].startswith("final_")]
         assert {row[0]: row[1] for row in told} == final
