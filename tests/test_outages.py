@@ -1,18 +1,24 @@
 """A real MLflow server that is down, slow, killed, or whose answers get lost: nothing is lost, nothing there twice."""
 
+import os
 import random
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from sweep import sync, tracking
+from sweep.evaluation import register_champion
+from sweep.keras_child import keras_child
+from sweep.ledger import Ledger
 from sweep.record import RunFolder
 from tests.mlflow_servers import Faults, MlflowServer, Proxy
 from tests.tracked_sweeps import TrackedSweep, check_exactly_once, run_folder
 
-pytest.importorskip("mlflow")
+MlflowClient = pytest.importorskip("mlflow").MlflowClient
+ViewType = pytest.importorskip("mlflow.entities").ViewType
 pytestmark = pytest.mark.slow
 DEADLINE_S = 120.0
 
@@ -52,10 +58,12 @@ def test_lost_and_refused_answers_leave_everything_there_once(tmp_path, server, 
 def test_answers_that_come_too_late_leave_everything_there_once(tmp_path, server, monkeypatch):
     """The client gives up, while the server still works on what was asked: some runs are made late."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    chance = random.Random(1)
+    chance, slow = random.Random(1), iter((4.0, 0.0, 4.0, 4.0))
 
     def late(method: str, path: str) -> str:
-        if chance.random() < 0.15:
+        if path.endswith("runs/create"):
+            time.sleep(next(slow, 0.0))  # until long after the client has made another
+        elif chance.random() < 0.15:
             time.sleep(1.5)
         return ""
 
@@ -66,6 +74,10 @@ def test_answers_that_come_too_late_leave_everything_there_once(tmp_path, server
     proxy.close()
     assert sweep.tracker.problem == ""
     check_exactly_once(server.database, folder)
+    client = MlflowClient(server.database)
+    experiment = client.get_experiment_by_name("small").experiment_id
+    deleted = client.search_runs([experiment], run_view_type=ViewType.DELETED_ONLY)
+    assert [run for run in deleted if run.data.tags["sweep_id"] == Ledger(folder).sweep_id]
 
 
 def sync_command(folder: RunFolder, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -148,3 +160,50 @@ def test_everything_goes_to_another_server_too(tmp_path, server, capsys):
     assert sync.main([str(folder.path)]) == 0
     check_exactly_once(sweep.tracker.uri, folder)
     assert "has everything" in capsys.readouterr().out
+
+
+MODEL = """
+import sys, keras
+inputs = keras.Input((8, 8, 1))
+x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))
+keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(x)).save(sys.argv[1])
+"""
+
+
+def test_a_model_whose_registration_failed_is_registered_once_by_sync(tmp_path, server):
+    """Even where the server did register it, and the answer was lost."""
+    lost: list[str] = []
+
+    def fault(method: str, path: str) -> str:
+        if path.endswith("model-versions/create") and not lost:
+            lost.append(path)
+            return "lost"
+        return ""
+
+    proxy = Proxy(server, fault)
+    folder = run_folder(tmp_path, proxy.uri)
+    folder.model.parent.mkdir()
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", MODEL, str(folder.model)], check=True, env=environment)
+    sweep = TrackedSweep(folder, proxy.uri)
+    sweep.trial(0, 2)
+    example = np.zeros((1, 8, 8, 1), np.float32)
+    assert sweep.tracker.champion("t0", example)
+    with keras_child(folder.log("evaluation")) as call, pytest.raises(RuntimeError) as failed:
+        call(register_champion, folder.model, example, proxy.uri, sweep.tracker.parent_run_id, "small")
+    sweep.tracker.note(f"the best model was not registered: {failed.value}")
+    sweep.finish()
+    sweep.tracker.close(DEADLINE_S)
+    assert lost
+    assert "the best model was not registered" in sweep.tracker.problem
+    assert f"python -m sweep.sync {folder.path}" in sweep.tracker.problem
+    for said in ("registering the best model", "nothing is left to send"):
+        done = sync_command(folder)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert said in done.stdout
+    proxy.close()
+    check_exactly_once(server.database, folder)
+    client = MlflowClient(server.database)
+    (version,) = client.search_model_versions("name = 'small'")
+    assert version.run_id == sweep.tracker.parent_run_id
+    assert client.get_model_version_by_alias("small", "champion").version == version.version
