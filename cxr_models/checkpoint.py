@@ -163,5 +163,5 @@ def _of(arrays: Arrays, group: str) -> dict[str, NDArray[np.generic]]:
 
 def _whole(path: Path) -> dict[str, NDArray[np.generic]]:
     """All arrays of a file; every checksum is compared as they are read."""
-    with np.load(path) as file:
+    with path.open("rb") as opened, np.load(opened) as file:
         return dict(file)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from cxr_models.checksums import Blocks, begin_sums, forget, is_sound_file, put_sum, sums_file
 from cxr_models.cuts import Cut
+from cxr_models.room import UNFINISHED, files_of, in_use, make_room, passes
 from cxr_models.storage import DAY_S, NoSpace, size_text, written_whole
 
 Pixels = NDArray[np.uint8]
@@ -34,7 +35,6 @@ Rows = NDArray[np.int64]
 FEATURES_VERSION = 4  # raise it with any change of what is stored: features of before are then not used again
 WAIT_S = 0.02
 MOST_ATTEMPTS = 3  # at features that read back as something else
-UNFINISHED = ".partial"
 DONE = "pass.done"
 LOCK = "lock"  # of a whole store, held while files are made or removed
 
@@ -176,13 +176,13 @@ def obtain(budget: FeatureBudget, extraction: Extraction, cut: Cut, *, wanted: S
 
 def stored_bytes(folder: Path) -> int:
     """What all features in a folder take, unfinished ones included."""
-    return sum(size for _, _, size in _files(folder))
+    return sum(size for _, _, size in files_of(folder))
 
 
 def under_way(folder: Path) -> dict[str, UnderWay]:
     """The passes that workers of any sweep are computing at the moment, by their digests."""
     found = {}
-    for begun in map(_Pass, _passes(folder)):
+    for begun in map(_Pass, passes(folder)):
         with suppress(FileNotFoundError):  # ended
             parts = begun.done.read_bytes()
             if begun.has_workers():
@@ -250,14 +250,14 @@ class _Pass:
         return [self.done, *features, *map(sums_file, features)]
 
     def described(self) -> tuple[str, list[Cut]]:
-        """Its title and its cuts; no cuts where it has not begun."""
+        """Its title and its cuts; no cuts where it has not begun, or what it noted is damaged."""
         try:
             plan = json.loads(self.plan.read_text())
-        except FileNotFoundError:
+            return plan["title"], [
+                Cut(layer, pooling, tuple(shape), tuple(taps)) for layer, pooling, shape, taps in plan["cuts"]
+            ]
+        except (FileNotFoundError, ValueError, TypeError, KeyError):  # absent, or damaged
             return "", []
-        return plan["title"], [
-            Cut(layer, pooling, tuple(shape), tuple(taps)) for layer, pooling, shape, taps in plan["cuts"]
-        ]
 
     def cuts(self) -> list[Cut]:
         return self.described()[1]
@@ -271,12 +271,12 @@ class _Pass:
         return status.st_size == shares and status.st_mtime > psutil.boot_time()
 
     def has_workers(self) -> bool:
-        return any(_in_use(self.unfinished(cut)) for cut in self.cuts()[:1])
+        return any(in_use(self.unfinished(cut)) for cut in self.cuts()[:1])
 
     def is_stale(self) -> bool:
         """Whether killed processes have left it that nobody goes on with: it cannot be, or has not been for a day."""
         left = [*self.folder.glob(f"*{UNFINISHED}")]
-        if not left or any(_in_use(path) for path in left):
+        if not left or any(in_use(path) for path in left):
             return False
         if not self.cuts() or not all(path.exists() for path in self.files(self.cuts())):
             return True
@@ -336,12 +336,13 @@ def _can_join(begun: _Pass, budget: FeatureBudget, extraction: Extraction, cut: 
         if can_compute or begun.has_workers():
             return can_compute
     begun.discard()
-    for other_pass in map(_Pass, _passes(budget.folder)):
+    for other_pass in map(_Pass, passes(budget.folder)):
         if other_pass.is_stale():
             other_pass.discard()
             with suppress(OSError):  # finished cuts lie there
                 other_pass.folder.rmdir()
-    _make_room(budget, extraction.bytes_of(cut))
+    if refused := make_room(budget.folder, budget.limit_bytes, extraction.bytes_of(cut)):
+        raise NoRoomError(f"its features take {size_text(extraction.bytes_of(cut))}, {refused}")
     others, free = [], budget.limit_bytes - stored_bytes(budget.folder) - extraction.bytes_of(cut)
     for other in wanted:
         if other != cut and not begun.finished(other).exists() and extraction.bytes_of(other) <= free:
@@ -434,64 +435,3 @@ def _claimed(done: int, share: int) -> Iterator[bool]:
         yield True
     finally:
         fcntl.lockf(done, fcntl.LOCK_UN, 1, share)
-
-
-def _make_room(budget: FeatureBudget, wanted_bytes: int) -> None:
-    """Remove what was not used for longest until there is room; what is in use stays. The store is locked."""
-    if wanted_bytes > budget.limit_bytes:
-        raise NoRoomError(
-            f"its features take {size_text(wanted_bytes)}, the cache may take {size_text(budget.limit_bytes)}"
-        )
-    while (excess := (taken := stored_bytes(budget.folder)) + wanted_bytes - budget.limit_bytes) > 0:
-        idle = [(path, size) for _, path, size in sorted(_files(budget.folder)) if not _in_use(path)]
-        removed = 0
-        if sum(size for _, size in idle) >= excess:  # nothing goes in vain
-            for path, size in idle:
-                if removed < excess and _removed(path):
-                    removed += size
-        if not removed:
-            raise NoRoomError(
-                f"its features take {size_text(wanted_bytes)}, and {size_text(taken)} of the cache are in use"
-            )
-
-
-def _removed(path: Path) -> bool:
-    try:
-        with path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            forget(path)
-    except OSError:  # in use
-        return False
-    with suppress(OSError):  # other cuts lie there
-        path.parent.rmdir()
-    return True
-
-
-def _in_use(path: Path) -> bool:
-    """Whether somebody uses a file, or it is not this user's to remove."""
-    try:
-        with path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except (BlockingIOError, PermissionError):
-        return True
-    return False
-
-
-def _passes(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if path.is_dir())
-    except FileNotFoundError:
-        return []
-
-
-def _files(folder: Path) -> list[tuple[float, Path, int]]:
-    """(last use, path, bytes) of each cut's file."""
-    found = []
-    for begun in _passes(folder):
-        with suppress(FileNotFoundError):  # evicted by another sweep
-            for path in (*begun.glob("*.f32"), *begun.glob(f"*.f32{UNFINISHED}")):
-                status = path.stat()
-                found.append((max(status.st_atime, status.st_mtime), path, status.st_size))
-    return found

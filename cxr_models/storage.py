@@ -19,7 +19,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 FAILING = (errno.EIO, errno.EROFS)
 NEXT_TO_NOTHING = 64 * 1024  # bytes; a disk with less is full
 DAY_S = 24 * 3600.0
-CLOCK_S = 60.0  # by how much the clock may have been set since a process started
+CLOCK_S = 3600.0  # by how much the clock may have been set since a process started, or that of a server be wrong
 # Process, host, and start of the host with the process numbers that count there; see `_origin`.
 _SCRATCH = re.compile(r"\.(\d+)-([0-9a-f]{8})([0-9a-f]{8})-.+")
 

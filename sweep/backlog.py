@@ -19,17 +19,14 @@ class TrackedTrial:
     Attributes:
         begun_ms, ended_ms: when it began and ended, milliseconds since 1970.
         due_s: when a running trial's news are to be written, on the clock that the backlog is told.
-        run_id, artifact_uri: of its run, "" while there is none.
         described: whether the run has the trial's parameters.
-        epochs: not written yet, each with the time it came in at (ms).
+        epochs: not written yet, each with the time it was read at (ms).
         result: None while it runs.
     """
 
     suggestion: Suggestion
     begun_ms: int
     due_s: float
-    run_id: str = ""
-    artifact_uri: str = ""
     described: bool = False
     epochs: list[tuple[int, EpochMetrics]] = field(default_factory=list)
     result: TrialResult | None = None
@@ -51,8 +48,14 @@ class Backlog:
     def running(self) -> tuple[TrackedTrial, ...]:
         return tuple(self._running.values())
 
-    def started(self, suggestion: Suggestion, at_ms: int, now_s: float) -> None:
-        self._running[suggestion.trial_id] = TrackedTrial(suggestion, at_ms, now_s + INTERVAL_S)
+    @property
+    def epochs(self) -> int:
+        """How many wait, of all trials."""
+        return sum(len(trial.epochs) for trial in (*self._ended, *self.running))
+
+    def started(self, suggestion: Suggestion, at_ms: int, now_s: float) -> TrackedTrial:
+        trial = self._running[suggestion.trial_id] = TrackedTrial(suggestion, at_ms, now_s + INTERVAL_S)
+        return trial
 
     def epoch(self, metrics: EpochMetrics, at_ms: int) -> None:
         trial = self._running.get(metrics.trial_id)
@@ -78,7 +81,7 @@ class Backlog:
         return (running, running.due_s) if running else None
 
     def take(self, trial: TrackedTrial, now_s: float) -> None:
-        """A trial is being written: an ended one leaves, a running one has its next turn later."""
+        """A trial has been written: an ended one leaves, a running one has its next turn later."""
         if trial.result is None:
             trial.due_s = now_s + INTERVAL_S
         else:

@@ -333,14 +333,18 @@ def _write_best_config(plan: Plan, training: FinalTraining, data: TrialData, fol
 
 
 def register(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData, tracker: Tracker, call: Call) -> None:
-    """Log the saved best model to MLflow and register it; a failure is noted, not raised."""
-    if not tracker.parent_run_id:
-        return
+    """Log the saved best model to MLflow and register it; a failure is noted, not raised, and `sweep.sync` tries again.
+
+    What a sweep that was interrupted has registered is not registered again when it is resumed.
+    """
     # An image that trials saw.
     pixels = np.load(data.pictures(result.config), mmap_mode="r")
     example = pixels[data.val[:1]].astype(np.float32)
     try:
-        call(register_champion, folder.model, example, tracker.uri, tracker.parent_run_id, plan.spec.name)
+        if tracker.champion(result.trial_id, example):
+            run_id = tracker.parent_run_id
+            address = call(register_champion, folder.model, example, tracker.uri, run_id, plan.spec.name)
+            tracker.registered(result.trial_id, address)
     except Exception as error:  # the model is in the run folder; MLflow's copy is a convenience
         tracker.note(f"the best model was not registered: {error}")
 
@@ -360,9 +364,10 @@ def best_scores(finalist: Finalist, indices: NDArray[np.int64], model: Path | No
 
 
 def register_champion(model: Path, example: NDArray[np.float32], uri: str, run_id: str, name: str) -> str:
-    """In the child: log the saved model to MLflow and register it; returns its URI."""
+    """In the child: log the saved model to MLflow and register it, unless its run has one; returns its URI."""
     import keras
 
-    from sweep.tracking import log_champion
+    from sweep.tracking import log_champion, registered_champion
 
-    return log_champion(keras.saving.load_model(model), example, uri=uri, run_id=run_id, name=name)
+    found = registered_champion(uri=uri, run_id=run_id, name=name)
+    return found or log_champion(keras.saving.load_model(model), example, uri=uri, run_id=run_id, name=name)

@@ -61,9 +61,7 @@ class Retries:
                 self._alone.add(trial_id)
                 return None
             case Fault.NO_MEMORY:
-                return replace(
-                    end, error=f"{DOES_NOT_FIT} into the memory of the device, even alone on it: {end.error}"
-                )
+                return replace(end, error=f"{DOES_NOT_FIT} into the device's memory, even alone on it: {end.error}")
         self._lost[trial_id] += 1
         if self._lost[trial_id] <= self._most:
             return None

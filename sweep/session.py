@@ -243,7 +243,7 @@ def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
             source=str(manifest.root),
             images=len(manifest.records),
             patients=manifest.patients,
-            classes=plan.class_counts(),
+            classes={part: dict(counts) for part, counts in plan.class_counts().items()},
         ),
         inputs={**input_tags(plan.lung_masks), **audit_tags(plan.audit)},
     )

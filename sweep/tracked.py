@@ -162,7 +162,7 @@ def trial_tags(suggestion: Suggestion, sweep: str, parent_run_id: str) -> dict[s
 
 def one_line(error: Exception) -> str:
     """What went wrong, without MLflow's traceback of retries."""
-    if re.search("Max retries exceeded|timed out|Connection aborted", str(error)):
+    if re.search("Max retries exceeded|timed out|Connection (aborted|refused|reset)", str(error)):
         return "it cannot be reached"
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

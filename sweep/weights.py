@@ -213,10 +213,10 @@ def _find(
         return WeightsFile(path)
     digest = _sha256(path)
     taken = cache_dir / "weights" / digest[:24] / f"{row.name}.weights.h5"
-    with told_of_space(taken):
-        taken.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(taken.with_suffix(".lock")):
-            if not is_sound(taken):
+    if not is_sound(taken):
+        with told_of_space(taken):
+            taken.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(taken.with_suffix(".lock")):
                 extract_backbone(path, row, table, taken)
                 seal(taken)
     return WeightsFile(taken, origin=Origin(address or str(path), digest, None if address else path))
@@ -256,6 +256,7 @@ def _downloaded(url: str, cache_dir: Path) -> Path:
                     found.update(chunk)
                     with told_of_space(kept):
                         file.write(chunk)
+                        file.flush()  # what the disk says is not to be taken for the network's word
         except NoSpace:
             raise
         except (URLError, OSError, HTTPException) as error:

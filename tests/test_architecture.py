@@ -19,10 +19,10 @@ HOMES = {
     "tensorflow": {"steps"},
     "keras": KERAS_HOMES,
     "ray": {"trials"},
-    "mlflow": {"tracking"},
+    "mlflow": {"mlflow_runs"},
     "optuna": {"search"},
     "matplotlib": {"plots", "report"},
-    "yaml": {"document", "tracking"},
+    "yaml": {"document", "sender"},
 }
 
 

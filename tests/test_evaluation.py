@@ -65,6 +65,7 @@ class FakeTracker:
     def __init__(self) -> None:
         self.told: dict[str, Any] = {}
         self.notes: list[str] = []
+        self.models: dict[str, str] = {}
         self.openings: list[tuple[int, str]] = []
 
     def evaluated(self, trial_id: str, parts: Any) -> None:
@@ -72,6 +73,12 @@ class FakeTracker:
 
     def test_opened(self, number: int, opening: str) -> None:
         self.openings.append((number, opening))
+
+    def champion(self, trial_id: str, example: np.ndarray) -> bool:
+        return True
+
+    def registered(self, trial_id: str, address: str) -> None:
+        self.models[trial_id] = address
 
     def note(self, cause: str) -> None:
         self.notes.append(cause)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_models import checksums, features
+from cxr_models import checksums, features, room
 from cxr_models.cuts import Cut
 from cxr_models.features import (
     Extraction,
@@ -349,6 +349,15 @@ class TestProcesses:
         np.testing.assert_array_equal(obtain(budget(tmp_path), extraction(prefix), EARLY).array, whole(EARLY))
         assert len(prefix.images) == IMAGES
 
+    @pytest.mark.parametrize("noted", [b"{", b"{}", b'{"title": "", "cuts": [1]}'])
+    def test_a_pass_whose_notes_are_damaged_begins_anew(self, tmp_path, noted):
+        kill_in_the_middle(tmp_path, 5)
+        (file,) = (tmp_path / "features").glob("*/pass.json")
+        file.write_bytes(noted)
+        assert not under_way(tmp_path / "features")
+        np.testing.assert_array_equal(obtain(budget(tmp_path), extraction(Prefix()), EARLY).array, whole(EARLY))
+        assert stored(tmp_path) == ["early.f32"]
+
     def test_nobody_computes_a_cut_that_its_weights_no_longer_fit(self, tmp_path):
         """A later phase has trained layers behind its cut, and may not take part in a pass that stores them."""
         log, moved = tmp_path / "log", Prefix()
@@ -494,7 +503,7 @@ class TestRoom:
         """Another user's, in a cache that several share."""
         given = budget(tmp_path, size_of(EARLY))
         obtain(given, extraction(Prefix(), weights="theirs"), EARLY).close()
-        monkeypatch.setattr(features, "_removed", lambda path: False)
+        monkeypatch.setattr(room, "_removed", lambda path: False)
         with pytest.raises(NoRoomError, match="of the cache are in use"):
             obtain(given, extraction(Prefix()), EARLY)
         assert stored(tmp_path) == ["early.f32"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cxr_models import training
-from cxr_models.epochs import DivergedError, Turns, drawn_images
+from cxr_models.epochs import DivergedError, Turns, drawn_images, mean_epoch
 from cxr_models.hopeless import same_answer
 from cxr_models.training import run_trial, train_again
 from cxr_models.trial import BEST_WEIGHTS, VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialData
@@ -143,6 +143,11 @@ def test_one_diverging_fold_fails_the_trial(data: TrialData, tmp_path: Path, mon
     monkeypatch.setattr(training, "evaluate", evaluate)
     with pytest.raises(DivergedError, match=r"diverged in epoch 1: training loss 1\.0, validation loss nan"):
         drain(run_trial("t", replace(MOBILE, freeze="all"), data, tmp_path / "t", LOSS))
+
+
+def test_an_epoch_ends_with_its_last_fold() -> None:
+    folds = [EpochMetrics("t", 1, 0, 0.1, {}, {}, 1.0, 1.0, trial_seconds=number, ended_ms=number) for number in (5, 9)]
+    assert mean_epoch(folds).ended_ms == 9
 
 
 def folded(*recalls: tuple[float, float, float]) -> EpochMetrics:

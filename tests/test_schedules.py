@@ -56,6 +56,18 @@ def test_plateau_halves_after_epochs_without_a_new_minimum():
     np.testing.assert_allclose(found, np.array([8, 8, 8, 8, 4, 4, 4, 2, 2]) / 80, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", CHOICES["schedule"])
+def test_behind_epochs_that_were_trained_before_the_rates_are_the_same(kind):
+    losses = [1.0, 0.9, 0.95, 0.9, 0.8, 0.8, 0.9, 0.7, 0.6]
+    whole = rates(kind, warmup=0.2, epochs=9, losses=losses)
+    for past in range(9):
+        schedule = Schedule(kind, 0.1, steps=7, epochs=9, warmup=0.2)
+        schedule.follow(losses[:past])
+        for epoch in range(past, 9):
+            np.testing.assert_array_equal(schedule.next_epoch(), whole[7 * epoch : 7 * (epoch + 1)])
+            schedule.observe(losses[epoch])
+
+
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match=r"expected a schedule of trial.CHOICES, but got 'linear'"):
         rates("linear")

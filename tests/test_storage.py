@@ -101,7 +101,9 @@ class TestLitter:
             child.communicate()
 
     def test_a_process_that_has_got_the_number_of_a_dead_one(self, tmp_path):
-        scratch = self.left(tmp_path, os.getpid(), age_s=time.time() - psutil.Process().create_time() + 120)
+        scratch = self.left(
+            tmp_path, os.getpid(), age_s=time.time() - psutil.Process().create_time() + storage.CLOCK_S + 60
+        )
         remove_stale(tmp_path)
         assert not scratch.exists()
 
@@ -112,7 +114,7 @@ class TestLitter:
         assert scratch.exists() == stays
 
     def test_another_start_of_this_machine(self, tmp_path):
-        before = time.time() - psutil.boot_time() + 120
+        before = time.time() - psutil.boot_time() + storage.CLOCK_S + 60
         scratch = self.left(tmp_path, os.getpid(), storage._origin()[:8] + "01234567", before)
         remove_stale(tmp_path)
         assert not scratch.exists()

@@ -1,6 +1,7 @@
 """A trial trains what its strategy says, on every training image once an epoch, and the same way every time."""
 
 import gc
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -267,7 +268,9 @@ class TestEpochs:
             np.testing.assert_array_equal(found.seeds, expected.seeds)
 
     def test_what_is_reported(self, data, tmp_path):
-        (first, _) = drain(run_trial("t", TINY, data, tmp_path / "trial", LOSS))
+        begun = time.time()
+        (first, second) = drain(run_trial("t", TINY, data, tmp_path / "trial", LOSS))
+        assert int(1000 * begun) <= first.ended_ms <= second.ended_ms <= 1000 * time.time()
         assert first.train.keys() == first.val.keys() == {*METRICS, "recall/a", "recall/b"}
         assert first.images_per_second == pytest.approx(TRAIN / first.seconds, rel=0.9)
         assert first.device == "CPU" or first.device.startswith("GPU")

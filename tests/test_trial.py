@@ -141,5 +141,12 @@ def test_results_and_epochs_are_json():
     assert TrialConfig.from_json(written["config"]) == CONFIG
     values = dict.fromkeys(METRICS, 0.5)
     epoch = EpochMetrics("a", 1, 0, 1e-3, values, values, 0.1, 10.0)
-    for each in (epoch, replace(epoch, folds=(values, values))):
+    for each in (epoch, replace(epoch, folds=(values, values), ended_ms=1_800_000_000_123)):
         assert EpochMetrics.from_json(json.loads(json.dumps(each.to_json()))) == each
+
+
+def test_an_epoch_that_an_earlier_version_wrote_down_is_read():
+    values = dict.fromkeys(METRICS, 0.5)
+    written = EpochMetrics("a", 1, 0, 1e-3, values, values, 0.1, 10.0).to_json()
+    del written["ended_ms"]
+    assert EpochMetrics.from_json(written).ended_ms == 0

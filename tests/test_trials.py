@@ -181,9 +181,9 @@ def test_a_worker_that_ray_s_memory_monitor_kills_is_one_that_was_lost(local_ray
     _retry_what_the_memory_monitor_kills()
     patched, raised = RayActorManager._actor_task_failed, []
 
-    def as_the_monitor(self, task, exception):
+    def as_the_monitor(self, tracked_actor_task, exception):
         raised.append(exception)
-        patched(self, task, OutOfMemoryError("Task was killed due to the node running low on memory."))
+        patched(self, tracked_actor_task, OutOfMemoryError("Task was killed due to the node running low on memory."))
 
     as_the_monitor._knows_the_memory_monitor = True
     monkeypatch.setattr(RayActorManager, "_actor_task_failed", as_the_monitor)

@@ -149,11 +149,11 @@ class TestUrls:
             DAMAGES["a bit in the middle"](found.path)
         assert len(asked) == 2
 
-    def test_a_full_disk_is_no_fault_of_the_network(self, server, tmp_path, small_disk):
+    def test_a_full_disk_is_no_fault_of_the_network(self, small_disk):
         disk = small_disk(1)
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - BUNDLED.stat().st_size // 2))
-        with pytest.raises(NoSpace, match=r"expected room on the disk for .*own\.weights\.h5"):
-            find(f"{server[0]}/own.weights.h5#sha256={self.digest}", disk)
+        with pytest.raises(NoSpace, match=r"expected room on the disk for .*notop\.weights\.h5"):
+            find(f"{BUNDLED.as_uri()}#sha256={self.digest}", disk)
         assert not list(disk.rglob("*.h5"))
 
     def test_another_file_than_was_asked_for_is_refused_and_not_kept(self, server, tmp_path):
@@ -202,7 +202,7 @@ class TestModelsOfEarlierSweeps:
             (note,) = origin_notes({("mobilenet_v2_0.35", source, 96): found[0]})
             assert f"starts from the model of an earlier sweep, {model} (sha256 {digest})" in note
 
-    @pytest.mark.parametrize("damage", DAMAGES)
+    @pytest.mark.parametrize("damage", ["a bit in the middle", "truncated", "no sums"])
     def test_a_damaged_backbone_is_taken_out_again(self, tmp_path, table, damage):
         model = saved_model(tmp_path / "model.keras", "mobilenet_v2_0_35")
         (found,), _ = find(str(model), tmp_path)
