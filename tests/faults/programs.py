@@ -8,7 +8,7 @@ from cxr_models.storage import written_whole
 from sweep.worker import TrialJob
 from tests.programs import Epochs, measured, value_of
 
-EPOCH_S = 0.3
+EPOCH_S = 0.2
 
 
 def steady(job: TrialJob) -> Epochs:
