@@ -241,6 +241,17 @@ def parse_value(text: str) -> Any:
     return document.values["value"] if document.values.keys() == {"value"} else text
 
 
+def read_plain(text: str) -> dict[str, Any]:
+    """The values of a YAML text as they stand.
+
+    Raises:
+        SpecError: it is no mapping, or has problems.
+    """
+    document = Document("the text", text)
+    document.check()
+    return dict(document.values)
+
+
 def write_yaml(values: Mapping[str, Any]) -> str:
     """As YAML text, in the order of the keys."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
