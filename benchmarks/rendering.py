@@ -385,9 +385,9 @@ def _fuzz_inputs(result: Result) -> list[str]:
     stages = ", ".join(f"{count:,} {stage}" for stage, count in result["parts"][0]["stages"].items())
     return [
         "## Broken inputs",
-        "Search spaces, images and tables with mistakes in them, each following from seed "
-        f"{result['seed']} and its number. A fault is a traceback, a crash, a warning on the terminal, more than 5 s "
-        "or 2 GB, or a message that does not tell file and place. Search spaces by how far they were to go: "
+        f"Search spaces, images and tables with mistakes in them, each following from seed {result['seed']} and its "
+        "number. A fault is a traceback, a crash, a warning on the terminal, more than 5 s of processor time for one "
+        "input or 2 GB, or a message that does not tell file and place. Search spaces by how far they were to go: "
         f"{stages}. A refused picture is counted and named; a folder is accepted with its broken pictures left out.",
         table(["inputs", "cases", "accepted", "refused", "faults", "slowest, s", "peak memory, MiB"], rows),
     ]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxr_models.images import Fault, ImageFacts, examine
+from cxr_models.images import Fault, ImageFacts, examine, quiet_codecs
 from cxr_models.layouts import ONLY_CLASS, list_images
 from cxr_models.listing import DataError as DataError
 from cxr_models.listing import Listing, data_error, real_path
@@ -192,7 +192,7 @@ def in_threads(work: Callable[[Item], Result], items: Sequence[Item], progress: 
     """Do `work` on every item, several at once; the results are in the order of the items."""
     results: list[Result] = []
     pool = ThreadPoolExecutor()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet_codecs():
         for package in ("PIL", "pydicom"):  # a broken file is counted and named; what they say besides names none
             warnings.filterwarnings("ignore", module=rf"{package}\.")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is sizes.MAX_PIXELS

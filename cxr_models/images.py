@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -29,7 +30,7 @@ LONGEST_REASON = 300  # characters
 GREY_BIT_DEPTHS = (8, 10, 12, 14, 16)  # as X-ray detectors write them, mostly into 16-bit files
 
 
-_ONE_LARGE = Lock()
+_ONE_LARGE, _QUIET = Lock(), Lock()
 
 
 class ImageFacts(NamedTuple):
@@ -72,6 +73,30 @@ class Fault(NamedTuple):
 
     flaw: Flaw
     reason: str
+
+
+@contextmanager
+def quiet_codecs() -> Iterator[None]:
+    """Keep libtiff off the terminal: of broken files it prints lines that name none, from C, past Python's warnings."""
+    if not _QUIET.acquire(blocking=False):  # another thread has seen to it
+        yield
+        return
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no error output
+        _QUIET.release()
+        yield
+        return
+    try:
+        sys.stderr.flush()
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        _QUIET.release()
 
 
 def examine(path: Path) -> ImageFacts | Fault:

@@ -65,7 +65,7 @@ def real_path(path: Path) -> Path:
     try:
         return path.expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise data_error("a folder of X-rays or a CSV file", f"{str(path)!r}: {error}", "check the path") from error
+        raise data_error("the path of a file or folder", f"{str(path)!r}: {error}", "check the path") from error
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:

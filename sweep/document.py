@@ -15,7 +15,7 @@ Where = tuple[str | int, ...]
 Origin = int | str | None
 """The line a value stands on, the `--set` argument it came from, or None for what is missing."""
 
-MAX_BYTES = 250_000  # two seconds of reading, and thirty times the longest shipped file
+MAX_BYTES = 100_000  # three seconds of reading, and a dozen times the longest shipped file
 MAX_DEPTH = 20
 SHOWN_CHARACTERS = 80
 SHOWN_PROBLEMS = 50

@@ -469,7 +469,7 @@ class TestFile:
             ("a: 1\n---\nb: 2\n", "expected a single document"),
             (b"name: \xff\xfe", "expected UTF-8 text, got other bytes at byte 6"),
             (b"name: \x00", "line 1: the character U+0000 is not allowed in YAML"),
-            ("#" * 250_001, "expected at most 250,000 bytes, got 250,001"),
+            ("#" * 100_001, "expected at most 100,000 bytes, got 100,001"),
         ],
         ids=range(9),
     )
