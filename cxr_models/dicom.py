@@ -11,6 +11,7 @@ from cxr_models.sizes import MAX_FILE_BYTES, AbsurdSizeError, check_large
 
 PREAMBLE = 128  # bytes in front of the magic
 MAGIC = b"DICM"
+MOST_VALUES = 2**16  # that stored values lie between, of all X-ray detectors
 MOST_META_BYTES = 10_000  # in front of the data set; it names the transfer syntax
 _CHUNK = 1024**2
 INVERTED = "MONOCHROME1"  # the smallest value is shown white
@@ -102,16 +103,28 @@ def _check_inflated(file: BinaryIO) -> None:
 
 
 def _grey_picture(stored: NDArray[Any], dataset: Any, *, inverted: bool) -> Image.Image:
-    """In 8 bits.
+    """In 8 bits. Shades are worked out once for each stored value there is, since a picture of them takes gigabytes.
 
     Raises:
         ValueError: the file's window or rescaling leaves values that are no numbers.
     """
+    low, span = int(stored.min()), int(stored.max()) - int(stored.min())
+    if stored.dtype.kind not in "iu" or span >= MOST_VALUES:
+        return Image.fromarray(_shades(stored, dataset, inverted=inverted))
+    places = stored.astype(np.int32) - low if low else stored
+    present = np.zeros(span + 1, bool)
+    present[places] = True
+    table = np.zeros(span + 1, np.uint8)
+    table[present] = _shades((np.flatnonzero(present) + low).astype(stored.dtype), dataset, inverted=inverted)
+    return Image.fromarray(table[places])
+
+
+def _shades(stored: NDArray[Any], dataset: Any, *, inverted: bool) -> NDArray[np.uint8]:
     with np.errstate(all="ignore"):
         shares = _displayed(stored, dataset)
     if not np.isfinite(shares).all():
         raise ValueError("its window or rescaling gives values that are no numbers")
-    return Image.fromarray(np.rint((1.0 - shares if inverted else shares) * 255.0).astype(np.uint8))
+    return np.rint((1.0 - shares if inverted else shares) * 255.0).astype(np.uint8)
 
 
 def _displayed(stored: NDArray[Any], dataset: Any) -> NDArray[np.float64]:

@@ -19,9 +19,12 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # programs, not a package
 
 from broken_images import _deflate_bomb, _dicom, _sheet, _text_bomb, _with_part, pictures, png_chunk
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from cxr_models.dataset import DataError, read_manifest
+from cxr_models.dicom import _grey_picture, _shades
 from cxr_models.images import Fault, Flaw, examine, read_picture
 from cxr_models.pixels import decode, mask_array
 from cxr_models.sizes import MAX_FILE_BYTES
@@ -166,6 +169,27 @@ class TestImages:
         (tmp_path / "bomb.dcm").write_bytes(_deflate_bomb(random.Random(0), b""))
         found = examine(tmp_path / "bomb.dcm")
         assert found == Fault(Flaw.SIZE, "a deflated DICOM file of more than 1,000,000,000 bytes")
+
+    @pytest.mark.parametrize("stored", [np.uint8, np.int16, np.uint16, np.int32])
+    @pytest.mark.parametrize(
+        "tags",
+        [
+            {},
+            {"WindowCenter": 80, "WindowWidth": 100},
+            {"RescaleSlope": "0.7", "RescaleIntercept": "-300"},
+            {"PixelPaddingValue": 3},
+        ],
+    )
+    def test_shades_by_stored_value_are_those_of_every_pixel(self, stored, tags):
+        """What a large picture is spared changes no pixel of any."""
+        values = np.random.default_rng(0).integers(0, 99, (40, 30)).astype(stored)
+        values = values - 40 if np.issubdtype(stored, np.signedinteger) else values
+        dataset = Dataset()
+        for name, value in tags.items():
+            dataset[name] = DataElement(name, {"PixelPaddingValue": "US"}.get(name, "DS"), value)
+        for inverted in (False, True):
+            picture = np.asarray(_grey_picture(values, dataset, inverted=inverted))
+            assert (picture == _shades(values, dataset, inverted=inverted)).all()
 
     def test_text_that_unpacks_to_megabytes_is_refused(self, tmp_path):
         found = {examine_text(tmp_path, seed) for seed in range(6)}
