@@ -248,7 +248,7 @@ _CHANGES: dict[str, Kind] = {
     "doubled": _doubled,
     "removed": _removed,
     "cut": lambda chance, data: data[: chance.randrange(len(data))],
-    "inserted": lambda chance, data: (place := chance.randrange(len(data))) and data[:place] + chance.randbytes(chance.choice((1, 4, 99))) + data[place:],
+    "inserted": lambda chance, data: data[: (place := chance.randrange(len(data)))] + chance.randbytes(chance.choice((1, 4, 99))) + data[place:],
     "appended": lambda chance, data: data + chance.choice((b"\0" * 5000, chance.randbytes(3000), data)),
     "zeroed": lambda chance, data: data[: (place := chance.randrange(len(data)))] + b"\0" * (len(data) - place),
 }  # fmt: skip
