@@ -28,8 +28,8 @@ from cxr_models.network import head_parameters
 from cxr_models.trial import CHECKPOINT, EpochMetrics, Objective, TrialConfig, TrialData
 
 SIDE, TRAIN, VAL, CLASSES = 96, 300, 60, 2
-EPOCHS = {"all": 100, "none": 6}
-LAPS = 3
+EPOCHS = {"all": 100, "none": 4}
+LAPS = 2
 HEAD = TrialConfig("mobilenet_v2_0.35", weights="bundled", image_side=SIDE, freeze="all", dropout=0.2)
 
 

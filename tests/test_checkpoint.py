@@ -313,12 +313,14 @@ class TestKilled:
             folder = tmp_path / str(end)
             begun(SHORT, discs, folder, stop, 1)
             epochs = SHORT.begin(discs, folder, decisions=(1, 2, 3, 4, 5))
-            for metrics in epochs:
+            metrics = next(epochs)
+            while True:
                 best = max(epoch.val["dice"] for epoch in whole[: metrics.epoch])
                 if metrics.epoch >= stop:
                     assert best_dice(folder) == best
                 if metrics.epoch == end:
                     break
+                metrics = epochs.send(True)
             with pytest.raises(StopIteration):
                 epochs.send(False)
             assert best_dice(folder) == best
