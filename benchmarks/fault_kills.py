@@ -4,10 +4,12 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 
 import psutil
 from fault_checks import differences, finished_epochs, tracking_differences, trained_again
 from fault_runs import (
+    AGENTS_MAY_LIVE_S,
     ORPHANS_MAY_LIVE_S,
     Attempt,
     Place,
@@ -62,7 +64,7 @@ def killed_and_resumed(place: Place, when: Sequence[float], reference: Reference
     """
     finished: list[Finished] = []
     kills: list[Row] = []
-    deaths: list[Future[float | None]] = []
+    deaths: list[Future[Death]] = []
     seconds = 0.0
     with ThreadPoolExecutor(len(when) + 1) as watchers:
         attempt = Attempt.start(place, 0)
@@ -74,30 +76,51 @@ def killed_and_resumed(place: Place, when: Sequence[float], reference: Reference
             attempt.kill_driver()
             kills.append({"phase": phase, "second": attempt.seconds, "resumed": attempt.resumed})
             seconds += attempt.seconds
-            deaths.append(watchers.submit(_died, attempt))
+            deaths.append(watchers.submit(died, attempt))
             attempt = Attempt.start(place, len(kills))
         complaints = ended_well(attempt)
         seconds += attempt.seconds
-        deaths.append(watchers.submit(_died, attempt))
-    for number, death in enumerate(deaths):
-        if death.result() is None:
-            complaints.append(f"processes of attempt {number} outlived their driver by {ORPHANS_MAY_LIVE_S:.0f} s")
-    lived = [death.result() for death in deaths[: len(kills)]]
+        deaths.append(watchers.submit(died, attempt))
+    lived = [death.result() for death in deaths]
+    for number, death in enumerate(lived):
+        complaints += [f"attempt {number}: {text}" for text in death.complaints]
     return {
         "kills": kills,
         "told": ", ".join(f"killed after {kill['second']:.0f} s ({kill['phase']})" for kill in kills),
         "seconds": seconds,
         "lost_seconds": seconds - reference.seconds,
-        "orphans_seconds": max((ORPHANS_MAY_LIVE_S if each is None else each for each in lived), default=0.0),
+        "orphans_seconds": max((death.others for death in lived[: len(kills)]), default=0.0),
+        "agents_seconds": max((death.agents for death in lived[: len(kills)]), default=0.0),
         **compared(finished, place, reference, complaints),
     }
 
 
-def _died(attempt: Attempt) -> float | None:
-    """After its driver's end: seconds until all it had started is gone, None where that had to be killed."""
-    seconds = attempt.seconds_to_die()
+@dataclass(frozen=True)
+class Death:
+    """How long what a driver had started lived on, in seconds.
+
+    Attributes:
+        others: Ray's head, its workers and all that trained.
+        agents: Ray's agents.
+        complaints: about what did not end.
+    """
+
+    others: float
+    agents: float
+    complaints: tuple[str, ...]
+
+
+def died(attempt: Attempt) -> Death:
+    """After its driver's end: wait for all it had started, and kill what is left after as long as that may live."""
+    others, agents = attempt.seconds_to_die(), attempt.seconds_to_die(agents=True)
     attempt.clear()
-    return seconds
+    complaints = []
+    if others is None:
+        complaints.append(f"processes outlived their driver by {ORPHANS_MAY_LIVE_S:.0f} s")
+    if agents is None:
+        complaints.append(f"Ray's agents outlived their driver by {AGENTS_MAY_LIVE_S:.0f} s")
+    others = ORPHANS_MAY_LIVE_S if others is None else others
+    return Death(others, others + (AGENTS_MAY_LIVE_S if agents is None else agents), tuple(complaints))
 
 
 def ended_well(attempt: Attempt) -> list[str]:
@@ -168,8 +191,7 @@ def with_lost_workers(place: Place, when: Sequence[float], reference: Reference,
             kills.append(kill)
     complaints = ended_well(attempt)
     seconds = attempt.seconds
-    if _died(attempt) is None:
-        complaints.append(f"processes outlived the driver by {ORPHANS_MAY_LIVE_S:.0f} s")
+    complaints += died(attempt).complaints
     return {
         "kills": kills,
         "told": ", ".join(f"{kill['what']} killed after {kill['second']:.0f} s ({kill['phase']})" for kill in kills),

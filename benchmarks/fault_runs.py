@@ -21,6 +21,8 @@ from sweep.record import RunFolder, read_lines
 MARK = "CXR_SWEEP_FAULTS"
 POLL_S = 0.05
 ORPHANS_MAY_LIVE_S = 30.0
+# Ray's own, which look for the dead head of their cluster for a minute and longer before they give up.
+AGENTS, AGENTS_MAY_LIVE_S = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), 180.0
 RUN_TIMEOUT_S = 900.0
 SPACE, TRIALS = Path(__file__).parent / "faults.yaml", 12
 # Where a sweep stands; see `phase_of`.
@@ -178,10 +180,14 @@ class Attempt:
         except (psutil.Error, OSError):
             return False  # it has ended meanwhile, or is another user's
 
-    def seconds_to_die(self, limit_s: float = ORPHANS_MAY_LIVE_S) -> float | None:
-        """After the driver's end: how long its other processes still live; None if longer than the limit."""
-        begun = time.monotonic()
-        while self.processes():
+    def seconds_to_die(self, *, agents: bool = False) -> float | None:
+        """After the driver's end: how long its other processes still live; None if longer than they may.
+
+        Args:
+            agents: of Ray's agents, in place of all others.
+        """
+        begun, limit_s = time.monotonic(), AGENTS_MAY_LIVE_S if agents else ORPHANS_MAY_LIVE_S
+        while any(_command_of(process).startswith(AGENTS) is agents for process in self.processes()):
             if time.monotonic() - begun > limit_s:
                 return None
             time.sleep(POLL_S)

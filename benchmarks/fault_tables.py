@@ -48,11 +48,13 @@ def _drivers(result: Result) -> list[str]:
                     str(sum(row["epochs_again"] for row in rows)),
                     _span([row["lost_seconds"] for row in rows]),
                     f"{max(row['orphans_seconds'] for row in rows):.1f}",
+                    f"{max(row['agents_seconds'] for row in rows):.0f}",
                 ]
             ],
         ),
         "Seconds lost: of all processes of a sweep together, less those of the undisturbed one; what other programs "
-        "took of the machine is in them. Starting again alone takes some ten.",
+        "took of the machine is in them. Starting again alone takes some ten. Orphans: how long what a killed driver "
+        "had started lived on; two agents of Ray's own, which hold nothing, look for its dead head for a minute or so.",
         *_complaints(rows),
     ]
 

@@ -30,6 +30,7 @@ ORDER = (
     "many_trials",
     "halving",
     "darkcovidnet",
+    "fuzz_inputs",
     *FAULTS,
 )
 PREFACE = """\
@@ -66,6 +67,7 @@ python benchmarks/pixel_reader.py --data DIR
 python benchmarks/many_trials.py
 python benchmarks/halving.py   # a simulation; needs no data
 python benchmarks/darkcovidnet.py --data DIR --weights FILE   # the images of DarkCovidNet
+python benchmarks/fuzz_inputs.py   # broken search spaces, images and tables; needs no data
 python benchmarks/faults.py drivers   # then workers, mlflow and disk; needs no data
 python benchmarks/sweep_speed.py --render benchmarks/results > benchmarks/RESULTS.md
 ```
@@ -95,6 +97,7 @@ def render_one(result: Result) -> str:
         "many_trials": _many_trials,
         "halving": _halving,
         "darkcovidnet": _darkcovidnet,
+        "fuzz_inputs": _fuzz_inputs,
         **FAULTS,
     }
     return "\n\n".join([*kinds[result["kind"]](result), _environment(result["environment"])])
@@ -366,6 +369,32 @@ def _darkcovidnet(result: Result) -> list[str]:
         "list of candidates was drawn up after a look at the inner folds of one outer fold of the three classes. "
         f"Intervals are by bootstrap over the patients of all held-out images. {minutes:.0f} minutes in all.",
         table(header, rows),
+    ]
+
+
+def _fuzz_inputs(result: Result) -> list[str]:
+    rows = [
+        [
+            part["kind"],
+            f"{part['cases']:,}",
+            f"{part['outcomes'].get('accepted', 0):,}",
+            f"{part['outcomes'].get('refused', 0):,}",
+            str(
+                sum(part["outcomes"].values()) - sum(part["outcomes"].get(name, 0) for name in ("accepted", "refused"))
+            ),
+            f"{part['slowest']['seconds']:.2f}",
+            _mib(part["peak_bytes"]),
+        ]
+        for part in result["parts"]
+    ]
+    stages = ", ".join(f"{count:,} {stage}" for stage, count in result["parts"][0]["stages"].items())
+    return [
+        "## Broken inputs",
+        f"Search spaces, images and tables with mistakes in them, each following from seed {result['seed']} and its "
+        "number. A fault is a traceback, a crash, a warning on the terminal, more than 5 s of processor time for one "
+        "input or 2 GB, or a message that does not tell file and place. Search spaces by how far they were to go: "
+        f"{stages}. A refused picture is counted and named; a folder is accepted with its broken pictures left out.",
+        table(["inputs", "cases", "accepted", "refused", "faults", "slowest, s", "peak memory, MiB"], rows),
     ]
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,6 +16,7 @@ from cxr_models.storage import remove_stale, written_whole
 from cxr_models.trial import CHECKPOINT, EpochMetrics, TrialConfig, TrialData
 
 FORMAT = 1
+AT_ONCE_BYTES = 16 * 1024**2
 
 Arrays: TypeAlias = Mapping[str, NDArray[np.generic]]
 
@@ -123,8 +125,7 @@ class CheckpointFile:
         arrays |= _named(_SCORES, checkpoint.scores or {})
         # A disk that has to be waited for would cost short epochs more than they take. What a power failure tears is
         # told by the checksums of the members; a process that is killed tears nothing.
-        with written_whole(self._folder / CHECKPOINT, durable=False) as scratch, scratch.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+        write_arrays(self._folder / CHECKPOINT, arrays, durable=False)
 
     def forget(self) -> None:
         """Leave nothing to go on from, and no best epoch."""
@@ -151,6 +152,17 @@ class CheckpointFile:
                 _whole(self._folder / name)
         self._lines = lines
         return Checkpoint(course, header["best"], trainings, _of(arrays, _SCORES) or None)
+
+
+def write_arrays(path: Path, arrays: Arrays, *, durable: bool) -> None:
+    """Write an `.npz` file whole; `durable` as for `storage.written_whole`."""
+    with written_whole(path, durable=durable) as scratch, scratch.open("wb") as file:
+        if sum(array.nbytes for array in arrays.values()) > AT_ONCE_BYTES:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+            return
+        memory = BytesIO()  # the many small writes of an archive take twice as long in a file
+        np.savez(memory, **arrays)  # type: ignore[arg-type]
+        file.write(memory.getbuffer())
 
 
 def _named(group: str, arrays: Arrays) -> dict[str, NDArray[np.generic]]:

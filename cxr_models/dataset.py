@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxr_models.images import Fault, ImageFacts, examine
+from cxr_models.images import Fault, ImageFacts, examine, quiet_codecs
 from cxr_models.kept import keep, kept
 from cxr_models.layouts import ONLY_CLASS, list_images
 from cxr_models.listing import DataError as DataError
-from cxr_models.listing import Listing, data_error
+from cxr_models.listing import Listing, data_error, real_path
 from cxr_models.listing import Unreadable as Unreadable
 from cxr_models.patients import PatientRule
 
@@ -157,7 +157,7 @@ def read_manifest(
         DataError: nothing there, no readable images, no classes, fewer than `least_classes`, or a mistake in the CSV
             file or the pattern. Single files that cannot be read are no error, they are `Manifest.unreadable`.
     """
-    source = source.expanduser().resolve()
+    source = real_path(source)
     rule = PatientRule(patient)
     listing = list_images(source, cache_dir)
     facts, unreadable = _read_facts(listing, _cache_file(cache_dir, source) if cache_dir else None, progress)
@@ -192,7 +192,9 @@ def in_threads(work: Callable[[Item], Result], items: Sequence[Item], progress: 
     """Do `work` on every item, several at once; the results are in the order of the items."""
     results: list[Result] = []
     pool = ThreadPoolExecutor()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet_codecs():
+        for package in ("PIL", "pydicom"):  # a broken file is counted and named; what they say besides names none
+            warnings.filterwarnings("ignore", module=rf"{package}\.")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is sizes.MAX_PIXELS
         try:
             for result in pool.map(work, items):
@@ -228,7 +230,7 @@ def _read_facts(
 def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return (-1, -1)  # reading it will fail and tell the reason
     return status.st_size, status.st_mtime_ns
 

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_models import steps
-from cxr_models.checkpoint import Arrays, Checkpoint, CheckpointFile, TrainingState
-from cxr_models.storage import written_whole
+from cxr_models.checkpoint import Arrays, Checkpoint, CheckpointFile, TrainingState, write_arrays
 from cxr_models.trial import BEST_WEIGHTS, VALIDATION_SCORES, EpochMetrics, Objective, TrialConfig, TrialData
 
 
@@ -166,8 +165,7 @@ class MovedWeights:
     def write(self) -> None:
         """Put on disk what is not there yet."""
         for name, arrays in self._found.items():
-            with written_whole(self._folder / name) as scratch, scratch.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
+            write_arrays(self._folder / name, arrays, durable=True)
         self._found = {}
 
 

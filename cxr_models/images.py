@@ -1,8 +1,15 @@
 """One image file: whether it can be read, what it is, and its picture in 8 bits."""
 
 import hashlib
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
+from io import BufferedReader
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -10,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cxr_models.dicom import Decoded, is_dicom, read_dicom
 from cxr_models.fingerprints import pixel_digest, thumbnail
-from cxr_models.sizes import AbsurdSizeError, check_large, check_small
+from cxr_models.sizes import MAX_FILE_BYTES, MAX_PIXELS, AbsurdSizeError, check_large, check_small
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *DICOM_SUFFIXES)
@@ -18,7 +25,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *DICOM_SUFFIXES)
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
 # Words of Pillow's and pydicom's readers about a file that ends too early.
 CUT_SHORT = ("truncated", "broken png", "end of file", "less than expected")
+LARGE_PIXELS = 16_000_000  # larger than what detectors deliver; of larger pictures one is decoded at a time
+LONGEST_REASON = 300  # characters
 GREY_BIT_DEPTHS = (8, 10, 12, 14, 16)  # as X-ray detectors write them, mostly into 16-bit files
+
+
+_ONE_LARGE, _QUIET = Lock(), Lock()
 
 
 class ImageFacts(NamedTuple):
@@ -63,6 +75,30 @@ class Fault(NamedTuple):
     reason: str
 
 
+@contextmanager
+def quiet_codecs() -> Iterator[None]:
+    """Keep libtiff off the terminal: of broken files it prints lines that name none, from C, past Python's warnings."""
+    if not _QUIET.acquire(blocking=False):  # another thread has seen to it
+        yield
+        return
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no error output
+        _QUIET.release()
+        yield
+        return
+    try:
+        sys.stderr.flush()
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        _QUIET.release()
+
+
 def examine(path: Path) -> ImageFacts | Fault:
     """Read and decode the whole file.
 
@@ -70,32 +106,69 @@ def examine(path: Path) -> ImageFacts | Fault:
         The facts, or why there is no X-ray in the file.
     """
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             if file.tell() == 0:
                 return Fault(Flaw.EMPTY, "the file is empty (0 bytes)")
             file.seek(0)
-            picture, mode, patient, file_format = _decoded(file)
-        check_small(*picture.size)
+            with _room_for(file):
+                picture, mode, patient, file_format = _decoded(file)
+                check_small(*picture.size)
+                grey = _is_grey(picture)
+                known = (sha256, *picture.size, mode, grey, patient, file_format)
+                return ImageFacts(*known, pixel_digest(picture, grey), thumbnail(picture))
     except UnidentifiedImageError:
         return Fault(Flaw.UNREADABLE, f"no picture of the formats {', '.join((*FORMATS, 'DICOM'))}")
     except AbsurdSizeError as error:
         return Fault(Flaw.SIZE, str(error))
     except OSError as error:
-        return _fault(error.strerror or str(error))
-    except (
-        Exception
-    ) as error:  # broken files make Pillow's readers raise nearly anything: SyntaxError, struct.error ...
+        return _fault(error.strerror or str(error) or type(error).__name__)
+    except Exception as error:  # what pathlib says of a path that can be none, such as one with a zero byte
         return _fault(f"{type(error).__name__}: {error}")
-    grey = _is_grey(picture)
-    known = (sha256, *picture.size, mode, grey, patient, file_format)
-    return ImageFacts(*known, pixel_digest(picture, grey), thumbnail(picture))
 
 
 def _fault(reason: str) -> Fault:
     """Of what a reader raised."""
     cut = any(words in reason.lower() for words in CUT_SHORT)
-    return Fault(Flaw.TRUNCATED if cut else Flaw.UNREADABLE, reason)
+    shown = "".join(letter if letter.isprintable() else " " for letter in reason[:LONGEST_REASON])
+    return Fault(Flaw.TRUNCATED if cut else Flaw.UNREADABLE, " ".join(shown.split()))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    """A file to read that is one: a pipe would have no end to wait for, and a device none to read to."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("no file, but a folder, a pipe or a device")
+    if status.st_size > MAX_FILE_BYTES:
+        raise AbsurdSizeError(f"{status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}")
+    with path.open("rb") as file:
+        yield file
+
+
+@contextmanager
+def _room_for(file: BinaryIO) -> Iterator[None]:
+    """Wait until no other large picture is being decoded: a few at once would take all of the memory."""
+    if not _is_large(file):
+        yield
+        return
+    with _ONE_LARGE:
+        yield
+
+
+def _is_large(file: BinaryIO) -> bool:
+    """By what the header says, or for DICOM by the file's size; the file stays at its beginning."""
+    if is_dicom(file):
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        return size > LARGE_PIXELS
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return image.width * image.height > LARGE_PIXELS
+    except Exception:
+        return False  # `_decoded` will tell what is wrong
+    finally:
+        file.seek(0)
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -107,15 +180,29 @@ def read_picture(path: Path) -> Image.Image:
 
     Raises:
         OSError: the file is missing, truncated or no picture.
-        ValueError: more than `sizes.MAX_PIXELS`, float pixels, or grey values outside 16 bits.
+        ValueError: more than `sizes.MAX_PIXELS`, float pixels, grey values outside 16 bits, or a broken file.
     """
-    with path.open("rb") as file:
+    with _opened(path) as file, _room_for(file):
         return _decoded(file).picture
 
 
 def _decoded(file: BinaryIO) -> Decoded:
-    if is_dicom(file):
-        return read_dicom(file)
+    """What `read_picture` returns, and what is told beside it.
+
+    Raises:
+        OSError, ValueError: nothing else, whatever is in the file.
+    """
+    try:
+        return read_dicom(file) if is_dicom(file) else _pillow_decoded(file)
+    except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
+        raise AbsurdSizeError(f"more than {MAX_PIXELS // 1_000_000} megapixels") from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of a broken file: SyntaxError, struct.error, RecursionError ...
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _pillow_decoded(file: BinaryIO) -> Decoded:
     with Image.open(file, formats=FORMATS) as image:
         check_large(*image.size)
         picture = _in_eight_bits(ImageOps.exif_transpose(image))

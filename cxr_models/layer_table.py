@@ -178,7 +178,7 @@ def weight_problems(table: LayerTable, path: Path) -> str:
         with h5py.File(path) as file:
             found = stored_shapes(file)
             older = any(name.startswith("layer_names") for name in file.attrs)
-    except OSError as error:
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
         return f"{path} is not an HDF5 file of Keras weights ({error})"
     if older == path.name.endswith(".weights.h5"):
         layout, ending = ("older", ".h5, but not in .weights.h5") if older else ("newer", ".weights.h5")

@@ -1,5 +1,6 @@
 """How data sets are laid out on disk: class, given split, mask and source of every image. Opens no image."""
 
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -42,9 +43,17 @@ def list_images(source: Path, cache_dir: Path | None = None) -> Listing:
     Raises:
         DataError: as `dataset.read_manifest`.
     """
-    if not source.exists():
-        raise data_error("a folder of X-rays or a CSV file", f"nothing at {str(source)!r}", "check the path")
-    listing = _list_folder(source, cache_dir) if source.is_dir() else list_table(source)
+    expected = "a folder of X-rays or a CSV file"
+    try:
+        mode = source.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise data_error(expected, f"nothing at {str(source)!r}", "check the path") from None
+    except OSError as error:
+        remedy = "check the path, and that you may read it"
+        raise data_error(expected, f"{str(source)!r}: {error.strerror}", remedy) from error
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        raise data_error(expected, f"a pipe or a device at {str(source)!r}", "check the path")
+    listing = _list_folder(source, cache_dir) if stat.S_ISDIR(mode) else list_table(source)
     return replace(listing, images=tuple(sorted(listing.images)))
 
 
@@ -55,8 +64,9 @@ def _list_folder(root: Path, cache_dir: Path | None) -> Listing:
     if not pictures:
         raise data_error(
             f"images ({' '.join(SUFFIXES)}) below {str(root)!r}",
-            f"no images, {len(files)} other files",
-            "check the path; convert other formats to PNG",
+            f"no images, {len(files)} other files"
+            + "".join(f"\n    {str(root / folder.path)!r}: {folder.reason}" for folder in unreadable[:3]),
+            "get leave to read these folders" if unreadable else "check the path; convert other formats to PNG",
         )
     in_splits = _in_splits(pictures)
     places = [_place(parts, in_splits) for parts in pictures]
@@ -202,7 +212,7 @@ def _with_sources(
             continue
         try:
             rows = read_sources(file, cache_dir)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             notes.append(f"{file.name} {error}; its images have no source")
             continue
         read += 1

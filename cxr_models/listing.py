@@ -56,6 +56,18 @@ def data_error(expected: str, found: str, remedy: str) -> DataError:
     return DataError(f"expected {expected}\n  found: {found}\n  remedy: {remedy}")
 
 
+def real_path(path: Path) -> Path:
+    """Absolute, with `~` and links followed.
+
+    Raises:
+        DataError: it can be none: a zero byte in it, a circle of links, or the home of somebody who is not here.
+    """
+    try:
+        return path.expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise data_error("the path of a file or folder", f"{str(path)!r}: {error}", "check the path") from error
+
+
 def nearest(name: str, known: Sequence[str]) -> str | None:
     """The known name that `name` is most likely a misspelling of, or None; capitals do not count."""
     lower = {own.lower(): own for own in known}

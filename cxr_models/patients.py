@@ -1,6 +1,7 @@
 """Whose image it is: from a table, from the file's name or folders, or from the file itself."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ PATIENT_PATTERNS: Mapping[str, str] = {
     "shenzhen": r"^(CHNCXR_\d{4})_[01]\.\w+$",
 }
 BY_TABLE, BY_TAG = "the CSV file", "DICOM's PatientID"
+LONGEST_EXPRESSION = 1_000  # characters
 EACH_ITS_OWN = "none"  # in place of a pattern: each image is its own patient unless a table says otherwise
 _CHARACTER_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")
 
@@ -82,15 +84,28 @@ def _group(match: re.Match[str] | None) -> str:
     return "_".join(filter(None, named.values())) if named else match[1 if match.re.groups else 0] or ""
 
 
-def _compiled(patterns: Mapping[str, str]) -> dict[str, _Pattern]:
+def expression_problem(text: str) -> str:
+    """Why a text is no regular expression that can be used, or an empty string."""
+    if len(text) > LONGEST_EXPRESSION:
+        return f"more than {LONGEST_EXPRESSION:,} characters"
     try:
-        return {
-            words: _Pattern(re.compile(text), "/" in _CHARACTER_CLASS.sub("", text)) for words, text in patterns.items()
-        }
-    except re.error as error:
-        raise data_error(
-            f"as patient one of {', '.join((*PATIENT_PATTERNS, EACH_ITS_OWN))} or a regular expression",
-            f"{next(iter(patterns.values()))!r}: {error}",
-            r"correct it; '^(\d+)_' for example takes the digits in front of the first underscore, and "
-            r"'([^/]+)/[^/]+$' the folder that an image lies in",
-        ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what a later Python may read in another way
+            re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
+    return ""
+
+
+def _compiled(patterns: Mapping[str, str]) -> dict[str, _Pattern]:
+    for text in patterns.values():
+        if problem := expression_problem(text):
+            raise data_error(
+                f"as patient one of {', '.join((*PATIENT_PATTERNS, EACH_ITS_OWN))} or a regular expression",
+                f"{text[:LONGEST_EXPRESSION]!r}: {problem}",
+                r"correct it; '^(\d+)_' for example takes the digits in front of the first underscore, and "
+                r"'([^/]+)/[^/]+$' the folder that an image lies in",
+            )
+    return {
+        words: _Pattern(re.compile(text), "/" in _CHARACTER_CLASS.sub("", text)) for words, text in patterns.items()
+    }

@@ -1,6 +1,7 @@
 """Which sizes of a picture are taken for an X-ray at all."""
 
 MAX_PIXELS = 100_000_000
+MAX_FILE_BYTES = 1_000_000_000  # more than 100 megapixels take uncompressed
 MIN_SIDE = 16  # in pixels; an icon or a tracking pixel, nothing that shows a chest
 MAX_ASPECT = 5.0  # longer side over shorter side: a ruler, a banner, a signal drawn as a picture
 

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -38,6 +39,9 @@ PATHS = ("path", "mask")
 TABLE_SUFFIXES = (".csv", ".tsv")
 SEPARATORS = (",", ";", "\t")
 SHOWN_PROBLEMS = 5
+LONGEST_HEADER = 20_000  # characters; what is longer is no list of columns
+MOST_SHEET_BYTES = 100_000_000  # of a spreadsheet unpacked, and far more than the largest that is published
+MOST_SHEET_ROWS, MOST_SHEET_COLUMNS = 100_000, 50
 
 
 def is_label_table(file: Path) -> bool:
@@ -45,8 +49,10 @@ def is_label_table(file: Path) -> bool:
     if file.suffix.lower() not in TABLE_SUFFIXES or file.name.startswith("."):
         return False
     try:
+        if not file.is_file():  # a pipe has no end
+            return False
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            columns = _columns(_header(text.readline())[0])
+            columns = _columns(_header(text.readline(LONGEST_HEADER))[0])
     except (OSError, csv.Error):
         return False
     return "label" in columns and bool(columns.keys() & {"path", "id"})
@@ -94,7 +100,7 @@ def list_table(file: Path) -> Listing:
         )
     if not by_id:  # labels by id are published for whole collections, of which many people have a part
         check_present(file, [path for path in images if not os.path.isfile(file.parent / path)], len(images))
-    lost = {image.mask for image in images.values() if image.mask and not (file.parent / image.mask).is_file()}
+    lost = {image.mask for image in images.values() if image.mask and not os.path.isfile(file.parent / image.mask)}
     listed = tuple(image._replace(mask="") if image.mask in lost else image for image in images.values())
     unreadable += [Unreadable(mask, "the mask is missing", Flaw.MASK) for mask in sorted(lost)]
     ignored = len({"/".join(parts) for parts in pictures} - images.keys())
@@ -130,8 +136,11 @@ def _read_spreadsheet(file: Path) -> dict[str, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # openpyxl tells of styles and extensions that do not matter here
+            _check_unpacked(file)
             book = openpyxl.load_workbook(file, read_only=True, data_only=True)
-            rows = list(book.worksheets[0].iter_rows(values_only=True))
+            # Bounds, because a sheet may say that it has a million rows of sixteen thousand cells.
+            bounds = {"max_row": MOST_SHEET_ROWS, "max_col": MOST_SHEET_COLUMNS}
+            rows = list(book.worksheets[0].iter_rows(values_only=True, **bounds))
             book.close()
     except Exception as error:  # broken archives and broken XML raise nearly anything
         raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from error
@@ -140,6 +149,16 @@ def _read_spreadsheet(file: Path) -> dict[str, str]:
         raise ValueError(f"has the columns {', '.join(filter(None, header)) or 'none'}; expected FILE NAME and URL")
     name, url = header.index("FILE NAME"), header.index("URL")
     return {image_stem(str(row[name])): str(row[url]).strip() for row in rows[1:] if row[name] and row[url]}
+
+
+def _check_unpacked(file: Path) -> None:
+    """Raise ValueError where an archive would take far more memory than a spreadsheet does."""
+    if not file.is_file():
+        raise ValueError("no file")
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(part.file_size for part in archive.infolist())
+    if unpacked > MOST_SHEET_BYTES:
+        raise ValueError(f"{unpacked:,} bytes unpacked; expected at most {MOST_SHEET_BYTES:,}")
 
 
 def image_stem(name: str) -> str:
@@ -153,7 +172,7 @@ def _rows(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
     remedy = f"the columns are {', '.join(COLUMNS)}; the first two are needed, others are ignored"
     try:
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            header, separator = _header(text.readline())
+            header, separator = _header(text.readline(LONGEST_HEADER))
             text.seek(0)
             reader = csv.reader(text, delimiter=separator)
             columns = _columns(header)
@@ -177,6 +196,10 @@ def _rows(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
                     yield reader.line_num, {**absent, **kept}
     except csv.Error as error:
         raise data_error(f"a CSV file in {str(file)!r}", f"line {reader.line_num}: {error}", remedy) from error
+    except OSError as error:
+        raise data_error(
+            f"a CSV file in {str(file)!r}", error.strerror or str(error), "check that you may read it"
+        ) from error
 
 
 def _header(line: str) -> tuple[list[str], str]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from graphlib import CycleError, TopologicalSorter
+from math import isfinite
 from typing import Any, get_origin, get_type_hints
 
 from cxr_models.backbones import BACKBONES
@@ -19,6 +20,7 @@ RANGE_KEYS = ("low", "high", "log", "step")
 DOMAIN_KEYS = ("value", "choices", *RANGE_KEYS)
 MAX_STEPS = 1_000_000
 MAX_CHOICES = 1_000
+MAX_CASES = 1_000
 
 _DEFAULTS = {field.name: field.default for field in fields(TrialConfig) if field.default is not MISSING}
 
@@ -225,6 +227,9 @@ def _read_axis(name: str, raw: Any, document: Document) -> Axis | None:
     if not isinstance(cases, list):
         document.add((*where, "when"), f"expected a list such as [{{if: ..., value: ...}}], got {shown(cases)}")
         return None
+    if len(cases) > MAX_CASES:
+        document.add((*where, "when"), f"expected at most {MAX_CASES:,} cases, got {len(cases):,}")
+        return None
     read = [_read_case(name, case, (*where, "when", index), document) for index, case in enumerate(cases)]
     complete = tuple(case for case in read if case is not None)
     return Axis(name, domain, complete) if domain is not None and len(complete) == len(cases) else None
@@ -310,6 +315,8 @@ def _read_range(name: str, raw: Mapping[str, Any], where: Where, document: Docum
 
 
 def _range_problem(low: float, high: float, log: bool, step: float | None) -> str:
+    if not all(map(isfinite, (low, high, step or 0))):
+        return f"expected finite numbers, got {low=}, {high=}" + (f", {step=}" if step is not None else "")
     if low > high:
         return f"expected low <= high, got {low=}, {high=}"
     if log and low <= 0:
@@ -383,9 +390,10 @@ def _in_order(axes: Mapping[str, Axis], document: Document) -> dict[str, Axis]:
     ordered: dict[str, Axis] = {}
 
     def place(name: str) -> None:
-        for other in looks_at[name]:
-            place(other)
-        ordered[name] = axes[name]
+        if name not in ordered:
+            for other in looks_at[name]:
+                place(other)
+            ordered[name] = axes[name]
 
     for name in axes:
         place(name)

@@ -1,13 +1,12 @@
 """The `data` section: where the images are, what their classes are called, and which part is used for what."""
 
 import difflib
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from cxr_models.patients import EACH_ITS_OWN, PATIENT_PATTERNS
+from cxr_models.patients import EACH_ITS_OWN, PATIENT_PATTERNS, expression_problem
 from cxr_models.splits import DEFAULT_SHARES, SHARES_TOLERANCE
 from cxr_models.trial import SPLITS
 from sweep.document import Document, Where, shown
@@ -26,10 +25,8 @@ def _checked_pattern(patient: str | None) -> str | None:
     near = difflib.get_close_matches(patient, known, n=1) if patient and patient.isalpha() else []
     if near and patient not in known:
         raise ValueError(f"unknown {patient!r}; did you mean {near[0]!r}? known: {', '.join(known)}, or a pattern")
-    try:
-        re.compile(patient or "")
-    except re.error as error:
-        raise ValueError(f"expected a regular expression or a built-in name ({error}), got {patient!r}") from error
+    if patient and (problem := expression_problem(patient)):
+        raise ValueError(f"expected a regular expression or a built-in name ({problem}), got {shown(patient)}")
     return patient
 
 

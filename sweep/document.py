@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 Where = tuple[str | int, ...]
 """Keys and list indices from the top of the file to a value."""
@@ -14,9 +15,11 @@ Where = tuple[str | int, ...]
 Origin = int | str | None
 """The line a value stands on, the `--set` argument it came from, or None for what is missing."""
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 100_000  # three seconds of reading, and a dozen times the longest shipped file
 MAX_DEPTH = 20
 SHOWN_CHARACTERS = 80
+SHOWN_PROBLEMS = 50
+LONGEST_PROBLEM = 2_000  # characters
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
@@ -31,13 +34,20 @@ _SCALARS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
 
 
 class SpecError(ValueError):
-    """A file or `--set` argument that cannot be used, with all that is wrong with it."""
+    """A file or `--set` argument that cannot be used, with all that is wrong with it.
+
+    Attributes:
+        source: the file's path as the user wrote it.
+        problems: each in words that a terminal can show.
+    """
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
-        self.source = source
-        self.problems = tuple(problems)
+        self.source = printable(source)
+        self.problems = tuple(printable(_cut(problem)) for problem in problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"{source} has {count}:", *(f"  - {problem}" for problem in problems)]))
+        lines = [f"  - {problem}" for problem in self.problems[:SHOWN_PROBLEMS]]
+        more = [f"  and {len(problems) - SHOWN_PROBLEMS:,} more"] if len(problems) > SHOWN_PROBLEMS else []
+        super().__init__("\n".join([f"{self.source} has {count}:", *lines, *more]))
 
 
 class _Loader(yaml.SafeLoader):
@@ -156,22 +166,31 @@ class Document:
         return next((self._origins[path] for path in paths if path in self._origins), None)
 
     def _read(self, text: str) -> None:
+        loader = self._loader(text)
         try:
-            node = yaml.compose(text, _Loader)
+            node = loader.get_single_node()
+        except (ValueError, OverflowError) as error:  # PyYAML makes numbers of escapes and directives unchecked
+            raise SpecError(self.source, [f"line {loader.line + 1}: no YAML: {error}"]) from error
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             what = " ".join(filter(None, [error.problem, error.context]))
             if mark is None:
                 raise SpecError(self.source, [what]) from error
             raise SpecError(self.source, [f"line {mark.line + 1}: {what}{_pointer(text, mark)}"]) from error
-        except yaml.YAMLError as error:
-            raise SpecError(self.source, [" ".join(str(error).split())]) from error
         if node is None:
             raise SpecError(self.source, ["the file is empty"])
         values = self._plain(node, ())
         if not isinstance(values, dict):
             raise SpecError(self.source, [f"expected keys such as `name:` and `space:`, got {shown(values)}"])
         self.values = values
+
+    def _loader(self, text: str) -> _Loader:
+        try:
+            return _Loader(text)
+        except ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            what = f"the character U+{error.character:04X} is not allowed in YAML"
+            raise SpecError(self.source, [f"line {line}: {what}"]) from error
 
     def _plain(self, node: yaml.Node, where: Where) -> Any:
         if where:
@@ -215,8 +234,15 @@ def read_document(path: Path) -> Document:
     """Read a file.
 
     Raises:
-        SpecError: the file is missing, a folder, too large, not text or not YAML.
+        SpecError: the file is missing, a folder, too large, not text or not YAML, or cannot be opened.
     """
+    try:
+        return _read_file(path)
+    except OSError as error:
+        raise SpecError(str(path), [f"expected a YAML file, got {error.strerror or error}"]) from error
+
+
+def _read_file(path: Path) -> Document:
     if path.is_dir():
         raise SpecError(str(path), ["is a folder; name a YAML file in it" + _offers(path, [path])])
     if not path.is_file():
@@ -241,6 +267,17 @@ def parse_value(text: str) -> Any:
     return document.values["value"] if document.values.keys() == {"value"} else text
 
 
+def read_plain(text: str) -> dict[str, Any]:
+    """The values of a YAML text as they stand.
+
+    Raises:
+        SpecError: it is no mapping, or has problems.
+    """
+    document = Document("the text", text)
+    document.check()
+    return dict(document.values)
+
+
 def write_yaml(values: Mapping[str, Any]) -> str:
     """As YAML text, in the order of the keys."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
@@ -258,6 +295,18 @@ def unknown(name: object, known: Iterable[str]) -> str:
     return f"unknown {shown(name)}; " + (f"did you mean {near!r}? " if near else "") + f"known: {', '.join(names)}"
 
 
+def printable(text: str) -> str:
+    """Text without characters that a terminal would obey or could not show: these are written as escapes."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def _cut(problem: str) -> str:
+    return problem if len(problem) <= LONGEST_PROBLEM else problem[: LONGEST_PROBLEM - 3] + "..."
+
+
 def _nearest(name: str, known: Sequence[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
@@ -270,7 +319,8 @@ def _path_text(where: Where) -> str:
     """`search.fixed[0].freeze`; an index at the end is left out, the message shows the value."""
     while where and isinstance(where[-1], int):
         where = where[:-1]
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in where).removeprefix(".")
+    parts = (f"[{key}]" if isinstance(key, int) else f".{_shortened(key)}" for key in where)
+    return "".join(parts).removeprefix(".")
 
 
 def _order(origin: Origin) -> tuple[int, int]:
@@ -284,13 +334,14 @@ def _pointer(text: str, mark: yaml.Mark) -> str:
     line = lines[mark.line] if mark.line < len(lines) else ""
     if not line.strip():
         return ""
+    line = "".join(letter if letter.isprintable() else " " for letter in line)  # one place each, as the mark counts
     start = max(0, mark.column - SHOWN_CHARACTERS)
     return f"\n      {line[start : start + 2 * SHOWN_CHARACTERS]}\n      {' ' * (mark.column - start)}^"
 
 
 def _offers(path: Path, folders: Sequence[Path]) -> str:
     files = {file.name: str(file) for folder in folders for file in sorted(folder.glob("*.y*ml"))}
-    near = _nearest(path.with_suffix(".yaml").name, list(files))
+    near = _nearest(f"{path.stem}.yaml", list(files))
     if near:
         return f"; did you mean {files[near]}?"
     return f"; there are: {', '.join(files.values())}" if files else ""

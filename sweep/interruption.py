@@ -56,21 +56,28 @@ def handled(last_words: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Let what has begun be written down: a first signal that comes meanwhile counts at the block's end.
+    """Let what has begun be written down: a signal that comes meanwhile counts at the block's end, a second one now.
 
-    A second one still ends the process at once.
+    After the first signal of a sweep nothing is deferred.
     """
     before = {number: signal.getsignal(number) for number in SIGNALS}
     if threading.current_thread() is not threading.main_thread() or isinstance(before[signal.SIGINT], _EndAtOnce):
         yield
         return
     came: list[tuple[int, FrameType | None]] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *given: came.append(given))
+    watched = {number: handler for number, handler in before.items() if callable(handler)}
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        came.append((signum, frame))
+        if len(came) > 1:
+            watched[signal.Signals(signum)](signum, frame)
+
+    for number in watched:
+        signal.signal(number, note)
     try:
         yield
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in watched:
             signal.signal(number, before[number])
-    if came and callable(handler := before[signal.SIGINT]):
-        handler(*came[0])
+    if came:
+        watched[signal.Signals(came[0][0])](*came[0])

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cxr_models.dataset import Manifest
+from cxr_models.extraction import check_saved_model
+from cxr_models.listing import real_path
 from cxr_models.trial import DATASET_MASK, NO_MASK, SEGMENT
 from sweep.document import shown
 from sweep.space import Space
@@ -84,7 +87,7 @@ def find_lung_masks(space: Space, manifest: Manifest, problems: list[str]) -> tu
             model = None if value == DATASET_MASK else _earlier_model(value)
             if model is None:
                 _check_gaps(manifest)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problems.append(f"space.lung_mask: {error}")
             continue
         found.append(LungMasks(value, tuple(sorted(sides[value])), model))
@@ -111,9 +114,9 @@ def _check_gaps(manifest: Manifest) -> None:
 
 
 def _earlier_model(value: str) -> EarlierModel:
-    given = Path(value).expanduser().resolve()
-    path = given / "best" / "model.keras" if given.is_dir() else given
-    if not path.is_file():
+    given = real_path(Path(value))
+    path = given / "best" / "model.keras" if os.path.isdir(given) else given
+    if not os.path.isfile(path):
         raise ValueError(f"{EXPECTED}, got {shown(value)}: there is no {path}")
     config = _read_json(path.with_name("config.json"))
     if config.get("task") != SEGMENT:
@@ -121,10 +124,14 @@ def _earlier_model(value: str) -> EarlierModel:
             f"{EXPECTED}, got {shown(value)}: {path.with_name('config.json')} does not say task: {SEGMENT}; "
             "give the folder of a sweep with that task"
         )
+    check_saved_model(path)
+    side, channels = config.get("image_side"), config.get("channels")
+    if not (isinstance(side, int) and side > 0 and channels in (1, 3)):
+        raise ValueError(f"{path.with_name('config.json')} does not say image_side and channels; {EXPECTED}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     run_id = _read_json(path.parent.parent / "summary.json").get("mlflow_run_id") or ""
-    return EarlierModel(path, digest, int(config["image_side"]), int(config["channels"]), str(run_id))
+    return EarlierModel(path, digest, side, channels, str(run_id))
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -36,6 +36,7 @@ from sweep.halving_plan import HalvingPlan, plan_halving
 from sweep.lung_masks import LungMasks, find_lung_masks
 from sweep.machine import Allotment, Machine, allot
 from sweep.memory import trial_memory
+from sweep.places import check_writable
 from sweep.segment_plan import UNetRow, unet_memory, unet_order, unet_rows
 from sweep.space import Range, Space
 from sweep.spec import SpecError, SweepSpec
@@ -206,6 +207,7 @@ def make_plan(
         SpecError: the space does not fit the data, the weights or the machine; all problems at once.
         DataError: the data cannot be used.
     """
+    check_writable(cache_dir, "--cache-dir")
     data = plan_data(spec, cache_dir, progress)
     manifest, counts, folded = data.manifest, Counter(data.splits), bool(len(data.folds))
     problems: list[str] = []
@@ -309,7 +311,10 @@ def _networks(spec: SweepSpec, source: str) -> list[TrialConfig]:
     axes = [axis for axis in shaping if axis in spec.space.axes]
     # A range that has no list is left at the default: it only bears on how much is kept.
     axes += [axis for axis in KEEPING if axis in spec.space.axes and _is_listed(spec.space, axis)]
-    points = sorted(spec.space.combinations(*axes), key=str)
+    try:
+        points = sorted(spec.space.combinations(*axes), key=str)
+    except ValueError as error:
+        raise SpecError(source, [f"space: {error}"]) from error
     networks, problems = [], []
     for values in points:
         point = dict(zip(axes, values, strict=True))

@@ -10,10 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cxr_models.splits import write_split_csv
-from sweep.document import shown
+from sweep.document import read_plain, shown
 from sweep.plan import Plan
 from sweep.record import RunFolder, append_line, drop_cut_line, read_lines
 
@@ -121,7 +119,7 @@ def continued(plan: Plan, folder: RunFolder, sessions: Sessions) -> Plan:
     Raises:
         ResumeRefused: the YAML or the data are no longer those the sweep was begun with; with the differences.
     """
-    then, now = _flat(_recorded_spec(folder)), _flat(yaml.safe_load(plan.spec.to_yaml()))
+    then, now = _flat(_recorded_spec(folder)), _flat(read_plain(plan.spec.to_yaml()))
     problems = [
         f"{key}: was {_said(then, key)}, now it is {_said(now, key)}"
         for key in sorted(then.keys() | now.keys())
@@ -149,10 +147,10 @@ def continued(plan: Plan, folder: RunFolder, sessions: Sessions) -> Plan:
 
 def _recorded_spec(folder: RunFolder) -> Mapping[str, Any]:
     try:
-        found = yaml.safe_load(folder.spec.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = read_plain(folder.spec.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ResumeRefused(f"expected a sweep's settings in {folder.spec}, but {error}; begin a new sweep") from None
-    if not isinstance(found, dict) or "name" not in found:
+    if "name" not in found:
         raise ResumeRefused(f"expected a sweep's settings in {folder.spec}, but found none; begin a new sweep")
     return found
 

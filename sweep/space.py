@@ -3,7 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from typing import Any
+
+MOST_COMBINATIONS = 100_000  # of values that axes take together; to list them takes a second
 
 Value = str | int | float | tuple[int, ...]
 
@@ -193,11 +196,18 @@ class Space:
         """All values the named axes can take together.
 
         Raises:
-            ValueError: one of them, or an axis it depends on, is a range whose values cannot be listed.
+            ValueError: one of them, or an axis it depends on, is a range whose values cannot be listed, or there are
+                more than `MOST_COMBINATIONS` of these.
         """
         needed = {axis for name in names for axis in self.dependencies(name)}
         axes = [axis for axis in self.axes.values() if axis.name in needed]
-        return {tuple(point[name] for name in names) for point in self._points(axes, {}, {})}
+        points = list(islice(self._points(axes, {}, {}), MOST_COMBINATIONS + 1))
+        if len(points) > MOST_COMBINATIONS:
+            listed = ", ".join(axis.name for axis in axes)
+            raise ValueError(
+                f"more than {MOST_COMBINATIONS:,} combinations of {listed}; give fewer values or larger steps"
+            )
+        return {tuple(point[name] for name in names) for point in points}
 
     def reachable(self, axis: str) -> tuple[Value, ...]:
         """All values one axis can take, in the order of the file.
@@ -225,20 +235,32 @@ class Space:
 
         Open axes are taken one by one, so that a domain may be listed which no combination of them leads to.
         """
-        domains: list[Domain] = []
-        for case in self.axes[axis].cases:
-            outcomes = [self._outcomes(other, allowed, point) for other, allowed in case.when.items()]
-            if all(True in outcome for outcome in outcomes):
-                domains.append(case.domain)
-                if all(False not in outcome for outcome in outcomes):
-                    return tuple(domains)
-        return (*domains, self.axes[axis].domain)
+        return self._possible_domains(axis, point, {})
 
-    def _outcomes(self, axis: str, allowed: Sequence[Value], point: Mapping[str, Value]) -> set[bool]:
+    def _possible_domains(
+        self, axis: str, point: Mapping[str, Value], known: dict[str, tuple[Domain, ...]]
+    ) -> tuple[Domain, ...]:
+        """Each axis is worked out once and then `known`: a chain of conditions would double the work at every link."""
+        if axis not in known:
+            domains: list[Domain] = []
+            for case in self.axes[axis].cases:
+                outcomes = [self._outcomes(other, allowed, point, known) for other, allowed in case.when.items()]
+                if all(True in outcome for outcome in outcomes):
+                    domains.append(case.domain)
+                    if all(False not in outcome for outcome in outcomes):
+                        break
+            else:
+                domains.append(self.axes[axis].domain)
+            known[axis] = tuple(domains)
+        return known[axis]
+
+    def _outcomes(
+        self, axis: str, allowed: Sequence[Value], point: Mapping[str, Value], known: dict[str, tuple[Domain, ...]]
+    ) -> set[bool]:
         """Whether an axis can have one of the allowed values (True), and whether another (False)."""
         if axis in point:
             return {point[axis] in allowed}
-        domains = self.possible_domains(axis, point)
+        domains = self._possible_domains(axis, point, known)
         outcomes = {True} if any(value in domain for domain in domains for value in allowed) else set()
         if any(not domain.finite or any(value not in allowed for value in domain) for domain in domains):
             outcomes.add(False)

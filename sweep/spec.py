@@ -33,8 +33,8 @@ __all__ = [
     "read_spec",
 ]
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-NAME_EXPECTED = "letters, digits, '-', '_' and '.', beginning with a letter or digit"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+NAME_EXPECTED = "letters, digits, '-', '_' and '.', beginning with a letter or digit, 100 at most"
 SHORT_FORMS = {"data": "source", "objective": "metric"}
 ONE_OF = {("data", "source"): "sources", ("data", "sources"): "source"}  # setting one takes the other's place
 # Text as it stands, which YAML might read as something else; for the axes a list or a section in brackets is one.
@@ -67,7 +67,7 @@ class SearchSpec(_Section):
     """
 
     algorithm: Literal["tpe", "random", "grid"] = "tpe"
-    trials: int = Field(ge=1)
+    trials: int = Field(ge=1, le=100_000)
     seed: int = Field(default=0, ge=0, lt=2**32)
     halving: HalvingSpec | None = None
     fixed: Annotated[tuple[Mapping[str, Value], ...], Field(strict=False)] = ()
@@ -259,9 +259,13 @@ def checked_name(name: str) -> str:
     Raises:
         SpecError: it cannot name a folder and a model.
     """
-    if not re.match(NAME_PATTERN, name):
+    if not _is_name(name):
         raise SpecError("--name", [f"expected {NAME_EXPECTED}, got {shown(name)}"])
     return name
+
+
+def _is_name(name: str) -> bool:
+    return bool(re.match(NAME_PATTERN, name)) and not name.endswith("\n")  # `$` lets one pass
 
 
 def _expand_short_forms(document: Document) -> None:
@@ -328,7 +332,7 @@ def _resolve(document: Document) -> SweepSpec | None:
 
 def _name(document: Document) -> str | None:
     name = document.values.get("name")
-    if isinstance(name, str) and re.match(NAME_PATTERN, name):
+    if isinstance(name, str) and _is_name(name):
         return name
     document.add(("name",), "missing" if name is None else f"expected {NAME_EXPECTED}, got {shown(name)}")
     return None
@@ -397,21 +401,25 @@ def _check_networks(document: Document, space: Space) -> None:
     if any(axis not in space.axes for axis in axes):
         return  # a problem of the axis itself is noted already
     try:
-        combinations = sorted(space.combinations(*axes), key=str)
+        # By twos: all four together may be millions.
+        strategies, sides, lengths = (
+            sorted(space.combinations("backbone", *axes), key=str)
+            for axes in (("freeze",), ("image_side",), ("freeze", "epochs"))
+        )
     except ValueError as error:
         document.add(("space",), f"backbone, freeze, image_side and epochs must be lists or have a step: {error}")
         return
-    for name, freeze, side, epochs in combinations:
-        if name not in BACKBONES:
-            continue  # a U-Net, of which `check_space` has told
-        backbone, strategy = BACKBONES[str(name)], parse_strategy(str(freeze))
-        if problem := strategy_problem(strategy, backbone):
+    known = [(BACKBONES[str(name)], freeze) for name, freeze in strategies if name in BACKBONES]
+    for backbone, freeze in known:  # of a U-Net `check_space` has told
+        if problem := strategy_problem(parse_strategy(str(freeze)), backbone):
             document.add(("space", "freeze"), problem)
-        if isinstance(side, int) and side < backbone.smallest_side:
-            smallest = backbone.smallest_side
+    for name, side in sides:
+        smallest = BACKBONES[str(name)].smallest_side if name in BACKBONES else 0
+        if isinstance(side, int) and side < smallest:
             document.add(("space", "image_side"), f"{name} needs at least {smallest} pixels, got {side}")
-        if isinstance(epochs, int) and epochs < len(strategy.phases):
-            phases = len(strategy.phases)
+    for name, freeze, epochs in lengths:
+        phases = len(parse_strategy(str(freeze)).phases)
+        if isinstance(epochs, int) and epochs < phases and name in BACKBONES:
             document.add(("space", "epochs"), f"freeze {freeze!r} has {phases} phases, but {epochs} epochs")
     for axis in (*PHASED, PHASE_RATE):
         for freeze, given in _with_strategies(space, axis) if axis in space.axes else ():

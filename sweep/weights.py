@@ -19,6 +19,7 @@ from cxr_models.backbones import BACKBONES, Backbone
 from cxr_models.checksums import is_sound, seal
 from cxr_models.extraction import extract_backbone
 from cxr_models.layer_table import LayerTable, weight_problems
+from cxr_models.listing import real_path
 from cxr_models.storage import NoSpace, told_of_space, written_whole
 from cxr_models.trial import TrialConfig
 from sweep.document import unknown
@@ -199,7 +200,7 @@ def _find(
         path = _downloaded(config.weights, cache_dir)
         address = config.weights.partition("#")[0]
     else:
-        path = Path(config.weights).expanduser().resolve()
+        path = real_path(Path(config.weights))
         address = ""
     if path.is_dir():
         path = path / "best" / "model.keras"

@@ -1,9 +1,9 @@
 """A training that is interrupted and begun again is, bit for bit, the one that was not; its files are those as well."""
 
 import errno
-import math
 import os
 import pickle
+import resource
 import shutil
 import signal
 import threading
@@ -102,7 +102,7 @@ PHASES = replace(
     warmup=0.2,
 )
 CASES = {
-    "everything trains": Case(replace(TINY, dropout=0.3, optimizer="sgd", output="sigmoid"), (1, 3)),
+    "everything trains": Case(replace(TINY, dropout=0.3, optimizer="sgd", output="sigmoid", schedule="cosine"), (1, 3)),
     "a cached head": Case(replace(MOBILE, freeze="all", weights="bundled", learning_rate=0.05), (1, 2, 3), kept=True),
     "a hopeless head": Case(replace(MOBILE, freeze="all", learning_rate=0.05), (1, 2, 3), kept=True, whole=3),
     "partly unfrozen": Case(
@@ -184,9 +184,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: [variable.assign(keras.ops.zeros_like(variable) + 77) for variable in used] and None
 
 
-def begun(case: Case, data: TrialData, folder: Path, stop: int) -> list[EpochMetrics]:
+def begun(case: Case, data: TrialData, folder: Path, stop: int, *decisions: int) -> list[EpochMetrics]:
     """The epochs of a training that is left alone after one of them."""
-    with closing(epochs_of(case.begin(data, folder))) as epochs:
+    with closing(epochs_of(case.begin(data, folder, decisions=decisions))) as epochs:
         return list(islice(epochs, stop))
 
 
@@ -311,14 +311,16 @@ class TestKilled:
         whole, _ = undisturbed
         for end in range(1, 6):
             folder = tmp_path / str(end)
-            begun(SHORT, discs, folder, stop)
+            begun(SHORT, discs, folder, stop, 1)
             epochs = SHORT.begin(discs, folder, decisions=(1, 2, 3, 4, 5))
-            for metrics in epochs:
+            metrics = next(epochs)
+            while True:
                 best = max(epoch.val["dice"] for epoch in whole[: metrics.epoch])
                 if metrics.epoch >= stop:
                     assert best_dice(folder) == best
                 if metrics.epoch == end:
                     break
+                metrics = epochs.send(True)
             with pytest.raises(StopIteration):
                 epochs.send(False)
             assert best_dice(folder) == best
@@ -412,6 +414,23 @@ class TestTorn:
         for size in range(0, len(whole), 97):
             (tmp_path / CHECKPOINT).write_bytes(whole[:size])
             assert CheckpointFile(tmp_path, "mine", ()).read() == Checkpoint(), size
+
+    @pytest.mark.parametrize("room", [0, 50, 2_500, 6_000])
+    def test_a_file_that_the_system_cuts_off_is_an_error_and_the_one_before_stays(
+        self, room: int, tmp_path: Path
+    ) -> None:
+        """A bound on the size of files stands in for a full disk: the writes themselves fail, in the middle."""
+        file = self.written(tmp_path, best=0)
+        state = TrainingState({"a": np.random.default_rng(0).random(1000)}, [np.zeros(10)])
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                file.write(Checkpoint(file.read().course, 0, (state,)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+        assert len(file.read().trainings) == 2
 
     def test_it_never_holds_what_would_be_executed(self, tmp_path: Path) -> None:
         np.savez(tmp_path / CHECKPOINT, course=np.array([print], dtype=object))
@@ -561,25 +580,31 @@ class TestKilledAtRandom:
     KILLS = 10
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["everything trains", "folds", "a segmentation"])
-    def test_the_epochs_and_the_best_are_the_same(self, name: str, tmp_path: Path) -> None:
-        case = replace(CASES[name], config=replace(CASES[name].config, epochs=60, learning_rate=1e-3))
+    @pytest.mark.parametrize(
+        ("name", "epochs"),
+        [("everything trains", 60), ("folds", 60), ("batch norms that train", 40), ("a segmentation", 400)],
+    )
+    def test_the_epochs_and_the_best_are_the_same(self, name: str, epochs: int, tmp_path: Path) -> None:
+        case = replace(CASES[name], config=replace(CASES[name].config, epochs=epochs, learning_rate=1e-3))
         data = case.data(tmp_path / "data")
         program = "sweep.worker:segment" if case.objective.task == SEGMENT else "sweep.worker:train"
         given = {"program": program, "objective": case.objective}
         random, kills = np.random.default_rng(0), 0
         process = TrialProcess(tmp_path / "log", ("cxr_models.training", "cxr_models.segmentation"))
         try:
-            (whole, _) = lived(process, job("whole", case.config, data, tmp_path, **given), math.inf)
-            assert len(whole) == 60
-            span = whole[-1].trial_seconds - whole[0].trial_seconds
+            whole, _ = lived(process, job("whole", case.config, data, tmp_path, **given))
+            begun_s, span_s = whole[0].trial_seconds, whole[-1].trial_seconds - whole[0].trial_seconds
             found: list[EpochMetrics] = []
             while True:
-                life = whole[0].trial_seconds + random.uniform(0.0, 2 * span / self.KILLS)
                 one = replace(job("t", case.config, data, tmp_path, **given), known=len(found))
                 process.close()
-                epochs, end = lived(process, one, life if kills < self.KILLS else math.inf)
-                found += epochs
+                if kills == self.KILLS:
+                    reported, end = lived(process, one)
+                elif kills % 4 == 3:
+                    reported, end = lived(process, one, random.uniform(0.0, begun_s))
+                else:
+                    reported, end = lived(process, one, random.uniform(0.0, 2 * span_s / self.KILLS), reporting=True)
+                found += reported
                 if not end.error:
                     break
                 assert "SIGKILL" in end.error
@@ -591,17 +616,23 @@ class TestKilledAtRandom:
         assert_same_files(tmp_path / "t", tmp_path / "whole")
 
 
-def lived(process: TrialProcess, one: TrialJob, life: float) -> tuple[list[EpochMetrics], TrialEnd]:
-    """What a trial reports before its process is killed, so many seconds after its start, or it ends."""
+def lived(
+    process: TrialProcess, one: TrialJob, life_s: float = 1e6, *, reporting: bool = False
+) -> tuple[list[EpochMetrics], TrialEnd]:
+    """What a trial reports until it ends or its process is killed, so long after its start or its first report."""
     process.start(one)
-    killer = threading.Timer(min(life, 1e6), lambda: os.kill(process._process.pid, signal.SIGKILL))
-    killer.start()
+    pid = process._process.pid
+    killer = threading.Timer(life_s, os.kill, (pid, signal.SIGKILL))
     found: list[EpochMetrics] = []
     try:
+        if not reporting:
+            killer.start()
         while True:
             for event in process.next():
                 if isinstance(event, TrialEnd):
                     return found, event
                 found.append(event)
+            if not killer.ident:
+                killer.start()
     finally:
         killer.cancel()

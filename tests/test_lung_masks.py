@@ -1,6 +1,8 @@
 """Where lung masks come from is checked before anything starts, and told."""
 
+import hashlib
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,9 @@ def space_of(*values: str) -> Space:
 def earlier(tmp_path) -> Path:
     run = tmp_path / "runs" / "lungs"
     (run / "best").mkdir(parents=True)
-    (run / "best" / "model.keras").write_bytes(b"model")
+    with zipfile.ZipFile(run / "best" / "model.keras", "w") as archive:
+        archive.writestr("config.json", json.dumps({"class_name": "Functional", "module": "keras", "config": {}}))
+        archive.writestr("model.weights.h5", b"weights")
     (run / "best" / "config.json").write_text(json.dumps({"task": "segment", "image_side": 32, "channels": 1}))
     (run / "summary.json").write_text(json.dumps({"mlflow_run_id": "abc"}))
     return run
@@ -56,7 +60,8 @@ def test_an_earlier_sweep_is_an_input(tmp_path, earlier, given):
     assert problems == []
     assert (found.sides, found.model.image_side, found.model.mlflow_run_id) == ((8, 16), 32, "abc")
     assert value in found.note
-    assert found.to_json()["sha256"] == "9372c470eeadd5ecd9c3c74c2b3cb633f8e2f2fad799250a0f70d652b6b825e4"
+    digest = hashlib.sha256((earlier / "best" / "model.keras").read_bytes()).hexdigest()
+    assert found.to_json()["sha256"] == digest
     tags = input_tags([found])
     assert tags["input.lung_mask.mlflow_run_id"] == "abc"
     assert tags["input.lung_mask.model"].endswith("best/model.keras")

@@ -21,6 +21,7 @@ COMMANDS = re.findall(r"^\.venv/bin/python (-m sweep\..*)$", README, flags=re.MU
 # What would take hours or a network: replaced, and only this.
 CHEAPER = {
     "--trials 60": "--trials 2",
+    "--trials 80": "--trials 3",
     "--weights imagenet": "--weights bundled",
     "image_side=224": "image_side=72",
     "--name lungs": "--name lungs --trials 1 --set image_side=32",
@@ -58,13 +59,27 @@ def listed_files() -> list[str]:
 
 def test_the_worked_example(tmp_path, radiography_folder, cache_dir):
     """In the order they stand: the plan, the sweep, the report of that sweep."""
-    assert [command.split()[1] for command in COMMANDS] == ["sweep.run"] * 2 + ["sweep.report"] + ["sweep.run"] * 2
+    assert [command.split()[1] for command in COMMANDS] == [
+        *["sweep.run"] * 2,
+        "sweep.report",
+        *["sweep.run"] * 3,
+        "sweep.sync",
+    ]
     for command in COMMANDS[:3]:
         run_command(command, {"~/COVID-19_Radiography_Dataset": radiography_folder}, tmp_path, cache_dir)
     run = tmp_path / "runs" / "radiography"
     names = [name for name in listed_files() if name not in OF_SEGMENTATIONS | OF_COPIES]
-    assert len(names) == 11
+    assert len(names) == 12
     assert not [name for name in names if not (run / name).exists()]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_came_to_its_end_grows_and_mlflow_has_all_of_it(tmp_path, radiography_folder, cache_dir):
+    places = {"~/COVID-19_Radiography_Dataset": radiography_folder}
+    for command in (COMMANDS[1], *COMMANDS[5:]):
+        run_command(command, places, tmp_path, cache_dir)
+    summary = json.loads((tmp_path / "runs" / "radiography" / "summary.json").read_text())
+    assert (summary["trials"]["total"], len(summary["test_openings"])) == (3, 2)
 
 
 @pytest.mark.slow
@@ -73,7 +88,7 @@ def test_lung_masks_and_a_sweep_that_uses_them(tmp_path, cache_dir):
         "~/lungs": layouts.images_and_masks(tmp_path / "lungs"),
         "~/xrays": layouts.class_folders(tmp_path / "xrays"),
     }
-    for command in COMMANDS[3:]:
+    for command in COMMANDS[3:5]:
         run_command(command, places, tmp_path, cache_dir)
     names = OF_SEGMENTATIONS & {*listed_files()}
     assert len(names) == 2

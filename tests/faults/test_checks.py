@@ -192,12 +192,18 @@ class TestPages:
 
     def test_of_drivers(self):
         kill = {"phase": "search", "second": 12.0, "resumed": False}
-        row = {"lost_seconds": 20.0, "epochs_again": 0, "orphans_seconds": 1.5, "complaints": []}
+        row = {
+            "lost_seconds": 20.0,
+            "epochs_again": 0,
+            "orphans_seconds": 1.5,
+            "agents_seconds": 70.0,
+            "complaints": [],
+        }
         rows = [{**row, "kills": [kill]}, {**row, "kills": [kill, {**kill, "phase": "report", "resumed": True}]}]
         page = render_one({**self.FACTS, "kind": "faults_drivers", "rows": rows})
         assert "| search | 2 | 0 | 12.0 (12.0 to 12.0, median 12.0) |" in page
         assert "| report | 1 | 1 | 12.0" in page
-        assert "| 2 | 0 | 0 | 20.0 (20.0 to 20.0, median 20.0) | 1.5 |" in page
+        assert "| 2 | 0 | 0 | 20.0 (20.0 to 20.0, median 20.0) | 1.5 | 70 |" in page
         assert "1 of them once, 1 of them twice" in page
         assert "What went wrong" not in page
 
