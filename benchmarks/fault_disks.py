@@ -22,7 +22,7 @@ DISK_BYTES = 200 * MIB
 LEFT_FOR_CACHE, LEFT_FOR_RECORDS, LEFT_FOR_NOTHING = 4 * MIB, MIB // 2, 0
 EPOCHS_BEFORE = 3
 # A message for a person says what is missing. A traceback is none.
-CLEAR = re.compile(r"no space|no room|disk .*full|full disk", re.IGNORECASE)
+CLEAR = re.compile(r"no space|no room|room on the disk|disk .*full|full disk", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

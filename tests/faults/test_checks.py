@@ -169,7 +169,16 @@ def test_a_sweep_stands_where_its_folder_says(tmp_path):
     assert phase_of(replace(attempt, begun=run.summary.stat().st_mtime + 1)) == "evaluation"  # an earlier attempt's
 
 
-@pytest.mark.parametrize("text", ["no room on the disk", "the disk is full", "No space left on device", "no space for"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no room on the disk",
+        "the disk is full",
+        "expected room on the disk for x",
+        "No space left on device",
+        "no space for",
+    ],
+)
 def test_what_says_that_a_disk_is_full(text):
     assert CLEAR.search(text)
 
