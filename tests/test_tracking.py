@@ -611,6 +611,7 @@ def test_the_champion_is_registered_and_predicts_as_the_model_does(tmp_path, tra
     assert int(champion.version) == 2
     assert champion.run_id == parent
     assert champion.tags == {
+        "trial_id": "two",
         "doctor": "still_improving;constant_predictor",
         "audit": "earlier_model_saw_test;blank_images",
         "verdict": "`all` is the only strategy.",
