@@ -343,7 +343,8 @@ def register(plan: Plan, result: TrialResult, folder: RunFolder, data: TrialData
     try:
         if tracker.champion(result.trial_id, example):
             run_id = tracker.parent_run_id
-            address = call(register_champion, folder.model, example, tracker.uri, run_id, plan.spec.name)
+            named = plan.spec.name, result.trial_id
+            address = call(register_champion, folder.model, example, tracker.uri, run_id, *named)
             tracker.registered(result.trial_id, address)
     except Exception as error:  # the model is in the run folder; MLflow's copy is a convenience
         tracker.note(f"the best model was not registered: {error}")
@@ -363,11 +364,13 @@ def best_scores(finalist: Finalist, indices: NDArray[np.int64], model: Path | No
     return training.log_probabilities(network, np.load(data.pictures(config), mmap_mode="r"), indices)
 
 
-def register_champion(model: Path, example: NDArray[np.float32], uri: str, run_id: str, name: str) -> str:
+def register_champion(
+    model: Path, example: NDArray[np.float32], uri: str, run_id: str, name: str, trial_id: str
+) -> str:
     """In the child: log the saved model to MLflow and register it, unless its run has one; returns its URI."""
     import keras
 
     from sweep.tracking import log_champion, registered_champion
 
-    found = registered_champion(uri=uri, run_id=run_id, name=name)
-    return found or log_champion(keras.saving.load_model(model), example, uri=uri, run_id=run_id, name=name)
+    where = {"uri": uri, "run_id": run_id, "name": name, "trial_id": trial_id}
+    return registered_champion(**where) or log_champion(keras.saving.load_model(model), example, **where)

@@ -29,6 +29,7 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 # MLflow would send a request again whose answer was lost, and so make a second run. The writer tries again itself.
 NO_RETRIES: Mapping[str, str] = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+TRIAL_TAG = "trial_id"  # of a registered version
 CHAMPION = "champion"
 RUNS_AT_ONCE = 200  # of a search, so that each answer comes within a timeout
 SCHEMA_TIMEOUT_S = 120.0
@@ -274,7 +275,7 @@ def _schema_lock(uri: str) -> Iterator[None]:
         raise Unavailable(f"another process has been opening {store} for {SCHEMA_TIMEOUT_S:g} s") from None
 
 
-def log_champion(model: Any, example: NDArray[np.float32], *, uri: str, run_id: str, name: str) -> str:
+def log_champion(model: Any, example: NDArray[np.float32], *, uri: str, run_id: str, name: str, trial_id: str) -> str:
     """Log a Keras model to a run, register it, and make it the registered model's champion.
 
     Imports Keras and TensorFlow through MLflow: for a process that has them already.
@@ -285,6 +286,7 @@ def log_champion(model: Any, example: NDArray[np.float32], *, uri: str, run_id: 
         uri: MLflow's tracking URI.
         run_id: of the run the model belongs to.
         name: of the registered model, new or not.
+        trial_id: whose final model it is, a tag of the version.
 
     Returns:
         The model's URI, `models:/<name>/<version>`. `models:/<name>@champion` is the same one until the next sweep.
@@ -314,21 +316,24 @@ def log_champion(model: Any, example: NDArray[np.float32], *, uri: str, run_id: 
         pip_requirements=[f"{package}=={version(package)}" for package in ("tensorflow", "keras", "numpy", "mlflow")],
         input_example=example[:1],
     )
+    client.set_model_version_tag(name, str(logged.registered_model_version), TRIAL_TAG, trial_id)
     client.set_registered_model_alias(name, CHAMPION, logged.registered_model_version)
     return f"models:/{name}/{logged.registered_model_version}"
 
 
-def registered_champion(*, uri: str, run_id: str, name: str) -> str:
-    """The URI of the model that a run has registered, made the champion; "" if it has none.
+def registered_champion(*, uri: str, run_id: str, name: str, trial_id: str) -> str:
+    """The URI of a trial's final model that a run has registered, made the champion; "" if there is none.
 
-    Whoever registers again asks this first: the answer to a registration may have been lost.
+    Whoever registers again asks this first: the answer to a registration may have been lost, and its tag never set.
     """
     set_environment()
     import mlflow
 
     client = mlflow.MlflowClient(uri, registry_uri=uri)
-    versions = [int(found.version) for found in client.search_model_versions(f"run_id = '{run_id}'")]
+    found = client.search_model_versions(f"run_id = '{run_id}'")
+    versions = [int(each.version) for each in found if each.tags.get(TRIAL_TAG, trial_id) == trial_id]
     if not versions:
         return ""
+    client.set_model_version_tag(name, str(max(versions)), TRIAL_TAG, trial_id)
     client.set_registered_model_alias(name, CHAMPION, str(max(versions)))
     return f"models:/{name}/{max(versions)}"

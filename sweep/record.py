@@ -5,6 +5,7 @@ Ray's and MLflow's own files are never read back.
 """
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -279,8 +280,9 @@ class Record:
             self._columns = columns
             write_trials_csv(self._folder.trials, self.results, self._objective)
         else:
-            with self._folder.trials.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerow(_table_row(result, columns))
+            row = io.StringIO()
+            csv.writer(row).writerow(_table_row(result, columns))
+            append_whole(self._folder.trials, row.getvalue(), durable=False)
 
     def _drop_what_lost(self, number: int, result: TrialResult) -> None:
         """Of a trial that ended, the checkpoint, and of each strategy all weights but the best trial's."""

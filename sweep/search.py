@@ -22,6 +22,7 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from cxr_models.storage import told_of_space
 from cxr_models.trial import AXES, Outcome, Suggestion, TrialConfig
 from sweep.record import drop_cut_line
 from sweep.space import Choice, Constant, Domain, Space, Value
@@ -342,6 +343,7 @@ class _BatchedFile(BaseJournalBackend):
     """Optuna's journal file for one writer: entries are read from memory, and reach the disk together."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = JournalFileBackend(str(path))
         self._entries: list[dict[str, Any]] = list(self._file.read_logs(0))
         self._written = len(self._entries)
@@ -356,7 +358,8 @@ class _BatchedFile(BaseJournalBackend):
     def write(self) -> None:
         """Write what is not on the disk yet, and wait until it is."""
         if self._written < len(self._entries):
-            self._file.append_logs(self._entries[self._written :])
+            with told_of_space(self._path):
+                self._file.append_logs(self._entries[self._written :])
         self._written = len(self._entries)
         self._written_at = time.monotonic()
 

@@ -6,7 +6,7 @@ Every step may be done twice, and a step that MLflow did not take is tried again
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,9 @@ class TrackedSweep:
 
     def to_json(self) -> dict[str, Any]:
         """Values that JSON has."""
-        return asdict(self)
+        # `asdict` makes a mess of counters, and may be given some.
+        counts = {part: dict(classes) for part, classes in self.dataset.classes.items()}
+        return asdict(replace(self, dataset=replace(self.dataset, classes=counts), inputs=dict(self.inputs)))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrackedSweep":

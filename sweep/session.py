@@ -16,7 +16,7 @@ from rich.console import Console
 from cxr_models.backbones import BACKBONES
 from cxr_models.pixels import mask_array, pixel_array
 from cxr_models.splits import write_split_csv
-from cxr_models.storage import NoSpace, written_whole
+from cxr_models.storage import NoSpace, told_of_space, written_whole
 from cxr_models.trial import SEGMENT, TEST, TrialData, TrialResult
 from sweep.audit_record import audit_tags, write_audit
 from sweep.champion import note_champion
@@ -147,22 +147,17 @@ def run_sweep(
     evaluation = FinalEvaluation(plan, folder, cache_dir)
     failure, end = "", SessionEnd.DONE
     try:
-        if sessions.past:
-            _take_up(conductor, record, progress, console)
-        if not inline:
-            console.print(f"connecting to Ray at {address}" if address else "starting Ray and its workers")
-        with watch.time("search"):
-            _run_trials(trainings, plan, folder, inline=inline, address=address, progress=progress)
-        if ranked(record.results, plan.spec.objective):
-            with watch.time("evaluate"):
+        with told_of_space(folder.summary):
+            if sessions.past:
+                _take_up(conductor, record, progress, console)
+            if not inline:
+                console.print(f"connecting to Ray at {address}" if address else "starting Ray and its workers")
+            with watch.time("search"):
+                _run_trials(trainings, plan, folder, inline=inline, address=address, progress=progress)
+            if ranked(record.results, plan.spec.objective):
                 console.print(_opening(plan.spec.task, tests=tests))
-                if plan.spec.task == SEGMENT:
-                    evaluate_segmentation(plan, record.results, trainings, folder, data, tracker, evaluation)
-                    evaluation.verdict = judge_segmentation(plan, record.results, folder, evaluation)
-                else:
-                    shown = EvaluationProgress(console)
-                    evaluate_finalists(plan, record.results, trainings, folder, data, tracker, shown, evaluation)
-                    evaluation.verdict = judge(plan, record.results, folder, evaluation)
+                with watch.time("evaluate"):
+                    _evaluate(plan, record.results, trainings, folder, data, tracker, console, evaluation)
     except KeyboardInterrupt:
         end = SessionEnd.INTERRUPTED
     except (SweepFailed, NoSpace) as error:
@@ -171,7 +166,7 @@ def run_sweep(
         failure, end = traceback.format_exc(), SessionEnd.FAILED
     summary: dict[str, Any] = {}
     try:
-        with deferred():
+        with deferred(), told_of_space(folder.summary):
             conductor.close()
             record.close()
             summary = summarise(
@@ -204,6 +199,25 @@ def run_sweep(
         tracker.ui_command,
         tracker.ui_address,
     )
+
+
+def _evaluate(
+    plan: Plan,
+    results: tuple[TrialResult, ...],
+    trainings: FinalTrainings,
+    folder: RunFolder,
+    data: TrialData,
+    tracker: Tracker,
+    console: Console,
+    evaluation: FinalEvaluation,
+) -> None:
+    """The final evaluation of either task, and its verdict."""
+    if plan.spec.task == SEGMENT:
+        evaluate_segmentation(plan, results, trainings, folder, data, tracker, evaluation)
+        evaluation.verdict = judge_segmentation(plan, results, folder, evaluation)
+    else:
+        evaluate_finalists(plan, results, trainings, folder, data, tracker, EvaluationProgress(console), evaluation)
+        evaluation.verdict = judge(plan, results, folder, evaluation)
 
 
 def _take_up(conductor: Conductor, record: Record, progress: SweepProgress, console: Console) -> None:

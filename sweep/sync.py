@@ -68,9 +68,9 @@ class Unsent:
 
     @property
     def models(self) -> list[dict[str, Any]]:
-        """Of each best model that is not registered, its entry in the spool."""
-        wanted = {entry["trial"]: entry for entry in self._entries if entry["kind"] == "champion"}
-        return [entry for trial_id, entry in wanted.items() if trial_id not in self._ledger.registered]
+        """The entry in the spool of the best model, if it is not registered; one of before has given way to it."""
+        wanted = [entry for entry in self._entries if entry["kind"] == "champion"][-1:]
+        return [entry for entry in wanted if entry["trial"] not in self._ledger.registered]
 
     @property
     def left(self) -> Left:
@@ -191,7 +191,8 @@ def _register(folder: RunFolder, uri: str, sender: Sender, unsent: Unsent, ledge
         for entry in unsent.models:
             try:
                 example = np.load(champion_example(folder))
-                address = call(register_champion, folder.model, example, uri, sender.parent_run_id, entry["name"])
+                named = entry["name"], entry["trial"]
+                address = call(register_champion, folder.model, example, uri, sender.parent_run_id, *named)
             except (RuntimeError, TimeoutError, OSError) as error:
                 raise Unavailable(f"the best model was not registered: {error}") from error
             ledger.model(entry["trial"], address)

@@ -5,12 +5,14 @@ recorded is the conductor's business. Nothing in this file may raise into Ray's 
 whole sweep.
 """
 
+import errno
 import gc
 import json
 import logging
 import math
 import os
 import secrets
+import shutil
 import signal
 import socket
 import threading
@@ -42,7 +44,7 @@ from ray.tune import ProgressReporter
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from cxr_models.storage import NoSpace
+from cxr_models.storage import NEXT_TO_NOTHING, NoSpace, no_space
 from cxr_models.trial import EpochMetrics, TrialConfig
 from sweep.interruption import deferred
 from sweep.machine import ClusterUnreachable, Machine
@@ -201,12 +203,15 @@ def run_on_ray(conductor: Conducting, placement: Placement, *, folder: Path) -> 
     Raises:
         KeyboardInterrupt: handed on after running trials were ended; finished ones are recorded.
         SweepFailed: the conductor could not go on, or Ray failed again and again; finished trials are recorded.
+        NoSpace: Ray failed, and the disk of the folder is full.
     """
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what happens to a trial is told by the conductor
     _retry_what_the_memory_monitor_kills()
     reference = _Reference(conductor)
     in_vain = 0
     while failure := _run_once(conductor, reference, placement, folder):
+        if shutil.disk_usage(folder).free < NEXT_TO_NOTHING and not reference.failure:
+            raise no_space(folder / RAY, errno.ENOSPC)  # what Ray itself makes of that says nothing
         in_vain = 0 if reference.take_heard() else in_vain + 1
         if in_vain < MOST_IN_VAIN:
             reference.all_lost(f"Ray failed: {failure.strip().splitlines()[-1]}")

@@ -190,7 +190,7 @@ def test_a_model_whose_registration_failed_is_registered_once_by_sync(tmp_path, 
     example = np.zeros((1, 8, 8, 1), np.float32)
     assert sweep.tracker.champion("t0", example)
     with keras_child(folder.log("evaluation")) as call, pytest.raises(RuntimeError) as failed:
-        call(register_champion, folder.model, example, proxy.uri, sweep.tracker.parent_run_id, "small")
+        call(register_champion, folder.model, example, proxy.uri, sweep.tracker.parent_run_id, "small", "t0")
     sweep.tracker.note(f"the best model was not registered: {failed.value}")
     sweep.finish()
     sweep.tracker.close(DEADLINE_S)

@@ -11,7 +11,7 @@ from cxr_models.trial import METRICS, EpochMetrics
 from sweep import sync, tracking
 from sweep.folder_lock import FolderLock
 from sweep.record import append_line, read_lines
-from tests.tracked_sweeps import FINAL, SUMMARY, TrackedSweep, check_exactly_once, run_folder, shown
+from tests.tracked_sweeps import FINAL, TrackedSweep, check_exactly_once, run_folder, shown
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -88,6 +88,9 @@ def test_calls_that_fail_and_answers_that_are_lost_leave_everything_there_once(t
     assert sweep.tracker.problem == ""
     assert {"create_run", "log_batch", "set_terminated"} <= lost
     check_exactly_once(store, folder)
+    client = mlflow.MlflowClient(store)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    assert client.search_runs(experiments, run_view_type=mlflow.entities.ViewType.DELETED_ONLY) == []
 
 
 def test_an_outage_from_the_start_is_made_good_by_sync_and_only_once(tmp_path, store, faults, capsys):
@@ -169,7 +172,7 @@ def test_what_was_kept_of_an_interrupted_sweep_does_not_end_the_one_that_goes_on
     first = TrackedSweep(folder, store)
     first.start(0)
     first.epochs(0, [1])
-    first.tracker.finished(SUMMARY, [], "KILLED")
+    first.tracker.finished({"trials": {"total": 1}}, [], "KILLED")
     first.tracker.close(DEADLINE_S)
     down[0] = False
     second = TrackedSweep(folder, store)

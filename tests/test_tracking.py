@@ -544,15 +544,17 @@ def test_importing_waits_for_no_heavy_library():
 
 CHAMPION = """
     import sys, keras, numpy as np, mlflow
-    from sweep.tracking import log_champion
+    from sweep.tracking import log_champion, registered_champion
 
     uri, run_id, out = sys.argv[1:]
     inputs = keras.Input((8, 8, 1))
     x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))
     model = keras.Model(inputs, keras.layers.Dense(3, activation="softmax")(x))
     pixels = np.random.default_rng(0).uniform(0, 255, (4, 8, 8, 1)).astype("float32")
-    first = log_champion(model, pixels, uri=uri, run_id=run_id, name="small")
-    second = log_champion(model, pixels, uri=uri, run_id=run_id, name="small")
+    where = {"uri": uri, "run_id": run_id, "name": "small"}
+    first = log_champion(model, pixels, **where, trial_id="one")
+    second = log_champion(model, pixels, **where, trial_id="two")
+    again = [registered_champion(**where, trial_id=trial_id) for trial_id in ("three", "one", "two")]
     own = model.predict(pixels, verbose=0)
     served = mlflow.pyfunc.load_model(second)
     signature = served.metadata.signature
@@ -562,6 +564,7 @@ CHAMPION = """
         pyfunc=served.predict(pixels),
         loaded=mlflow.tensorflow.load_model("models:/small@champion").predict(pixels, verbose=0),
         uris=[first, second],
+        again=again,
         input=signature.inputs.inputs[0].shape,
         output=signature.outputs.inputs[0].shape,
     )
@@ -599,6 +602,7 @@ def test_the_champion_is_registered_and_predicts_as_the_model_does(tmp_path, tra
     assert target.problem == ""
     found = np.load(out)
     assert found["uris"].tolist() == ["models:/small/1", "models:/small/2"]
+    assert found["again"].tolist() == ["", "models:/small/1", "models:/small/2"], "of each trial its own"
     np.testing.assert_array_equal(found["pyfunc"], found["own"])
     np.testing.assert_array_equal(found["loaded"], found["own"])
     assert found["input"].tolist() == [-1, 8, 8, 1]
@@ -607,6 +611,7 @@ def test_the_champion_is_registered_and_predicts_as_the_model_does(tmp_path, tra
     assert int(champion.version) == 2
     assert champion.run_id == parent
     assert champion.tags == {
+        "trial_id": "two",
         "doctor": "still_improving;constant_predictor",
         "audit": "earlier_model_saw_test;blank_images",
         "verdict": "`all` is the only strategy.",

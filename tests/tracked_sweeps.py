@@ -1,6 +1,7 @@
 """Sweeps without training, tracked in MLflow, and what MLflow must then have of them."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ objective: macro_f1
 search: {algorithm: random, trials: 3}
 space: {backbone: vanilla_cnn, weights: none, freeze: none, learning_rate: {low: 0.0001, high: 0.01, log: true}}
 """
-DATASET = DatasetInfo("phantom", "0123456789abcdef" * 4, "phantom", 10, 5, {"train": {"Normal": 5, "COVID-like": 5}})
+DATASET = DatasetInfo("phantom", "0123456789abcdef" * 4, "phantom", 10, 5, {"train": Counter(Normal=5, other=5)})
 FINAL = {"val": {"accuracy": 0.75}, "test": {"accuracy": 0.5, "loss": 0.625}}
 SUMMARY = {
     "trials": {"total": 3},
