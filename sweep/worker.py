@@ -279,6 +279,8 @@ class TrialProcess:
             return self._died()
         if isinstance(event, TrialEnd):
             self._trial = None
+            if event.fault is Fault.NO_MEMORY:
+                self.close()  # what it holds of the device's memory is free for the next
         else:
             self._waiting = self._trial is not None and self._trial.waits_after(event.epoch)
         return event

@@ -190,6 +190,15 @@ class TestEpochs:
         assert process.next() == [TrialEnd("the trial was not started", fault=Fault.LOST)]
 
 
+def test_a_trial_that_had_too_little_memory_leaves_the_next_a_fresh_process(process, tmp_path):
+    starved = job(tmp_path, "greedy")
+    _, end = run(process, replace(starved, config=replace(starved.config, batch_size=64)))
+    assert end.fault is Fault.NO_MEMORY
+    assert process._process is None, "killed, with what it held of the device"
+    epochs, end = run(process, replace(starved, config=replace(starved.config, batch_size=8)))
+    assert (len(epochs), end) == (3, TrialEnd())
+
+
 class TestStop:
     def test_at_a_decision(self, process, tmp_path):
         noting = job(tmp_path, "noting", 0, decisions=(1,))
