@@ -6,6 +6,8 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Generator
@@ -326,8 +328,17 @@ class TestKilled:
             assert best_dice(folder) == best
 
     def test_scratch_files_of_the_killed_are_removed(self, discs: TrialData, tmp_path: Path) -> None:
-        for name in (CHECKPOINT, BEST_WEIGHTS, VALIDATION_SCORES):
-            (tmp_path / f".4711-{name}").write_bytes(b"half of it")
+        code = """if True:
+            import os, sys
+            from pathlib import Path
+            from cxr_models.storage import written_whole
+            for name in sys.argv[2:]:
+                written_whole(Path(sys.argv[1]) / name).__enter__().write_bytes(b"half of it")
+            os._exit(9)
+        """
+        names = (CHECKPOINT, BEST_WEIGHTS, VALIDATION_SCORES)
+        subprocess.run([sys.executable, "-c", code, str(tmp_path), *names], check=False)
+        assert len(list(tmp_path.iterdir())) == 3
         next(SHORT.begin(discs, tmp_path))
         assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT}
 

@@ -1,6 +1,7 @@
 """A sweep that goes on is the one it was, wherever it was cut short."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,15 +9,40 @@ import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from PIL import Image
 
 from cxr_models.trial import EpochMetrics, Outcome, Suggestion, TrialResult
+from sweep.machine import Machine
+from sweep.plan import Plan, make_plan
 from sweep.record import Past, Record, RunFolder, read_lines
-from sweep.resume import Session, SessionEnd, Sessions
+from sweep.resume import (
+    ResumeRefused,
+    Session,
+    SessionEnd,
+    Sessions,
+    begin_session,
+    continued,
+    recorded_name,
+)
 from sweep.runner import Conductor, run_inline
+from sweep.session import write_inputs
+from sweep.spec import read_spec
 from sweep.worker import Fault, TrialEnd, TrialEvents, TrialJob
+from tests import layouts
 from tests.programs import ODD_ONE, measured
 from tests.sweeps import fake_sweep
 
+SPACE = """\
+name: space
+data: {data}
+objective: macro_f1
+search: {{trials: 2}}
+space:
+  backbone: mobilenet_v2_0.35
+  weights: bundled
+  image_side: 96
+  epochs: 2
+"""
 TRIALS, EPOCHS, RUNGS = 14, 4, (2, 3)
 
 
@@ -349,3 +375,96 @@ class TestRetries:
             run_inline(conductor)
         assert ODD_ONE not in heard.by_seed
         assert conductor.running
+
+
+class TestContinued:
+    """Whether it is still the same sweep."""
+
+    @pytest.fixture
+    def plan(self, tmp_path: Path, cache_dir: Path):
+        images = layouts.class_folders(tmp_path / "images")
+
+        def make(*overrides: str, data: Path = images) -> Plan:
+            file = tmp_path / "space.yaml"
+            file.write_text(SPACE.format(data=data))
+            machine = Machine(cores=2, gpus=0, memory_bytes=8 * 2**30)
+            return make_plan(read_spec(file, overrides), machine, source=str(file), cache_dir=cache_dir)
+
+        return make
+
+    @pytest.fixture
+    def begun(self, tmp_path, plan) -> RunFolder:
+        folder = RunFolder.create(tmp_path / "runs", "space", exactly=True)
+        first = plan()
+        write_inputs(first, folder)
+        begin_session(folder, first)
+        assert recorded_name(folder) == "space"
+        return folder
+
+    def continued(self, plan: Plan, folder: RunFolder) -> Plan:
+        return continued(plan, folder, Sessions.read(folder))
+
+    def test_the_same_one_goes_on_with_as_many_threads_as_it_had(self, plan, begun):
+        first = plan()
+        assert self.continued(first, begun) == first
+        more = self.continued(plan("resources.cpus_per_trial=2"), begun)
+        assert (more.allotment.cpus_per_trial, more.allotment.threads) == (2, first.allotment.threads)
+
+    def test_it_may_grow_and_its_images_may_have_moved(self, plan, begun, tmp_path):
+        assert self.continued(plan("search.trials=9"), begun).spec.search.trials == 9
+        shutil.move(tmp_path / "images", tmp_path / "elsewhere")
+        assert (
+            self.continued(plan(data=tmp_path / "elsewhere"), begun).manifest.digest
+            == plan(data=tmp_path / "elsewhere").manifest.digest
+        )
+
+    @pytest.mark.parametrize(
+        ("override", "difference"),
+        [
+            ("learning_rate=0.5", r"space\.learning_rate: was 0\.001, now it is 0\.5"),
+            ("search.seed=7", r"search\.seed: was 0, now it is 7"),
+            ("search.trials=1", r"search\.trials: was 2, now it is 1; a sweep can only grow"),
+            ("dropout=0.5", r"space\.dropout: was .*, now it is 0\.5"),
+            ("tracking.uri=http://localhost:5000", r"tracking\.uri: was not there, now it is 'http://localhost:5000'"),
+        ],
+    )
+    def test_another_setting_is_refused_with_the_difference(self, override, difference, plan, begun):
+        with pytest.raises(ResumeRefused, match=f"expected the settings and data .*{begun.path}(.|\n)*{difference}"):
+            self.continued(plan(override), begun)
+
+    def test_other_images_are_refused_by_name(self, plan, begun, tmp_path):
+        folder = next(path for path in (tmp_path / "images").iterdir() if path.is_dir())
+        first, second, third = sorted(folder.rglob("*.png"))[:3]
+        first.unlink()
+        shutil.copy(second, folder / "new.png")
+        with Image.open(third) as image:
+            turned = image.transpose(Image.Transpose.ROTATE_90)
+        turned.save(third)
+        with pytest.raises(ResumeRefused) as refused:
+            self.continued(plan(), begun)
+        text = str(refused.value)
+        assert f"{first.name}' gone" in text
+        assert "new.png' new" in text
+        assert f"{third.name}' with another picture" in text
+        assert text.endswith("or leave --resume out to begin anew")
+
+    def test_a_folder_whose_spec_is_gone(self, plan, begun):
+        begun.spec.write_text("- no\n- sweep\n")
+        with pytest.raises(ResumeRefused, match=r"expected a sweep's settings in .*spec\.yaml"):
+            self.continued(plan(), begun)
+
+
+class TestLatest:
+    def test_the_last_of_a_name_unless_it_is_named(self, tmp_path):
+        folders = [RunFolder.create(tmp_path, "small", exactly=False) for _ in range(3)]
+        assert RunFolder.latest(tmp_path, "small", exactly=False) == folders[2]
+        assert RunFolder.latest(tmp_path, "small", exactly=True) == folders[0]
+        assert RunFolder.latest(tmp_path, "small-2", exactly=True) == folders[1]
+
+    def test_nothing_to_go_on_with(self, tmp_path):
+        with pytest.raises(ValueError, match=r"expected the run folder of a sweep at .*small, but found nothing there"):
+            RunFolder.latest(tmp_path, "small", exactly=False)
+        (tmp_path / "small").mkdir()
+        (tmp_path / "small" / "notes.txt").touch()
+        with pytest.raises(ValueError, match="found a folder that no sweep has made"):
+            RunFolder.latest(tmp_path, "small", exactly=True)

@@ -36,13 +36,10 @@ DATA: dict[str, Callable[[Path], Path]] = {
 }
 
 
-QUICK = ("r3_two_gpus",)
-NAMES = [
-    pytest.param(path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
-    for path in sorted(SPACES.glob("*.yaml"))
-]
+NAMES = [path.stem for path in sorted(SPACES.glob("*.yaml"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_shipped_space_runs(name, tmp_path):
     """Two trials of one epoch, or one a phase; what begins with ImageNet weights begins with random ones."""

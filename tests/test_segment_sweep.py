@@ -218,12 +218,10 @@ def test_a_classifier_may_see_the_lungs_alone(segmented, images, tmp_path):
     assert 0 < (seen > 0).mean() < (whole > 0).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "split",
-    [
-        pytest.param("", id="test set"),
-        pytest.param(", split: {train: 0.8, val: 0.2}", id="no test set", marks=pytest.mark.slow),
-    ],
+    [pytest.param("", id="test set"), pytest.param(", split: {train: 0.8, val: 0.2}", id="no test set")],
 )
 def test_folds_of_a_segmentation(images, tmp_path, split):
     space = (

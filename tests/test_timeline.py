@@ -1,5 +1,7 @@
 """Where the time of a sweep goes: start-up, trials, features; on the driver's clock."""
 
+from dataclasses import replace
+
 import pytest
 
 from cxr_models.trial import METRICS, PIXELS, EpochMetrics
@@ -36,7 +38,14 @@ def sweep(monkeypatch) -> Sweep:
 
 
 def test_without_an_epoch_there_are_no_times(sweep):
-    assert sweep.timeline.seconds == {}
+    assert sweep.timeline.seconds == {"features": 0.0}
+
+
+def test_epochs_of_earlier_sessions_count_but_their_times_were_on_another_clock():
+    metrics = EpochMetrics("a", 1, 0, 0.1, {}, {}, 1.0, 1.0, source="conv1", features_seconds=3.0)
+    timeline = Timeline([metrics, replace(metrics, epoch=2, source="pixels", features_seconds=0.0)])
+    assert timeline.seconds == {"features": 3.0}
+    assert timeline.epochs_from_features == 1
 
 
 def test_the_start_counts_from_the_program_to_the_first_trial_in_a_worker(sweep):

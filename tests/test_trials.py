@@ -121,6 +121,7 @@ def test_a_trial_that_was_killed_goes_on_from_its_last_epoch(local_ray, tmp_path
         assert own == [1, 2, 3], "each epoch once"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_beside_others_has_its_device_to_itself(local_ray, tmp_path):
     """Ray gives a trial that is to be alone a whole GPU, where the others have a share each."""
     conductor, heard = fake_sweep(tmp_path, "greedy", trials=4, batch_sizes=(8, 32, 64, 8))
