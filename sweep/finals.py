@@ -52,7 +52,7 @@ class FinalTrainings:
         epochs: trial -> its epochs.
         told: hears of each training as it begins.
         retried: hears of one that goes on after its worker was lost.
-        journal: keeps what has ended; what stands in it is not trained again. In memory only if None.
+        journal: keeps what has ended; what stands in it as trained is not trained again. In memory only if None.
 
     Attributes:
         seeds: as given.
@@ -161,16 +161,14 @@ class FinalTrainings:
             self.done.append(training)
 
     def _take_up_ended(self, planned: "deque[tuple[FinalTraining, tuple[float, ...]]]") -> None:
-        """Take those off that an earlier session has trained, unless their weights are gone."""
-        ended = {}
-        for entry in read_lines(self._journal) if self._journal else ():
-            ended[entry["training_id"]] = entry["problem"]
+        """Take those off that an earlier session has trained; one that failed, or whose weights are gone, is not."""
+        entries = read_lines(self._journal) if self._journal else ()
+        ended = {entry["training_id"]: entry["problem"] for entry in entries}
         for training, losses in list(planned):
-            problem = ended.get(training.training_id)
             weights = self.work.folder / training.training_id / BEST_WEIGHTS
-            if problem or (problem is not None and weights.is_file()):
+            if ended.get(training.training_id) == "" and weights.is_file():
                 planned.remove((training, losses))
-                self._note(training, problem)
+                self._note(training, "")
 
     def of(self, trial: TrialResult) -> list[FinalTraining]:
         """The trainings of a strategy's best trial that can be evaluated, its own seed first."""

@@ -38,15 +38,15 @@ def handled(last_words: Callable[[], str]) -> Iterator[None]:
     """
     at_once = _EndAtOnce(last_words)
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    watched = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
 
     def first(signum: int, frame: FrameType | None) -> None:
-        for number in SIGNALS:
+        for number in watched:
             signal.signal(number, at_once)
         raise KeyboardInterrupt
 
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, first)
+    for number in watched:
+        signal.signal(number, first)
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,9 +208,12 @@ class RunFolder:
         Raises:
             ValueError: there is none.
         """
-        path, number = out / name, 2
-        while not exactly and (later := out / f"{name}-{number}").is_dir():
-            path, number = later, number + 1
+        path = out / name
+        numbered = re.compile(re.escape(name) + r"-([1-9][0-9]*)")
+        if not exactly and out.is_dir():
+            found = ((numbered.fullmatch(each.name), each) for each in out.iterdir() if each.is_dir())
+            later = {int(match[1]): each for match, each in found if match}
+            path = later[max(later)] if later else path
         folder = cls(path.resolve())
         if path.is_dir() and not any(path.iterdir()):
             folder.state.mkdir()  # whoever made it was killed in this moment

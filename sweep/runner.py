@@ -275,7 +275,7 @@ class Conductor:
         suggestion = running.suggestion
         del self._running[suggestion.trial_id]
         result = self._result(running, outcome, end)
-        if outcome is Outcome.FAILED and not self.epochs_run:
+        if outcome is Outcome.FAILED and not self.epochs_run and not result.error.startswith(DOES_NOT_FIT):
             self._first_failures.append(_WORKER.sub("worker", result.error))
         self._tell_search(suggestion.number, result)
         for listener in self._listeners:

@@ -316,8 +316,8 @@ class _Journal:
         if number in self._known:
             self._ids[number] = self._known[number]._trial_id
         else:
+            # On the disk with the next write: by then the record of the sweep has the trial, too.
             self._ids[number] = self._storage.create_new_trial(self._study, drawn.frozen(TrialState.RUNNING))
-        self._file.write_if_due()
 
     def report(self, number: int, epoch: int, value: float) -> None:
         if not self._has(number, epoch):

@@ -27,7 +27,7 @@ class Timeline:
 
     def epoch(self, metrics: EpochMetrics) -> None:
         now = time.monotonic()
-        trial_began = now - metrics.trial_seconds
+        trial_began = max(self._begun, now - metrics.trial_seconds)  # it may have begun in an earlier session
         self._first_trial = min(self._first_trial or trial_began, trial_began)
         self._last_epoch = now
         self._count(metrics)

@@ -7,7 +7,7 @@ import pytest
 from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 from sweep.finals import FinalTraining, FinalTrainings
 from sweep.runner import WAIT, run_inline
-from sweep.worker import TrialEnd, TrialJob
+from sweep.worker import Fault, TrialEnd, TrialJob
 from tests.sweeps import Heard, fake_sweep
 
 OBJECTIVE = Objective("macro_f1", "max")
@@ -16,7 +16,9 @@ OBJECTIVE = Objective("macro_f1", "max")
 class Finals:
     """Final trainings behind a fake sweep, and what is told of them."""
 
-    def __init__(self, tmp_path, *, seeds=2, strategies=None, program="quick", results=None, **sweep) -> None:
+    def __init__(
+        self, tmp_path, *, seeds=2, strategies=None, program="quick", results=None, journal=None, **sweep
+    ) -> None:
         self.conductor, self.heard = fake_sweep(tmp_path, program, **sweep)
         self.told: list[tuple[str, int, int, int]] = []
         self.jobs: list[TrialJob] = []
@@ -28,6 +30,7 @@ class Finals:
             results=results or (lambda: tuple(self.heard.results[number] for number in sorted(self.heard.results))),
             epochs=lambda: epochs_of(self.heard),
             told=lambda training, *numbers: self.told.append((training.training_id, *numbers)),
+            journal=journal,
         )
         give = self.trainings.next_job
 
@@ -151,6 +154,38 @@ def test_a_final_training_has_a_seed_and_a_folder_of_its_own():
     trainings = [FinalTraining(trial, number) for number in range(3)]
     assert [training.config.seed for training in trainings] == [7, 8, 9]
     assert len({training.training_id for training in trainings}) == 3
+
+
+def test_what_was_trained_before_a_restart_is_not_trained_again_what_failed_is(tmp_path):
+    journal = tmp_path / "finals.jsonl"
+    first = Finals(tmp_path, trials=1, epochs=2, seeds=3, program="failing_again", journal=journal)
+    run_inline(first.trainings)
+    (best,) = first.heard.results.values()
+    for number in (1, 3):
+        weights = tmp_path / "trials" / f"{best.trial_id}-final-{number}" / "best.npz"
+        weights.parent.mkdir(parents=True)
+        weights.touch()
+    weights.unlink()  # of the third: lost
+    again = Finals(tmp_path, trials=1, epochs=2, seeds=3, journal=journal)
+    run_inline(again.trainings)
+    assert [name for name, *_ in again.told] == [f"{best.trial_id}-final-{number}" for number in (2, 3)]
+    assert [training.number for training in again.trainings.of(best)] == [0, 1, 2]
+    assert again.trainings.problem(best) == ""
+
+
+def test_one_whose_worker_was_lost_is_trained_again_twice(tmp_path):
+    finals = Finals(tmp_path, trials=1, epochs=1).trainings
+    trial = finals.next_job()
+    metrics = EpochMetrics(trial.trial_id, 1, 0, 0.1, {"loss": 1.0}, {"loss": 1.0, "macro_f1": 0.5}, 0.1, 1.0)
+    finals.epoch(metrics)
+    finals.ended(trial.trial_id, TrialEnd())
+    names = []
+    for _ in range(3):
+        job = finals.next_job()
+        names.append(job.trial_id)
+        finals.ended(job.trial_id, TrialEnd("killed", fault=Fault.LOST))
+    assert names == [f"{trial.trial_id}-final-1"] * 3
+    assert finals.problems == {f"{trial.trial_id}-final-1": "killed; so were 2 earlier attempts"}
 
 
 @pytest.mark.parametrize("seeds", [0, "many"])

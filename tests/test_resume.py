@@ -363,6 +363,11 @@ class TestRetries:
         conductor.epoch(measured(jobs[3], 1, 0.5))
         assert isinstance(conductor.next_job(), TrialJob)
 
+    def test_what_does_not_fit_is_no_hopeless_start(self, tmp_path):
+        conductor, heard = fake_sweep(tmp_path, "greedy", trials=5, batch_sizes=(64, 64, 64, 64, 8))
+        run_inline(conductor)
+        assert [heard.results[number].outcome for number in range(5)] == [Outcome.FAILED] * 4 + [Outcome.COMPLETED]
+
     def test_failures_that_differ_do_not_stop_it(self, tmp_path):
         conductor, heard = fake_sweep(tmp_path, "quick", trials=5)
         for number in range(5):
@@ -460,6 +465,8 @@ class TestLatest:
         assert RunFolder.latest(tmp_path, "small", exactly=False) == folders[2]
         assert RunFolder.latest(tmp_path, "small", exactly=True) == folders[0]
         assert RunFolder.latest(tmp_path, "small-2", exactly=True) == folders[1]
+        shutil.rmtree(folders[1].path)
+        assert RunFolder.latest(tmp_path, "small", exactly=False) == folders[2]
 
     def test_nothing_to_go_on_with(self, tmp_path):
         with pytest.raises(ValueError, match=r"expected the run folder of a sweep at .*small, but found nothing there"):

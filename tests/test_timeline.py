@@ -48,6 +48,11 @@ def test_epochs_of_earlier_sessions_count_but_their_times_were_on_another_clock(
     assert timeline.epochs_from_features == 1
 
 
+def test_a_trial_that_began_in_an_earlier_session_began_no_earlier_than_the_program(sweep):
+    sweep.epoch(20.0, trial=500.0)
+    assert sweep.timeline.seconds == pytest.approx({"startup": 0.0, "features": 0.0, "trials": BEGUN_S + 20.0})
+
+
 def test_the_start_counts_from_the_program_to_the_first_trial_in_a_worker(sweep):
     sweep.epoch(20.0, trial=5.0)
     assert sweep.timeline.seconds == pytest.approx({"startup": BEGUN_S + 15.0, "features": 0.0, "trials": 5.0})
