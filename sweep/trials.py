@@ -178,6 +178,7 @@ def _start_local(cores: int, gpus: int) -> None:
     # Ray's memory monitor ends the whole sweep where it means one worker; the child's memory is bounded instead.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     ray.init(
+        address="local",  # else Ray would join a cluster that runs on this machine
         num_cpus=cores,
         num_gpus=gpus,
         include_dashboard=False,

@@ -80,6 +80,21 @@ def killed_once(job: TrialJob) -> Epochs:
     return told_epochs(job, happens)
 
 
+def hungry_once(job: TrialJob) -> Epochs:
+    """Its second epoch takes 4 GB when it is first tried, and holds them."""
+    tried = job.work.folder / f"tried-{job.trial_id}"
+
+    def happens(epoch: int) -> None:
+        if job.config.seed == ODD_ONE and epoch == 2 and not tried.exists():
+            tried.parent.mkdir(parents=True, exist_ok=True)
+            tried.touch()
+            held = np.ones(2**29)
+            time.sleep(60)
+            del held
+
+    return told_epochs(job, happens)
+
+
 class ResourceExhaustedError(Exception):
     """As TensorFlow names it."""
 
