@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 INTERRUPTED = 130
@@ -25,6 +26,23 @@ class _EndAtOnce:
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         os.write(sys.stderr.fileno(), f"\n{self._last_words()}\n".encode())
         os._exit(INTERRUPTED)
+
+
+_abandoned = threading.Event()
+
+
+def abandon() -> None:
+    """Something of this process can no longer be ended in good order, and would hold its end up."""
+    _abandoned.set()
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with a status; past whatever was abandoned."""
+    if _abandoned.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextmanager

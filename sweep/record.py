@@ -265,6 +265,7 @@ class Record:
         # Epochs come many a second; what a power failure must not tear apart is on the disk when a trial has ended.
         sync(self._folder.suggestion_record)
         sync(self._folder.epoch_record)
+        sync(self._folder.halving)
         append_line(self._folder.trial_record, {"number": number, **result.to_json()})
         self._results[number] = result
         self._add_to_table(result)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_models.splits import write_split_csv
+from cxr_models.trial import TrialData
 from sweep.document import read_plain, shown
 from sweep.plan import Plan
 from sweep.record import RunFolder, append_line, drop_cut_line, read_lines
@@ -42,13 +43,15 @@ class Session:
         trials: `search.trials`.
         threads: of each trial; figures are bit-equal only for the same number.
         versions: of the packages that figures depend on.
+        files: what trials were given, by kind: names that follow from the contents.
         end: None where it was killed.
     """
 
     trials: int
     threads: int
     versions: Mapping[str, str]
-    end: SessionEnd | None
+    files: Mapping[str, list[str]]
+    end: SessionEnd | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Sessions:
             if "ended" in entry:
                 found[-1] = replace(found[-1], end=SessionEnd(entry["ended"]))
             else:
-                found.append(Session(entry["trials"], entry["threads"], entry["versions"], None))
+                found.append(Session(entry["trials"], entry["threads"], entry["versions"], entry["files"]))
         return cls(tuple(found))
 
     def stages(self, trials: int) -> list[int]:
@@ -76,6 +79,20 @@ class Sessions:
     def is_done(self, trials: int) -> bool:
         """Whether the last session came to its end, with all trials that are wanted now."""
         return bool(self.past) and self.past[-1].end is SessionEnd.DONE and self.past[-1].trials >= trials
+
+    def check_files(self, data: TrialData) -> None:
+        """Compare what trials get with what they got: pictures decoded by other rules, masks and weights count, too.
+
+        Raises:
+            ResumeRefused: something is another.
+        """
+        now = _files(data)
+        for session in self.past[:1]:
+            if other := [kind for kind in now if now[kind] != session.files.get(kind)]:
+                raise ResumeRefused(
+                    f"expected the {', '.join(other)} that the sweep was begun with, but their contents are others\n"
+                    "give the same ones, or leave --resume out to begin anew"
+                )
 
     def notes(self) -> list[str]:
         """What a person should know before going on."""
@@ -92,11 +109,11 @@ class Sessions:
         ]
 
 
-def begin_session(folder: RunFolder, plan: Plan) -> None:
+def begin_session(folder: RunFolder, plan: Plan, data: TrialData) -> None:
     """Note that the sweep is begun, or gone on with."""
     begun = {"begun": datetime.now(UTC).isoformat(timespec="seconds"), "process": os.getpid()}
     facts = {"trials": plan.spec.search.trials, "threads": plan.allotment.threads, "versions": _versions()}
-    append_line(folder.sessions, {**begun, **facts})
+    append_line(folder.sessions, {**begun, **facts, "files": _files(data)})
 
 
 def end_session(folder: RunFolder, end: SessionEnd) -> None:
@@ -197,6 +214,16 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _said(values: Mapping[str, Any], key: str) -> str:
     return shown(values[key]) if key in values else "not there"
+
+
+def _files(data: TrialData) -> dict[str, list[str]]:
+    kinds: dict[str, Mapping[Any, Path]] = {
+        "images": data.pixels,
+        "masks": data.masks,
+        "masked images": data.masked,
+        "weights": data.weights,
+    }
+    return {kind: sorted(f"{path.parent.name}/{path.name}" for path in files.values()) for kind, files in kinds.items()}
 
 
 def _versions() -> dict[str, str]:

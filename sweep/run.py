@@ -24,7 +24,7 @@ from cxr_models.storage import NoSpace
 from cxr_models.trial import SEGMENT, TEST, TrialData, TrialResult
 from sweep.audit_view import AuditRefused
 from sweep.folder_lock import FolderInUse, FolderLock
-from sweep.interruption import INTERRUPTED, handled
+from sweep.interruption import INTERRUPTED, handled, leave
 from sweep.machine import ClusterUnreachable, Machine, this_machine
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
@@ -169,6 +169,7 @@ def _run(arguments: argparse.Namespace, given: Sequence[str], console: Console, 
         if sessions.is_done(plan.spec.search.trials):
             return _tell_that_it_is_done(plan, folder, console)
         data = _prepared(plan, cache_dir, console)
+        sessions.check_files(data)
         return _work(plan, folder, data, cache_dir, arguments, given, console, begun, sessions)
 
 
@@ -368,4 +369,4 @@ class _LastingConsole(Console):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -117,7 +117,7 @@ def run_sweep(
     """
     watch = Stopwatch()
     write_inputs(plan, folder)
-    begin_session(folder, plan)
+    begin_session(folder, plan, data)
     patients = np.array([record.patient for record in plan.manifest.records])
     write_samples(folder.samples, take_samples(data, patients, plan.spec.space))
     record = Record(folder, plan.spec.objective)

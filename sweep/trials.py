@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ from ray.tune.search import Searcher
 
 from cxr_models.storage import NEXT_TO_NOTHING, NoSpace, no_space
 from cxr_models.trial import EpochMetrics, TrialConfig
-from sweep.interruption import deferred
+from sweep.interruption import abandon, deferred
 from sweep.machine import ClusterUnreachable, Machine
 from sweep.retries import SweepFailed
 from sweep.runner import Conducting, Wait
@@ -57,7 +57,8 @@ Answer = TypeVar("Answer")
 # After an interruption: how long running epochs may take to end, and then Ray to stop the workers.
 GRACE_S = 5.0
 RAY = "ray"  # name of Tune's own folder
-STOPPING_TIMEOUT_S = 60.0
+LOOP = "ray-tune"  # the thread that Ray's loop runs in
+STOPPING_TIMEOUT_S = 12.0
 # How often Ray's loop may fail without an epoch between.
 MOST_IN_VAIN = 3
 
@@ -106,13 +107,17 @@ def ray_cluster(address: str, *, cores: int, gpus: int) -> Iterator[None]:
     try:
         yield
     finally:
-        # While Ray shuts down, an object of its own that any thread's garbage collection frees ends the process.
-        gc.collect()
-        gc.disable()
-        try:
-            ray.shutdown()
-        finally:
-            gc.enable()
+        if any(thread.name == LOOP for thread in threading.enumerate()):
+            # Its servers are gone, say. Shutting Ray down below its loop aborts the process, and so does its own end.
+            abandon()
+        else:
+            # While Ray shuts down, an object of its own that any thread's garbage collection frees ends the process.
+            gc.collect()
+            gc.disable()
+            try:
+                ray.shutdown()
+            finally:
+                gc.enable()
 
 
 def _connect(address: str) -> None:
@@ -177,17 +182,32 @@ def _start_local(cores: int, gpus: int) -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Ray's memory monitor ends the whole sweep where it means one worker; the child's memory is bounded instead.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-    ray.init(
-        address="local",  # else Ray would join a cluster that runs on this machine
-        num_cpus=cores,
-        num_gpus=gpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=True,
-        object_store_memory=200 * 1024**2,
-        _node_ip_address="127.0.0.1",
-    )
+    with _kept_from_children((signal.SIGHUP, signal.SIGUSR1)):
+        ray.init(
+            address="local",  # else Ray would join a cluster that runs on this machine
+            num_cpus=cores,
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+            object_store_memory=200 * 1024**2,
+            _node_ip_address="127.0.0.1",
+        )
+
+
+@contextmanager
+def _kept_from_children(numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Let processes started meanwhile ignore signals that are for the driver: a terminal sends them to all of them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_on_ray(conductor: Conducting, placement: Placement, *, folder: Path) -> None:
@@ -255,7 +275,7 @@ def _run_once(conductor: Conducting, reference: "_Reference", placement: Placeme
             over.set()
 
     # Off the main thread Ray leaves the signal handlers alone, so Ctrl-C arrives here.
-    threading.Thread(target=fit, name="ray-tune", daemon=True).start()
+    threading.Thread(target=fit, name=LOOP, daemon=True).start()
     try:
         # Not Thread.join: up to Python 3.12, one that is interrupted takes the thread for ended.
         while not over.wait(0.2):
@@ -264,7 +284,7 @@ def _run_once(conductor: Conducting, reference: "_Reference", placement: Placeme
         # A second one would shut Ray down below the running loop, which aborts the whole process.
         with deferred():
             conductor.interrupt()
-            over.wait(STOPPING_TIMEOUT_S)  # shutting Ray down while its loop runs would abort the process, too
+            over.wait(STOPPING_TIMEOUT_S)
         raise
     return reference.failure or "".join(failures)
 

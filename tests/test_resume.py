@@ -279,16 +279,17 @@ class TestSessions:
     def test_a_killed_one_has_no_end_and_trials_only_grow(self, tmp_path):
         (tmp_path / "state").mkdir()
         folder = RunFolder(tmp_path)
+        facts = {"trials": 5, "threads": 2, "versions": {"numpy": "1.0"}, "files": {"weights": ["abc/w.h5"]}}
         lines = [
-            {"begun": "2026-01-01", "process": 1, "trials": 5, "threads": 2, "versions": {"numpy": "1.0"}},
-            {"begun": "2026-01-02", "process": 2, "trials": 5, "threads": 2, "versions": {"numpy": "1.0"}},
+            {"begun": "2026-01-01", "process": 1, **facts},
+            {"begun": "2026-01-02", "process": 2, **facts},
             {"ended": "done", "at": "2026-01-02"},
         ]
         folder.sessions.write_text("".join(json.dumps(line) + "\n" for line in lines))
         sessions = Sessions.read(folder)
         assert sessions.past == (
-            Session(5, 2, {"numpy": "1.0"}, None),
-            Session(5, 2, {"numpy": "1.0"}, SessionEnd.DONE),
+            Session(end=None, **facts),
+            Session(end=SessionEnd.DONE, **facts),
         )
         assert sessions.is_done(5)
         assert not sessions.is_done(6)
@@ -402,7 +403,7 @@ class TestContinued:
         folder = RunFolder.create(tmp_path / "runs", "space", exactly=True)
         first = plan()
         write_inputs(first, folder)
-        begin_session(folder, first)
+        begin_session(folder, first, first.trial_data({96: Path("pixels/abc-96px.npy")}, {}))
         assert recorded_name(folder) == "space"
         return folder
 
@@ -452,6 +453,14 @@ class TestContinued:
         assert "new.png' new" in text
         assert f"{third.name}' with another picture" in text
         assert text.endswith("or leave --resume out to begin anew")
+
+    def test_other_masks_or_weights_are_refused(self, plan, begun):
+        sessions, now = Sessions.read(begun), plan()
+        sessions.check_files(now.trial_data({96: Path("elsewhere/pixels/abc-96px.npy")}, {}))
+        with pytest.raises(ResumeRefused, match="expected the images, masks that the sweep was begun with"):
+            sessions.check_files(now.trial_data({96: Path("pixels/d-96px.npy")}, {}, masks={96: Path("masks/e.npy")}))
+        with pytest.raises(ResumeRefused, match="expected the weights that"):
+            sessions.check_files(now.trial_data({96: Path("pixels/abc-96px.npy")}, {("b", "w", 96): Path("f/w.h5")}))
 
     def test_a_folder_whose_spec_is_gone(self, plan, begun):
         begun.spec.write_text("- no\n- sweep\n")
