@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from cxr_models.storage import told_of_space
+
 
 class FolderInUse(RuntimeError):  # noqa: N818 - what is so, not an error of a caller
     """Another process works on the sweep."""
@@ -18,10 +20,11 @@ class FolderLock:
     The file stays when the lock is let go: whoever removed it could take it from under a third process.
 
     Args:
-        path: of the lock file, `RunFolder.state / "lock"`.
+        path: of the lock file, `RunFolder.lock`.
 
     Raises:
         FolderInUse: on entering, while another process holds it.
+        NoSpace: on entering, where the disk is full.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,7 +32,8 @@ class FolderLock:
         self._descriptor = -1
 
     def __enter__(self) -> Self:
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        with told_of_space(self._path):
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -39,8 +43,9 @@ class FolderLock:
             raise FolderInUse(
                 f"{self._path.parent.parent} is in use: {who} works on this sweep; wait for its end, or end it"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode())
+        with told_of_space(self._path):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode())
         self._descriptor = descriptor
         return self
 

@@ -20,7 +20,7 @@ from cxr_models.features import UnderWay, under_way
 from cxr_models.trial import PIXELS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
 from sweep.finals import FinalTraining
 from sweep.record import Past
-from sweep.wording import duration, noted, strategy_text
+from sweep.wording import count, duration, noted, strategy_text
 from sweep.worker import Fault, TrialEnd
 
 SHOWN_TRIALS = 12
@@ -176,7 +176,7 @@ class SweepProgress:
         going_on = len(past.begun) - len(past.ended)
         self._console.print(
             f"going on after {len(past.ended)} of {self._trials} trials and {len(epochs)} epochs"
-            + (f"; {going_on} trials were running, and go on from their last epoch" if going_on else "")
+            + (f"; {count(going_on, 'running trial')} to go on from the last epoch" if going_on else "")
         )
         for suggestion, _ in past.begun:
             self._suggestions[suggestion.trial_id] = suggestion

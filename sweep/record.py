@@ -153,6 +153,10 @@ class RunFolder:
     def tracking_artifacts(self) -> Path:
         return self.path / "mlartifacts"
 
+    def earlier(self, trials: int) -> Path:
+        """Where the results of so many trials are kept when the sweep grows."""
+        return self.path / f"after-{trials}-trials"
+
     @property
     def holds_inputs(self) -> bool:
         """Whether a sweep was begun here; before that, it has no trial to lose."""

@@ -188,7 +188,7 @@ def _tell_that_it_is_done(plan: Plan, folder: RunFolder, console: Console) -> in
         f"\nnothing is left to do: the sweep in {folder.path} has come to its end; more --trials would let it grow",
         soft_wrap=True,
     )
-    return DONE
+    return DONE if "best" in run.summary else UNFINISHED
 
 
 def _folder_to_go_on_with(arguments: argparse.Namespace, name: str) -> RunFolder:

@@ -357,10 +357,10 @@ class _BatchedFile(BaseJournalBackend):
 
     def write(self) -> None:
         """Write what is not on the disk yet, and wait until it is."""
-        if self._written < len(self._entries):
+        news, self._written = self._entries[self._written :], len(self._entries)
+        if news:  # noted as written before: an interruption must not write them twice, and what is missing is filled up
             with told_of_space(self._path):
-                self._file.append_logs(self._entries[self._written :])
-        self._written = len(self._entries)
+                self._file.append_logs(news)
         self._written_at = time.monotonic()
 
     def write_if_due(self) -> None:

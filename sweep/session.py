@@ -1,6 +1,7 @@
 """One session of a sweep, from its plan, or from what an earlier session left, to its report."""
 
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ from sweep.lung_masks import input_tags
 from sweep.masking import masked_arrays
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress, StepProgress, SweepProgress
-from sweep.record import Record, RunFolder, ranked, read_epochs, write_json
+from sweep.record import Record, RunFolder, ranked, read_epochs, read_lines, write_json
 from sweep.report import write_report
 from sweep.resume import SessionEnd, Sessions, begin_session, end_session
 from sweep.retries import SweepFailed
@@ -42,6 +43,7 @@ from sweep.timeline import Timeline
 from sweep.tracking import DatasetInfo, RunStatus, Tracker
 from sweep.verdict import judge
 from sweep.weights import fetch_weights, kept_weights
+from sweep.wording import count
 from sweep.worker import Work
 
 TRACKING_TIMEOUT_S = 120.0
@@ -115,118 +117,150 @@ def run_sweep(
     and the last epochs of the others: with its `sessions`, the next call goes on from there. Unless the last trial had
     ended, its test set stays sealed.
     """
-    watch = Stopwatch()
+    keep_earlier(folder, sessions)
     write_inputs(plan, folder)
     begin_session(folder, plan, data)
     patients = np.array([record.patient for record in plan.manifest.records])
     write_samples(folder.samples, take_samples(data, patients, plan.spec.space))
-    record = Record(folder, plan.spec.objective)
-    tracker = open_tracker(plan, folder)
-    progress = SweepProgress(
-        console,
-        plan.spec.objective,
-        trials=plan.trials,
-        max_epochs=plan.max_epochs,
-        gpus_per_trial=plan.allotment.gpus_per_trial,
-        features=plan.cache.budget.folder if plan.cache.budget else None,
-    )
-    timeline = Timeline(metrics for epochs in record.past.epochs.values() for metrics in epochs)
-    conductor = _conductor(plan, folder, data, (record, tracker, progress, timeline), progress, sessions)
-    tests = bool(len(plan.indices(TEST)))
-    trainings = FinalTrainings(
-        conductor,
-        plan.spec.objective,
-        seeds=plan.spec.final.seeds if tests else 1,
-        strategies=None if tests else 1,
-        results=lambda: record.results,
-        epochs=lambda: read_epochs(folder.epoch_record),
-        told=progress.trained_again,
-        retried=progress.retried,
-        journal=folder.final_record,
-    )
-    evaluation = FinalEvaluation(plan, folder, cache_dir)
-    failure, end = "", SessionEnd.DONE
-    try:
-        with told_of_space(folder.summary):
-            if sessions.past:
-                _take_up(conductor, record, progress, console)
-            if not inline:
-                console.print(f"connecting to Ray at {address}" if address else "starting Ray and its workers")
-            with watch.time("search"):
-                _run_trials(trainings, plan, folder, inline=inline, address=address, progress=progress)
-            if ranked(record.results, plan.spec.objective):
-                console.print(_opening(plan.spec.task, tests=tests))
-                with watch.time("evaluate"):
-                    _evaluate(plan, record.results, trainings, folder, data, tracker, console, evaluation)
-    except KeyboardInterrupt:
-        end = SessionEnd.INTERRUPTED
-    except (SweepFailed, NoSpace) as error:
-        failure, end = str(error), SessionEnd.FAILED
-    except Exception:
-        failure, end = traceback.format_exc(), SessionEnd.FAILED
+    session = _Session(plan, folder, data, cache_dir, console, sessions)
+    end, failure = session.run(inline=inline, address=address)
     summary: dict[str, Any] = {}
+    patience_s = TRACKING_TIMEOUT_OF_INTERRUPTED_S if end is SessionEnd.INTERRUPTED else TRACKING_TIMEOUT_S
     try:
         with deferred(), told_of_space(folder.summary):
-            conductor.close()
-            record.close()
-            summary = summarise(
-                plan,
-                record.results,
-                seconds={
-                    **watch.seconds,
-                    **timeline.seconds,
-                    "train": sum(result.train_seconds for result in record.results),
-                },
-                epochs_run=conductor.epochs_run,
-                epochs_from_features=timeline.epochs_from_features,
-                interrupted=end is not SessionEnd.DONE,
-                curves=read_epochs(folder.epoch_record),
-                evaluation=evaluation,
-            )
-            _publish(plan, folder, summary, tracker, end)
-        tracker.close(TRACKING_TIMEOUT_OF_INTERRUPTED_S if end is SessionEnd.INTERRUPTED else TRACKING_TIMEOUT_S)
-        end_session(folder, end)
-    except KeyboardInterrupt:  # what MLflow did not take yet is kept
-        end = SessionEnd.INTERRUPTED
+            summary = session.write_down(end)
+            end_session(folder, end)
+    except KeyboardInterrupt:  # all is written down; MLflow need not be waited for
+        patience_s = TRACKING_TIMEOUT_OF_INTERRUPTED_S
     except NoSpace as error:
         failure, end = failure or str(error), SessionEnd.FAILED
-    return Ended(
-        summary,
-        record.results,
-        end is SessionEnd.INTERRUPTED,
-        failure,
-        tracker.problem,
-        tracker.ui_command,
-        tracker.ui_address,
-    )
+    tracker = session.tracker
+    try:
+        tracker.close(patience_s)
+    except KeyboardInterrupt:
+        tracker.close(0.0)
+    interrupted = end is SessionEnd.INTERRUPTED
+    told = tracker.problem, tracker.ui_command, tracker.ui_address
+    return Ended(summary, session.record.results, interrupted, failure, *told)
 
 
-def _evaluate(
-    plan: Plan,
-    results: tuple[TrialResult, ...],
-    trainings: FinalTrainings,
-    folder: RunFolder,
-    data: TrialData,
-    tracker: Tracker,
-    console: Console,
-    evaluation: FinalEvaluation,
-) -> None:
-    """The final evaluation of either task, and its verdict."""
-    if plan.spec.task == SEGMENT:
-        evaluate_segmentation(plan, results, trainings, folder, data, tracker, evaluation)
-        evaluation.verdict = judge_segmentation(plan, results, folder, evaluation)
-    else:
-        evaluate_finalists(plan, results, trainings, folder, data, tracker, EvaluationProgress(console), evaluation)
-        evaluation.verdict = judge(plan, results, folder, evaluation)
+class _Session:
+    """The parts of one session, wired together.
 
+    Attributes:
+        record: the truth.
+        tracker: MLflow.
+    """
 
-def _take_up(conductor: Conductor, record: Record, progress: SweepProgress, console: Console) -> None:
-    progress.taken_up(record.past)
-    if not conductor.resume(record.past):
-        console.print(
-            "note: this version of Optuna would have suggested other trials; those of the record are kept, and what "
-            "comes after them may differ from an uninterrupted sweep"
+    def __init__(
+        self, plan: Plan, folder: RunFolder, data: TrialData, cache_dir: Path, console: Console, sessions: Sessions
+    ) -> None:
+        self._plan, self._folder, self._data, self._console = plan, folder, data, console
+        self._goes_on = bool(sessions.past)
+        self._watch = Stopwatch()
+        self.record = Record(folder, plan.spec.objective)
+        self.tracker = open_tracker(plan, folder)
+        self._progress = SweepProgress(
+            console,
+            plan.spec.objective,
+            trials=plan.trials,
+            max_epochs=plan.max_epochs,
+            gpus_per_trial=plan.allotment.gpus_per_trial,
+            features=plan.cache.budget.folder if plan.cache.budget else None,
         )
+        self._timeline = Timeline(metrics for epochs in self.record.past.epochs.values() for metrics in epochs)
+        listeners = (self.record, self.tracker, self._progress, self._timeline)
+        self._conductor = _conductor(plan, folder, data, listeners, self._progress, sessions)
+        tests = bool(len(plan.indices(TEST)))
+        self._trainings = FinalTrainings(
+            self._conductor,
+            plan.spec.objective,
+            seeds=plan.spec.final.seeds if tests else 1,
+            strategies=None if tests else 1,
+            results=lambda: self.record.results,
+            epochs=lambda: read_epochs(folder.epoch_record),
+            told=self._progress.trained_again,
+            retried=self._progress.retried,
+            journal=folder.final_record,
+        )
+        self._evaluation = FinalEvaluation(plan, folder, cache_dir)
+
+    def run(self, *, inline: bool, address: str) -> tuple[SessionEnd, str]:
+        """Run what is left of the search, and the final evaluation; how it ended, and why it failed if it did."""
+        try:
+            with told_of_space(self._folder.summary):
+                if self._goes_on:
+                    self._take_up()
+                self._search(inline=inline, address=address)
+                if ranked(self.record.results, self._plan.spec.objective):
+                    self._console.print(_opening(self._plan, self._folder))
+                    with self._watch.time("evaluate"):
+                        self._evaluate()
+        except KeyboardInterrupt:
+            return SessionEnd.INTERRUPTED, ""
+        except (SweepFailed, NoSpace) as error:
+            return SessionEnd.FAILED, str(error)
+        except Exception:
+            return SessionEnd.FAILED, traceback.format_exc()
+        return SessionEnd.DONE, ""
+
+    def write_down(self, end: SessionEnd) -> dict[str, Any]:
+        """Write what there is into the run folder, and hand it to MLflow; the summary."""
+        self._conductor.close()
+        self.record.close()
+        summary = summarise(
+            self._plan,
+            self.record.results,
+            seconds={
+                **self._watch.seconds,
+                **self._timeline.seconds,
+                "train": sum(result.train_seconds for result in self.record.results),
+            },
+            epochs_run=self._conductor.epochs_run,
+            epochs_from_features=self._timeline.epochs_from_features,
+            interrupted=end is not SessionEnd.DONE,
+            curves=read_epochs(self._folder.epoch_record),
+            evaluation=self._evaluation,
+        )
+        _publish(self._folder, summary, self.tracker, end)
+        return summary
+
+    def _take_up(self) -> None:
+        self._progress.taken_up(self.record.past)
+        if not self._conductor.resume(self.record.past):
+            self._console.print(
+                "note: this version of Optuna would have suggested other trials; those of the record are kept, and "
+                "what comes after them may differ from an uninterrupted sweep"
+            )
+
+    def _search(self, *, inline: bool, address: str) -> None:
+        if not inline:
+            self._console.print(f"connecting to Ray at {address}" if address else "starting Ray and its workers")
+        with self._watch.time("search"):
+            _run_trials(
+                self._trainings, self._plan, self._folder, inline=inline, address=address, progress=self._progress
+            )
+
+    def _evaluate(self) -> None:
+        """The final evaluation of either task, and its verdict."""
+        plan, folder, found = self._plan, self._folder, self._evaluation
+        given = plan, self.record.results, self._trainings, folder, self._data, self.tracker
+        if plan.spec.task == SEGMENT:
+            evaluate_segmentation(*given, found)
+            found.verdict = judge_segmentation(plan, self.record.results, folder, found)
+        else:
+            evaluate_finalists(*given, EvaluationProgress(self._console), found)
+            found.verdict = judge(plan, self.record.results, folder, found)
+
+
+def keep_earlier(folder: RunFolder, sessions: Sessions) -> None:
+    """Keep the summary and the report of a sweep that came to its end and now grows, until it does so again."""
+    if sessions.past and sessions.past[-1].end is SessionEnd.DONE:
+        kept = folder.earlier(sessions.past[-1].trials)
+        for path in (folder.summary, folder.report, folder.predictions):
+            if path.is_file():
+                with written_whole(kept / path.name) as scratch:
+                    shutil.copyfile(path, scratch)
 
 
 def write_inputs(plan: Plan, folder: RunFolder) -> None:
@@ -294,19 +328,15 @@ def prepare(plan: Plan, cache_dir: Path, progress: StepProgress) -> TrialData:
     )
 
 
-def _opening(task: str, *, tests: bool) -> str:
+def _opening(plan: Plan, folder: RunFolder) -> str:
     """What the final evaluation is about to do."""
-    if task == SEGMENT:
-        return (
-            "opening the test set, once, for the final U-Net"
-            if tests
-            else "no test part: the best U-Net is evaluated on the images it was chosen by"
-        )
-    return (
-        "opening the test set, once, for the final models of each strategy"
-        if tests
-        else "no test part: the best trial of each strategy is evaluated on the images it was chosen by"
-    )
+    segments = plan.spec.task == SEGMENT
+    if not len(plan.indices(TEST)):
+        best = "the best U-Net" if segments else "the best trial of each strategy"
+        return f"no test part: {best} is evaluated on the images it was chosen by"
+    before = sum(1 for _ in read_lines(folder.test_openings))
+    times = f"again ({count(before, 'time')} before)" if before else "once"
+    return f"opening the test set, {times}, for the final {'U-Net' if segments else 'models of each strategy'}"
 
 
 def _conductor(
@@ -367,7 +397,7 @@ def _run_trials(
         trials.run_on_ray(conductor, placement, folder=folder.state)
 
 
-def _publish(plan: Plan, folder: RunFolder, summary: dict[str, Any], tracker: Tracker, end: SessionEnd) -> None:
+def _publish(folder: RunFolder, summary: dict[str, Any], tracker: Tracker, end: SessionEnd) -> None:
     if tracker.parent_run_id:
         summary["mlflow_run_id"] = tracker.parent_run_id
     write_json(folder.summary, summary)

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return WRONG_FOLDER
     try:
-        with FolderLock(folder.state / "lock"):
+        with FolderLock(folder.lock):
             return _sync(folder, arguments.tracking_uri)
     except (FolderInUse, SpecError) as error:
         print(error, file=sys.stderr)

@@ -152,8 +152,9 @@ def load_program(name: str) -> Program:
 def failure(error: Exception) -> TrialEnd:
     """An exception of a trial as its end."""
     first_line = str(error).strip().partition("\n")[0]
-    said = f"{type(error).__name__}: {first_line}".removesuffix(": ")
-    return TrialEnd(said, traceback.format_exc(), _fault(error))
+    fault = _fault(error)
+    said = str(error) if fault is Fault.NO_SPACE else f"{type(error).__name__}: {first_line}".removesuffix(": ")
+    return TrialEnd(said, traceback.format_exc(), fault)
 
 
 def _fault(error: Exception) -> Fault | None:
