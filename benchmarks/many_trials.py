@@ -92,6 +92,7 @@ def run_trials(trials: int, workers: int, scratch: Path) -> dict[str, Any]:
     """
     begun = time.perf_counter()
     from sweep import trials as on_ray
+    from sweep.ray_cluster import ray_cluster
 
     folder = RunFolder.create(scratch, "run", exactly=True)
     spec = _write_inputs(folder, scratch, trials)
@@ -99,7 +100,7 @@ def run_trials(trials: int, workers: int, scratch: Path) -> dict[str, Any]:
     tracker = _open_tracker(folder, spec)
     work = Work(_no_images(), spec.objective, folder.state / "trials", 1, "trivial_program:program", preload=())
     conductor = Conductor(work, Search(spec, folder.study), None, _parameters, (record, tracker))
-    with on_ray.ray_cluster("", cores=workers, gpus=0):
+    with ray_cluster("", cores=workers, gpus=0):
         started = time.perf_counter()
         on_ray.run_on_ray(conductor, on_ray.Placement(1.0, 0.0, workers), folder=folder.state)
         searched = time.perf_counter()

@@ -262,7 +262,7 @@ def _how_to_go_on(given: Sequence[str], begun: Sequence[RunFolder], finished: in
 def _machine(address: str) -> Machine:
     if not address:
         return this_machine()
-    from sweep.trials import cluster_machine
+    from sweep.ray_cluster import cluster_machine
 
     return cluster_machine(address)
 

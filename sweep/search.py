@@ -3,7 +3,6 @@
 import heapq
 import json
 import math
-import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,16 +16,13 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from cxr_models.storage import told_of_space
 from cxr_models.trial import AXES, Outcome, Suggestion, TrialConfig
-from sweep.record import drop_cut_line
 from sweep.space import Choice, Constant, Domain, Space, Value
 from sweep.spec import SearchSpec, SweepSpec
+from sweep.study_journal import StudyJournal
 
 Order = Callable[[TrialConfig], tuple[Any, ...]]
 
@@ -38,9 +34,6 @@ MAX_STARTUP_TRIALS = 10
 HISTORY = 300
 BEST_KEPT = 25
 RECENT_KEPT = 225
-
-# Ends of trials are written to the journal as they happen, what is between them at most this often.
-JOURNAL_INTERVAL_S = 1.0
 
 
 class Search:
@@ -81,7 +74,7 @@ class Search:
         grid = spec.search.algorithm == "grid"
         self.total = sum(stage.points for stage in self._stages) if grid else spec.search.trials
         self._model = _Model(spec, trials=sizes[0])
-        self._journal = _Journal(journal, spec, resumed=resumed) if journal else None
+        self._journal = StudyJournal(journal, spec.name, _direction(spec), resumed=resumed) if journal else None
         self._ahead: deque[_Drawn] = deque()
         self._open: dict[int, _Drawn] = {}
         self._given_out = 0
@@ -121,7 +114,7 @@ class Search:
         self._given_out += 1
         self._open[number] = drawn
         if self._journal:
-            self._journal.begin(number, drawn)
+            self._journal.begin(number, drawn.frozen(TrialState.RUNNING))
         digest = drawn.config.digest
         self._repeats[digest] += 1
         repeat = self._repeats[digest]
@@ -281,91 +274,6 @@ class _Model:
         return optuna.create_study(
             sampler=_sampler(self._spec.search, self._trials, self._generation), direction=_direction(self._spec)
         )
-
-
-class _Journal:
-    """The whole study as a file, which Optuna's dashboard can read while it grows."""
-
-    def __init__(self, path: Path, spec: SweepSpec, *, resumed: bool) -> None:
-        if path.exists() and not resumed:
-            raise FileExistsError(f"expected a journal that does not exist yet, got {path}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name(f"{path.name}.lock").unlink(missing_ok=True)  # of a writer that was killed
-        drop_cut_line(path)
-        self._ids: dict[int, int] = {}
-        self._known: dict[int, FrozenTrial] = {}
-        try:
-            self._open(path, spec)
-        except (ValueError, LookupError):
-            # The record of the sweep is the truth: what this file lost is written anew from there.
-            path.replace(path.with_name(f"{path.name}.damaged"))
-            self._open(path, spec)
-        self._file.write()
-
-    def _open(self, path: Path, spec: SweepSpec) -> None:
-        self._file = _BatchedFile(path)
-        self._storage = JournalStorage(self._file)
-        studies = self._storage.get_all_studies()
-        if studies:
-            self._study = studies[0]._study_id
-        else:
-            self._study = self._storage.create_new_study([_direction(spec)], spec.name)
-        self._known = {trial.number: trial for trial in self._storage.get_all_trials(self._study)}
-
-    def begin(self, number: int, drawn: _Drawn) -> None:
-        if number in self._known:
-            self._ids[number] = self._known[number]._trial_id
-        else:
-            # On the disk with the next write: by then the record of the sweep has the trial, too.
-            self._ids[number] = self._storage.create_new_trial(self._study, drawn.frozen(TrialState.RUNNING))
-
-    def report(self, number: int, epoch: int, value: float) -> None:
-        if not self._has(number, epoch):
-            self._storage.set_trial_intermediate_value(self._ids[number], epoch, value)
-            self._file.write_if_due()
-
-    def finish(self, number: int, state: TrialState, value: float | None) -> None:
-        trial_id = self._ids.pop(number)
-        if number not in self._known or not self._known[number].state.is_finished():
-            self._storage.set_trial_state_values(trial_id, state, None if value is None else [value])
-            self._file.write()
-
-    def close(self) -> None:
-        self._file.write()
-
-    def _has(self, number: int, epoch: int) -> bool:
-        """Whether an earlier session has written it."""
-        known = self._known.get(number)
-        return known is not None and (known.state.is_finished() or epoch in known.intermediate_values)
-
-
-class _BatchedFile(BaseJournalBackend):
-    """Optuna's journal file for one writer: entries are read from memory, and reach the disk together."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = JournalFileBackend(str(path))
-        self._entries: list[dict[str, Any]] = list(self._file.read_logs(0))
-        self._written = len(self._entries)
-        self._written_at = -math.inf
-
-    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
-        return self._entries[log_number_from:]
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        self._entries.extend(logs)
-
-    def write(self) -> None:
-        """Write what is not on the disk yet, and wait until it is."""
-        news, self._written = self._entries[self._written :], len(self._entries)
-        if news:  # noted as written before: an interruption must not write them twice, and what is missing is filled up
-            with told_of_space(self._path):
-                self._file.append_logs(news)
-        self._written_at = time.monotonic()
-
-    def write_if_due(self) -> None:
-        if time.monotonic() > self._written_at + JOURNAL_INTERVAL_S:
-            self.write()
 
 
 def _direction(spec: SweepSpec) -> StudyDirection:

@@ -389,9 +389,9 @@ def _run_trials(
         with progress.shown():
             run_inline(conductor)
         return
-    from sweep import trials
+    from sweep import ray_cluster, trials
 
-    with trials.ray_cluster(address, cores=plan.machine.cores, gpus=plan.machine.gpus), progress.shown():
+    with ray_cluster.ray_cluster(address, cores=plan.machine.cores, gpus=plan.machine.gpus), progress.shown():
         cores = 0 if address else plan.machine.cores
         placement = trials.Placement(allotment.cpus_per_trial, allotment.gpus_per_trial, allotment.concurrency, cores)
         trials.run_on_ray(conductor, placement, folder=folder.state)

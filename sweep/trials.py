@@ -1,43 +1,29 @@
-"""The Ray side: one local or remote Ray, warm workers that run many trials in turn, and our decisions in Ray's words.
+"""The Ray side of trials: warm workers that run many of them in turn, and our decisions in Ray's words.
 
-The only home of Ray. Ray Tune places trials on CPUs and GPUs; which trial comes next, whether it goes on and what is
-recorded is the conductor's business. Nothing in this file may raise into Ray's loop: an exception there ends the
-whole sweep.
+Ray Tune places trials on CPUs and GPUs; which trial comes next, whether it goes on and what is recorded is the
+conductor's business. Nothing in this file may raise into Ray's loop: an exception there ends the whole sweep.
 """
 
 import errno
-import gc
 import json
 import logging
 import math
 import os
-import secrets
 import shutil
-import signal
-import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
-# Read by Ray when it is imported: nothing of its own on the terminal or beside the trials, no dashboard sockets.
-os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
-# Ray's own state, every trial of it each time, is written at the end only: it is never read back.
-os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**6)
-os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+from sweep.ray_cluster import LOOP  # before Ray, which reads what it sets
 
+# isort: split
 import ray
 from ray import tune
-from ray._private import ray_constants, services
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune import ProgressReporter
@@ -46,8 +32,7 @@ from ray.tune.search import Searcher
 
 from cxr_models.storage import NEXT_TO_NOTHING, NoSpace, no_space
 from cxr_models.trial import EpochMetrics, TrialConfig
-from sweep.interruption import abandon, deferred
-from sweep.machine import ClusterUnreachable, Machine
+from sweep.interruption import deferred
 from sweep.retries import SweepFailed
 from sweep.runner import Conducting, Wait
 from sweep.worker import Fault, TrialEnd, TrialJob, TrialProcess, Work
@@ -56,11 +41,10 @@ Answer = TypeVar("Answer")
 
 # After an interruption: how long running epochs may take to end, and then Ray to stop the workers.
 GRACE_S = 5.0
-RAY = "ray"  # name of Tune's own folder
-LOOP = "ray-tune"  # the thread that Ray's loop runs in
 STOPPING_TIMEOUT_S = 12.0
 # How often Ray's loop may fail without an epoch between.
 MOST_IN_VAIN = 3
+RAY = "ray"  # name of Tune's own folder
 
 
 @dataclass(frozen=True)
@@ -81,133 +65,6 @@ class Placement:
         if not config["alone"]:
             return {"cpu": self.cpus_per_trial, "gpu": self.gpus_per_trial}
         return {"cpu": max(self.cpus_per_trial, self.cores), "gpu": float(math.ceil(self.gpus_per_trial))}
-
-
-@contextmanager
-def ray_cluster(address: str, *, cores: int, gpus: int) -> Iterator[None]:
-    """Connect to `address`, or start Ray on this machine if it is empty, for the length of the block.
-
-    A local Ray listens on loopback only, with a token of its own.
-
-    Raises:
-        ClusterUnreachable: nothing answers at the address.
-    """
-    on_termination = signal.getsignal(signal.SIGTERM)
-    if address:
-        check_address(address)
-    # While this is true, Ray takes 127.0.0.1 for the machine's outer address, and listens to everybody. It reads the
-    # variable of this name when it is imported, before the address is known.
-    ray_constants.ENABLE_RAY_CLUSTER = bool(address) and not _on_loopback_only(address)
-    if address:
-        _connect(address)
-    else:
-        _start_local(cores, gpus)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_termination)  # Ray has put its own handler there, which exits at once
-    try:
-        yield
-    finally:
-        if any(thread.name == LOOP for thread in threading.enumerate()):
-            # Its servers are gone, say. Shutting Ray down below its loop aborts the process, and so does its own end.
-            abandon()
-        else:
-            # While Ray shuts down, an object of its own that any thread's garbage collection frees ends the process.
-            gc.collect()
-            gc.disable()
-            try:
-                ray.shutdown()
-            finally:
-                gc.enable()
-
-
-def _connect(address: str) -> None:
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
-        raise ClusterUnreachable(f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}") from error
-
-
-def check_address(address: str, timeout_s: float = 5.0) -> None:
-    """Fail at once where Ray itself would try for a minute.
-
-    Raises:
-        ClusterUnreachable: the host and port in the address accept no connection.
-    """
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    # A Ray client's address, ray://, would run the search on the cluster, out of the conductor's reach.
-    if not host or "/" in host or not port.isdigit():
-        raise ClusterUnreachable(
-            f"expected the address of a Ray cluster's head (auto or HOST:PORT), but got {address!r}"
-        )
-    try:
-        _knock(host, port, timeout_s)
-    except OSError as error:
-        raise ClusterUnreachable(
-            f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, "
-            "or leave --address out to use this machine"
-        ) from error
-
-
-def _knock(host: str, port: str, timeout_s: float = 5.0) -> None:
-    socket.create_connection((host, int(port)), timeout=timeout_s).close()
-
-
-def _on_loopback_only(address: str) -> bool:
-    """Whether the cluster is one on this machine that does not listen at its outer address."""
-    host, _, port = address.rpartition(":")
-    if host not in ("localhost", "127.0.0.1", "::1"):
-        return False
-    try:
-        _knock(services.node_ip_address_from_perspective(), port)
-    except OSError:
-        return True
-    return False
-
-
-def cluster_machine(address: str) -> Machine:
-    """The resources of a running Ray cluster, all nodes together.
-
-    Raises:
-        ClusterUnreachable: nothing answers at the address.
-    """
-    with ray_cluster(address, cores=0, gpus=0):
-        found = ray.cluster_resources()
-    return Machine(int(found.get("CPU", 0)), int(found.get("GPU", 0)), int(found.get("memory", 0)))
-
-
-def _start_local(cores: int, gpus: int) -> None:
-    # Without a token in the environment Ray writes one into the home folder, which need not be writable.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # Ray's memory monitor ends the whole sweep where it means one worker; the child's memory is bounded instead.
-    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-    with _kept_from_children((signal.SIGHUP, signal.SIGUSR1)):
-        ray.init(
-            address="local",  # else Ray would join a cluster that runs on this machine
-            num_cpus=cores,
-            num_gpus=gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-            object_store_memory=200 * 1024**2,
-            _node_ip_address="127.0.0.1",
-        )
-
-
-@contextmanager
-def _kept_from_children(numbers: Sequence[signal.Signals]) -> Iterator[None]:
-    """Let processes started meanwhile ignore signals that are for the driver: a terminal sends them to all of them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_on_ray(conductor: Conducting, placement: Placement, *, folder: Path) -> None:

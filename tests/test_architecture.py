@@ -18,9 +18,9 @@ KERAS_HOMES = {"backbones", "layer_table", "freezing", "network", "training", "s
 HOMES = {
     "tensorflow": {"steps"},
     "keras": KERAS_HOMES,
-    "ray": {"trials"},
+    "ray": {"trials", "ray_cluster"},
     "mlflow": {"mlflow_runs"},
-    "optuna": {"search"},
+    "optuna": {"search", "study_journal"},
     "matplotlib": {"plots", "report"},
     "yaml": {"document", "sender"},
 }

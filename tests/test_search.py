@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from cxr_models.backbones import BACKBONES
 from cxr_models.trial import Outcome, TrialConfig
 from sweep import search as search_module
+from sweep import study_journal
 from sweep.search import Search, Suggestion
 from sweep.spec import SweepSpec, read_spec
 
@@ -362,7 +363,7 @@ class TestOutcomes:
             search.finish(search.suggest().number, Outcome.COMPLETED, None)
 
     def test_the_journal_shows_trials_that_run(self, spec, tmp_path, monkeypatch):
-        monkeypatch.setattr(search_module, "JOURNAL_INTERVAL_S", 0.0)
+        monkeypatch.setattr(study_journal, "JOURNAL_INTERVAL_S", 0.0)
         search = Search(spec(), tmp_path / "journal.log")
         suggestion = search.suggest()
         search.report(suggestion.number, 1, 0.3)
@@ -372,7 +373,7 @@ class TestOutcomes:
         assert trial.params["dropout"] == pytest.approx(suggestion.config.dropout)
 
     def test_epochs_do_not_wait_for_the_disk(self, spec, tmp_path, monkeypatch):
-        monkeypatch.setattr(search_module, "JOURNAL_INTERVAL_S", 3600.0)
+        monkeypatch.setattr(study_journal, "JOURNAL_INTERVAL_S", 3600.0)
         search = Search(spec(), tmp_path / "journal.log")
         synced = []
         fsync = os.fsync

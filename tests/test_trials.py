@@ -22,16 +22,10 @@ from ray.exceptions import OutOfMemoryError
 
 from cxr_models.trial import EpochMetrics, Outcome, TrialResult
 from sweep.machine import ClusterUnreachable
+from sweep.ray_cluster import check_address, ray_cluster
 from sweep.retries import SweepFailed
 from sweep.runner import Conductor, run_inline
-from sweep.trials import (
-    Placement,
-    _Ends,
-    _retry_what_the_memory_monitor_kills,
-    check_address,
-    ray_cluster,
-    run_on_ray,
-)
+from sweep.trials import Placement, _Ends, _retry_what_the_memory_monitor_kills, run_on_ray
 from tests.programs import ODD_ONE, value_of
 from tests.sweeps import Heard, fake_sweep
 
@@ -274,7 +268,7 @@ def test_ray_listens_on_this_machine_only(local_ray):
 def test_the_resources_of_a_running_cluster(local_ray):
     """Asked from another process, as a second machine would."""
     address = ray.get_runtime_context().gcs_address
-    code = f"from sweep.trials import cluster_machine; print(cluster_machine({address!r}))"
+    code = f"from sweep.ray_cluster import cluster_machine; print(cluster_machine({address!r}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert found.returncode == 0, found.stderr
     machine = re.fullmatch(r"Machine\(cores=8, gpus=4, memory_bytes=(\d+), gpu_memory_bytes=0\)\n", found.stdout)
@@ -302,6 +296,6 @@ class TestCheckAddress:
 
     def test_whatever_runs_here_is_left_to_ray(self, monkeypatch):
         knocked = []
-        monkeypatch.setattr("sweep.trials._knock", lambda *place: knocked.append(place))
+        monkeypatch.setattr("sweep.ray_cluster._knock", lambda *place: knocked.append(place))
         check_address("auto")
         assert not knocked

@@ -78,11 +78,11 @@ HUNGRY = """
     import json, sys
     from pathlib import Path
 
-    from sweep import trials
+    from sweep import ray_cluster, trials
     from tests.sweeps import fake_sweep
 
     folder, notes = Path(sys.argv[1]), []
-    with trials.ray_cluster("", cores=2, gpus=0):
+    with ray_cluster.ray_cluster("", cores=2, gpus=0):
         conductor, heard = fake_sweep(
             folder, "hungry_once", trials=3, epochs=4,
             retried=lambda trial_id, end, epochs: notes.append([end.error, epochs]),
@@ -114,12 +114,12 @@ def test_a_worker_that_the_memory_monitor_kills_costs_an_epoch_and_not_the_sweep
 BESIDE = """
     import json
 
-    from sweep import trials
+    from sweep import ray_cluster
     from ray.cluster_utils import Cluster
     import ray
 
     other = Cluster(initialize_head=True, head_node_args={"num_cpus": 7, "include_dashboard": False})
-    with trials.ray_cluster("", cores=2, gpus=0):
+    with ray_cluster.ray_cluster("", cores=2, gpus=0):
         found = ray.cluster_resources()["CPU"]
     other.shutdown()
     print(json.dumps({"cores": found}))
