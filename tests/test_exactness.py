@@ -171,6 +171,7 @@ def test_each_optimizer_is_another_training(warm_and_fresh):
     assert len(set(ends)) >= 3  # AdamW is Adam here: the decay of all of them is decoupled
 
 
+@pytest.mark.slow
 def test_two_trials_at_once_give_the_bits_of_one_after_the_other(tmp_path):
     """They compute the features together, each a part of them."""
     images = 200

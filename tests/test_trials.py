@@ -187,6 +187,7 @@ def test_a_worker_that_ray_s_memory_monitor_kills_is_one_that_was_lost(local_ray
     assert {result.outcome for result in heard.results.values()} == {Outcome.COMPLETED}
 
 
+@pytest.mark.slow
 def test_where_ray_s_loop_fails_another_takes_the_trials_up(local_ray, tmp_path, monkeypatch):
     conductor, heard = fake_sweep(tmp_path, "slow", trials=3, epochs=6)
     hear = _Ends.on_trial_result

@@ -15,7 +15,20 @@ from tests.layouts import class_folders
 
 ROOT = Path(__file__).parent.parent
 NOBODY = 65534
-pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become a user who is not")
+INSTALLED = Path(pytest.__file__).parent
+
+
+def open_to_all(folder: Path) -> bool:
+    """Whether everybody may read what lies in a folder."""
+    return all(parent.stat().st_mode & stat.S_IXOTH for parent in (folder, *folder.parents))
+
+
+pytestmark = [
+    pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become a user who is not"),
+    pytest.mark.skipif(
+        not (open_to_all(ROOT) and open_to_all(INSTALLED)), reason="the code lies where no other user may read it"
+    ),
+]
 
 # Every command in one process: what it imports takes seconds. Python itself may lie where nobody else may read, so
 # that commands are run once as root first, and all modules are there.

@@ -390,6 +390,7 @@ def fifty(tmp_path_factory) -> list[dict]:
     return list(records.values())
 
 
+@pytest.mark.slow
 class TestFiftyTrials:
     """Measured: 459 MB after the tenth, 464 MB after the last; a child that builds a network a trial grows by 50 MB."""
 

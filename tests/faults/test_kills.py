@@ -91,6 +91,7 @@ def test_a_driver_that_was_killed_goes_on_where_it_was(fake, started):
     assert_found_if_planted(fake.run)
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_killed_costs_the_running_epoch(fake, started):
     sweep = started()
     assert sweep.wait_until(lambda: middle_of_the_second_trial(sweep)), sweep.said
