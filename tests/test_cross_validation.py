@@ -32,6 +32,9 @@ space:
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 def sweep(folder: Path, more: str = "") -> tuple[Path, str]:
     data = layouts.nested(folder / "data", images=40)
     (folder / "space.yaml").write_text(SPACE.format(data=data, more=more))
@@ -110,7 +113,6 @@ def test_the_report_shows_each_fold(folded: tuple[Path, str]) -> None:
     assert trials["val_macro_f1"].notna().all()
 
 
-@pytest.mark.slow
 def test_without_a_test_set_the_figures_are_those_of_the_folds(tmp_path: Path) -> None:
     folder, said = sweep(tmp_path, ", split: {train: 0.8, val: 0.2}")
     summary = summary_of(folder)
