@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 from platformdirs import user_cache_path
 from rich.console import Console
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(given)
-    console, errors = _console(), Console(stderr=True, highlight=False, soft_wrap=True)
+    console, errors = _console(), _console(stderr=True)
     begun: list[RunFolder] = []
 
     def last_words() -> str:
@@ -354,18 +354,37 @@ def _features_line(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _console() -> Console:
+def _console(*, stderr: bool = False) -> Console:
     """The terminal; elsewhere (a file, a pipe) wide enough that no line has to break."""
-    console = _LastingConsole(highlight=False)
-    return console if console.is_terminal else _LastingConsole(highlight=False, width=PIPED_WIDTH)
+    file = cast(IO[str], _LastingFile(sys.stderr if stderr else sys.stdout))
+    console = Console(file=file, highlight=False, soft_wrap=stderr)
+    return console if console.is_terminal else Console(file=file, highlight=False, soft_wrap=stderr, width=PIPED_WIDTH)
 
 
-class _LastingConsole(Console):
-    """Falls silent where rich would end the process: a sweep outlives whoever stopped reading its output."""
+class _LastingFile:
+    """Falls silent where nobody reads any more, a closed terminal or pipe: a sweep outlives that."""
 
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        try:
+            return self._file.write(text)
+        except OSError:
+            self._fall_silent()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError:
+            self._fall_silent()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def _fall_silent(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
 
 
 if __name__ == "__main__":

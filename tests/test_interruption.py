@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sweep.interruption import INTERRUPTED, SIGNALS, deferred, handled
+from sweep.run import _LastingFile
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,3 +112,14 @@ class TestDeferred:
 
         with pytest.raises(KeyError, match="of the block"), handled(lambda: ""):
             work()
+
+
+@pytest.mark.parametrize("ends", [os.pipe, os.openpty], ids=["pipe", "terminal"])
+def test_a_sweep_outlives_whoever_reads_its_output(ends):
+    reader, writer = ends()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file:
+        lasting = _LastingFile(file)
+        for _ in range(3):
+            lasting.write("a line that nobody reads\n" * 10_000)
+            lasting.flush()
