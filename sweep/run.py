@@ -247,7 +247,7 @@ def _work(
 def _how_to_go_on(given: Sequence[str], begun: Sequence[RunFolder], finished: int | None = None) -> str:
     """What is kept of a sweep that was cut short, and the command that goes on with it."""
     folder = begun[0]
-    command = ["python", "-m", "sweep.run", *given]
+    command = [sys.executable, "-m", "sweep.run", *given]
     if "--resume" not in given:
         command.append("--resume")
     if not any(each == "--name" or each.startswith("--name=") for each in given):
