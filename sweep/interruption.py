@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -24,8 +24,13 @@ class _EndAtOnce:
         self._last_words = last_words
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        os.write(sys.stderr.fileno(), f"\n{self._last_words()}\n".encode())
+        _tell(self._last_words())
         os._exit(INTERRUPTED)
+
+
+def _tell(words: str) -> None:
+    with suppress(OSError):  # a terminal that was closed
+        os.write(sys.stderr.fileno(), f"\n{words}\n".encode())
 
 
 _abandoned = threading.Event()
@@ -61,6 +66,7 @@ def handled(last_words: Callable[[], str]) -> Iterator[None]:
     def first(signum: int, frame: FrameType | None) -> None:
         for number in watched:
             signal.signal(number, at_once)
+        _tell("interrupted: ending within seconds, all is kept; once more ends at once")
         raise KeyboardInterrupt
 
     for number in watched:

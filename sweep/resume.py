@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -16,7 +16,7 @@ from sweep.document import read_plain, shown
 from sweep.plan import Plan
 from sweep.record import RunFolder, append_line, drop_cut_line, read_lines
 
-SHOWN_DIFFERENCES = 6
+SHOWN_DIFFERENCES = 12
 # What may change between sessions: more trials, where they run, and where the same images lie.
 FREE_KEYS = ("search.trials", "data.source", "resources.")
 # Of these a suggestion or a figure may depend on the version.
@@ -91,7 +91,7 @@ class Sessions:
             if other := [kind for kind in now if now[kind] != session.files.get(kind)]:
                 raise ResumeRefused(
                     f"expected the {', '.join(other)} that the sweep was begun with, but their contents are others\n"
-                    "give the same ones, or leave --resume out to begin anew"
+                    "give the same ones, or begin anew without --resume, under another --name"
                 )
 
     def notes(self) -> list[str]:
@@ -154,7 +154,8 @@ def continued(plan: Plan, folder: RunFolder, sessions: Sessions) -> Plan:
                 [
                     f"expected the settings and data that {folder.path} was begun with, but found:",
                     *told,
-                    "give the same ones (its spec.yaml and split.csv hold them), or leave --resume out to begin anew",
+                    "give the same ones (its spec.yaml and split.csv tell which), or begin anew without --resume, "
+                    "under another --name",
                 ]
             )
         )
@@ -201,15 +202,15 @@ def _listed(paths: Sequence[str] | set[str]) -> str:
     return f"{len(paths):,} images ({first!r}, ...)" if len(paths) > 1 else f"the image {first!r}"
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    def entries(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict) and value:
-            for name, inner in value.items():
-                yield from entries(inner, f"{key}.{name}" if key else str(name))
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`section.key` -> value; an axis is compared as a whole."""
+    found: dict[str, Any] = {}
+    for section, value in values.items():
+        if isinstance(value, dict):
+            found |= {f"{section}.{key}": inner for key, inner in value.items()}
         else:
-            yield key, value
-
-    return dict(entries(values, prefix))
+            found[section] = value
+    return found
 
 
 def _said(values: Mapping[str, Any], key: str) -> str:

@@ -5,7 +5,6 @@ sweep, or its sweep runs; 130 interrupted, and sent again from there.
 """
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from sweep.record import RunFolder, read_lines
 from sweep.sender import Sender
 from sweep.spec import SpecError, read_spec
 from sweep.tracked import without_password
-from sweep.tracking import champion_example, own_store
+from sweep.tracking import champion_example, own_store, sync_command
 from sweep.wording import count, duration
 
 DONE, LEFT_OVER, WRONG_FOLDER, INTERRUPTED = 0, 1, 2, 130
@@ -140,7 +139,7 @@ def _sync(folder: RunFolder, given_uri: str | None) -> int:
     except Unavailable as error:
         print(
             without_password(f"MLflow at {uri}: {error}; {unsent.left} left, and kept: ")
-            + f"`python -m sweep.sync {shlex.quote(str(folder.path))}` goes on from here",
+            + f"`{sync_command(folder)}` goes on from here",
             file=sys.stderr,
         )
         return LEFT_OVER

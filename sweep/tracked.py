@@ -181,6 +181,8 @@ def ui_address(uri: str, experiment_id: str) -> str:
     """The page of an experiment's runs; MLflow's own start page shows what it has for language models."""
     shown = without_password(uri)
     server = shown.rstrip("/") if re.match(r"https?://", shown) else "http://127.0.0.1:5000"
+    if not experiment_id:
+        return server  # it has not been reached so far
     return f"{server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
 
 

@@ -6,6 +6,7 @@ MLflow did not take is kept: `python -m sweep.sync RUN_DIR` sends it.
 
 import math
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -261,7 +262,7 @@ def champion_example(folder: RunFolder) -> Path:
 
 def sync_command(folder: RunFolder) -> str:
     """What sends what MLflow did not take."""
-    return f"python -m sweep.sync {shlex.quote(str(folder.path))}"
+    return shlex.join([sys.executable, "-m", "sweep.sync", str(folder.path)])
 
 
 def _now_ms() -> int:

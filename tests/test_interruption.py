@@ -56,7 +56,7 @@ def test_the_second_ends_the_process_at_once(inside):
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=20)
     assert child.returncode == INTERRUPTED
-    assert said == "\nlast words\n"
+    assert said == "\ninterrupted: ending within seconds, all is kept; once more ends at once\n\nlast words\n"
     assert time.monotonic() - begun < 10
 
 

@@ -104,7 +104,7 @@ def test_a_server_that_was_killed_again_and_again_has_everything_once(tmp_path):
         begun = time.monotonic()
         sweep.tracker.close(DEADLINE_S)
         assert time.monotonic() - begun < 20.0
-        assert f"python -m sweep.sync {folder.path}" in sweep.tracker.problem
+        assert f"-m sweep.sync {folder.path}" in sweep.tracker.problem
         assert sweep.slowest < 0.2
         down = sync_command(folder)
         assert down.returncode == 1, down.stderr
@@ -196,7 +196,7 @@ def test_a_model_whose_registration_failed_is_registered_once_by_sync(tmp_path, 
     sweep.tracker.close(DEADLINE_S)
     assert lost
     assert "the best model was not registered" in sweep.tracker.problem
-    assert f"python -m sweep.sync {folder.path}" in sweep.tracker.problem
+    assert f"-m sweep.sync {folder.path}" in sweep.tracker.problem
     for said in ("registering the best model", "nothing is left to send"):
         done = sync_command(folder)
         assert (done.returncode, done.stderr) == (0, "")

@@ -452,7 +452,7 @@ class TestContinued:
         assert f"{first.name}' gone" in text
         assert "new.png' new" in text
         assert f"{third.name}' with another picture" in text
-        assert text.endswith("or leave --resume out to begin anew")
+        assert text.endswith("or begin anew without --resume, under another --name")
 
     def test_other_masks_or_weights_are_refused(self, plan, begun):
         sessions, now = Sessions.read(begun), plan()

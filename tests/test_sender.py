@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,7 +102,9 @@ def test_an_outage_from_the_start_is_made_good_by_sync_and_only_once(tmp_path, s
     assert sweep.tracker.parent_run_id == ""
     sweep.tracker.close(DEADLINE_S)
     assert sweep.slowest < 0.2
-    assert sweep.tracker.problem.endswith(f"what it lacks is kept, and `python -m sweep.sync {folder.path}` sends it")
+    assert sweep.tracker.problem.endswith(
+        f"what it lacks is kept, and `{sys.executable} -m sweep.sync {folder.path}` sends it"
+    )
     assert sync.main([str(folder.path)]) == 1
     assert "12 epochs, 3 trial ends, 4 notes left, and kept" in capsys.readouterr().err
     down[0] = False

@@ -499,7 +499,9 @@ def test_an_unreachable_server_neither_stops_nor_slows_the_sweep(tmp_path, monke
         "MLflow at http://someone:***@127.0.0.1:9: it cannot be reached; the sweep goes on"
     )
     assert "secret" not in target.problem + target.ui_command
-    assert target.problem.endswith(f"; what it lacks is kept, and `python -m sweep.sync '{folder.path}'` sends it")
+    assert target.problem.endswith(
+        f"; what it lacks is kept, and `{sys.executable} -m sweep.sync '{folder.path}'` sends it"
+    )
     assert not [path for path in folder.state.rglob("*.jsonl") if "secret" in path.read_text()]
     assert target.ui_command == "http://someone:***@127.0.0.1:9"
 
