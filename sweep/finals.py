@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cxr_models.trial import BEST_WEIGHTS, EpochMetrics, Objective, TrialConfig, TrialResult
+from cxr_models.trial import BEST_WEIGHTS, CHECKPOINT, EpochMetrics, Objective, TrialConfig, TrialResult
 from sweep.record import append_line, best_by_strategy, read_lines
 from sweep.runner import WAIT, Conductor, Retried, Wait
 from sweep.worker import Fault, TrialEnd, TrialJob, Work
@@ -146,6 +146,7 @@ class FinalTrainings:
             return
         if self._journal:
             append_line(self._journal, {"training_id": trial_id, "problem": judged.error})
+            (self.work.folder / trial_id / CHECKPOINT).unlink(missing_ok=True)  # nobody goes on from there
         self._note(running[0], judged.error)
 
     def all_lost(self, cause: str) -> None:

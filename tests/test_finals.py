@@ -173,6 +173,22 @@ def test_what_was_trained_before_a_restart_is_not_trained_again_what_failed_is(t
     assert again.trainings.problem(best) == ""
 
 
+def test_a_checkpoint_stays_no_longer_than_its_training(tmp_path):
+    finals = Finals(tmp_path, trials=1, epochs=1, journal=tmp_path / "finals.jsonl").trainings
+    trial = finals.next_job()
+    metrics = EpochMetrics(trial.trial_id, 1, 0, 0.1, {"loss": 1.0}, {"loss": 1.0, "macro_f1": 0.5}, 0.1, 1.0)
+    finals.epoch(metrics)
+    finals.ended(trial.trial_id, TrialEnd())
+    job = finals.next_job()
+    checkpoint = job.folder / "checkpoint.npz"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    finals.ended(job.trial_id, TrialEnd("killed", fault=Fault.LOST))
+    assert checkpoint.exists(), "it goes on from there"
+    finals.ended(finals.next_job().trial_id, TrialEnd())
+    assert not checkpoint.exists()
+
+
 def test_one_whose_worker_was_lost_is_trained_again_twice(tmp_path):
     finals = Finals(tmp_path, trials=1, epochs=1).trainings
     trial = finals.next_job()
