@@ -230,27 +230,31 @@ class Document:
         return mapping
 
 
-def read_document(path: Path) -> Document:
+def read_document(path: Path, most_bytes: int | None = MAX_BYTES) -> Document:
     """Read a file.
+
+    Args:
+        path: of the file.
+        most_bytes: that it may have; None for a file that we wrote.
 
     Raises:
         SpecError: the file is missing, a folder, too large, not text or not YAML, or cannot be opened.
     """
     try:
-        return _read_file(path)
+        return _read_file(path, most_bytes)
     except OSError as error:
         raise SpecError(str(path), [f"expected a YAML file, got {error.strerror or error}"]) from error
 
 
-def _read_file(path: Path) -> Document:
+def _read_file(path: Path, most_bytes: int | None) -> Document:
     if path.is_dir():
         raise SpecError(str(path), ["is a folder; name a YAML file in it" + _offers(path, [path])])
     if not path.is_file():
         raise SpecError(
             str(path), [f"does not exist: {path.absolute()}" + _offers(path, [path.parent, Path("search_spaces")])]
         )
-    if (size := path.stat().st_size) > MAX_BYTES:
-        raise SpecError(str(path), [f"expected at most {MAX_BYTES:,} bytes, got {size:,}"])
+    if most_bytes is not None and (size := path.stat().st_size) > most_bytes:
+        raise SpecError(str(path), [f"expected at most {most_bytes:,} bytes, got {size:,}"])
     try:
         return Document(str(path), path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -13,6 +13,7 @@ from sweep.caching import PhaseCache
 from sweep.plan import Plan
 from sweep.space import Constant
 from sweep.tasks import SHOWN_AXES_OF
+from sweep.wording import count
 
 
 def render_plan(plan: Plan) -> RenderableType:
@@ -25,7 +26,7 @@ def render_plan(plan: Plan) -> RenderableType:
         ("data", f"{spec.data.name} ({plan.manifest.layout}), {images}"),
         ("patients", f"{plan.manifest.patients}, {_two_sides(plan)}"),
         ("objective", f"validation {spec.objective.metric}, {spec.objective.mode}imum{_mean(plan)}"),
-        ("search", f"{spec.search.algorithm}, {plan.trials} trials, at most {plan.max_epochs} epochs each"),
+        ("search", f"{spec.search.algorithm}, {count(plan.trials, 'trial')}, {_length(plan)}"),
         ("halving", plan.halving.sentence or "none: every trial runs to its end, unless it proves hopeless"),
         ("final", _final(plan)),
         (
@@ -40,6 +41,10 @@ def render_plan(plan: Plan) -> RenderableType:
     return Group(
         facts, _split_table(plan), render_audit(plan.audit), _axis_table(plan), _constants(plan), *networks, *notes
     )
+
+
+def _length(plan: Plan) -> str:
+    return f"at most {count(plan.max_epochs, 'epoch')} each"
 
 
 def _mean(plan: Plan) -> str:

@@ -175,7 +175,7 @@ class SweepProgress:
         self._before = self._outcomes.total()
         going_on = len(past.begun) - len(past.ended)
         self._console.print(
-            f"going on after {len(past.ended)} of {self._trials} trials and {len(epochs)} epochs"
+            f"going on after {len(past.ended)} of {self._trials} trials and {count(len(epochs), 'epoch')}"
             + (f"; {count(going_on, 'running trial')} to go on from the last epoch" if going_on else "")
         )
         for suggestion, _ in past.begun:
@@ -240,7 +240,9 @@ class SweepProgress:
         value = result.val.get(self._objective.metric)
         found = result.error or (f"val {self._objective.metric} {value:.3f}" if value is not None else "no epoch")
         found += noted(result)
-        self._say(f"trial {number + 1} {result.outcome.replace('_', ' ')} after {result.epochs} epochs: {found}")
+        self._say(
+            f"trial {number + 1} {result.outcome.replace('_', ' ')} after {count(result.epochs, 'epoch')}: {found}"
+        )
         self._say(self._status().plain)
 
     def _count(self, result: TrialResult) -> None:
@@ -255,7 +257,7 @@ class SweepProgress:
         config = training.config
         line = (
             f"final training {begun + 1} of {total}: {strategy_text(config)}, seed {config.seed}, "
-            f"{training.trial.best_epoch} epochs on training and validation images"
+            f"{count(training.trial.best_epoch, 'epoch')} on training and validation images"
         )
         if done:
             line += f", about {duration((time.monotonic() - self._final_began) / done * (total - done))} left"
@@ -268,7 +270,7 @@ class SweepProgress:
 
     def _status(self) -> Text:
         states = self._outcomes
-        parts = [f"{states.total()} of {self._trials} trials ended ({self._epochs} epochs)"]
+        parts = [f"{states.total()} of {self._trials} trials ended ({count(self._epochs, 'epoch')})"]
         parts += [f"{states[outcome]} {outcome.replace('_', ' ')}" for outcome in Outcome if states[outcome]]
         if self._best:
             parts.append(f"best val {self._objective.metric} {self._best_val:.3f}{noted(self._best)}")

@@ -140,7 +140,7 @@ def read_run(folder: RunFolder) -> Run:
         objective = Objective(**summary["objective"], task=summary.get("task", CLASSIFY))
         source = summary["data"]["source"]
     else:
-        spec = read_spec(folder.spec)
+        spec = read_spec(folder.spec, most_bytes=None)
         objective, source = spec.objective, spec.data.name
     entries = {entry.pop("number"): entry for entry in read_lines(folder.trial_record)}
     results = tuple(TrialResult.from_json(entries[number]) for number in sorted(entries))

@@ -26,6 +26,11 @@ from cxr_models.trial import (
     TrialConfig,
     TrialResult,
 )
+from sweep.document import shown
+
+
+class RecordDamaged(ValueError):  # noqa: N818 - what happened
+    """A file of the record holds something else than what was written to it."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,16 @@ class RunFolder:
         return self.state / "logs" / f"{name}.log"
 
     @classmethod
+    def refuse_taken(cls, out: Path, name: str) -> None:
+        """Tell before any work is done what `create` with `exactly` would find.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if (out / name).exists():
+            raise ValueError(_taken(out / name))
+
+    @classmethod
     def create(cls, out: Path, name: str, *, exactly: bool) -> "RunFolder":
         """Make the folder of a new sweep.
 
@@ -192,8 +207,7 @@ class RunFolder:
                 if path.is_dir() and not exactly:
                     number += 1
                     continue
-                what = "is a folder with an earlier sweep" if path.is_dir() else "is a file"
-                raise ValueError(f"{path} {what}; choose another --name or --out") from None
+                raise ValueError(_taken(path)) from None
             except OSError as error:
                 raise ValueError(f"cannot make the run folder {path}: {error.strerror}; choose another --out") from None
             folder = cls(path.resolve())
@@ -228,6 +242,11 @@ class RunFolder:
                 "was begun: name its folder with --out and --name, or leave --resume out to begin"
             )
         return folder
+
+
+def _taken(path: Path) -> str:
+    what = "is a folder with an earlier sweep" if path.is_dir() else "is a file"
+    return f"{path} {what}; choose another --name or --out"
 
 
 class Record:
@@ -379,13 +398,28 @@ def _without_nan(value: Any) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a record; a last line cut short by a crash is left out."""
+    """The entries of a record; a last line cut short by a crash is left out.
+
+    Raises:
+        RecordDamaged: a line is no entry.
+    """
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                entry = json.loads(line.decode("utf-8"))
+            except ValueError:
+                entry = None
+            if not isinstance(entry, dict):
+                found = shown(line.decode("utf-8", "replace").rstrip())
+                raise RecordDamaged(
+                    f"{path}, line {number}: expected a JSON object, got {found}; the sweep's record was damaged from "
+                    "outside: restore this file from a copy, or begin anew under another --name"
+                )
+            yield entry
 
 
 @dataclass(frozen=True)

@@ -185,8 +185,10 @@ def _data_differences(plan: Plan, folder: RunFolder) -> list[str]:
     sides = (("gone", then.keys() - now.keys()), ("new", now.keys() - then.keys()))
     found = [f"data: {_listed(paths)} {what}" for what, paths in sides if paths]
     both = then.keys() & now.keys()
-    columns = ("label", "patient", "split", "pixels")
-    for column in (*columns, *(name for name in next(iter(then.values()), {}) if name.startswith("fold"))):
+    columns = ["label", "patient", "pixels"]
+    if not found:  # with other images come other parts
+        columns += ["split", *(name for name in next(iter(then.values()), {}) if name.startswith("fold"))]
+    for column in columns:
         if other := {path for path in both if then[path].get(column) != now[path].get(column)}:
             found.append(f"data: {_listed(other)} with another {'picture' if column == 'pixels' else column}")
     return found

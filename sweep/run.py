@@ -29,11 +29,11 @@ from sweep.machine import ClusterUnreachable, Machine, this_machine
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
 from sweep.progress import StepProgress
-from sweep.record import RunFolder, ranked
+from sweep.record import RecordDamaged, RunFolder, ranked
 from sweep.reference import COMPARED, ReferenceSpec, compare
 from sweep.results_view import MARK, doctor_lines, ranking, seeds_text, strategy_table
 from sweep.resume import ResumeRefused, Sessions, continued, recorded_name
-from sweep.spec import SpecError, checked_name, read_spec
+from sweep.spec import SpecError, SweepSpec, checked_name, read_spec
 from sweep.tasks import SHOWN_AXES_OF
 from sweep.verdict_view import print_verdict
 from sweep.weights import WeightsError
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with handled(last_words):
             return _run(arguments, given, console, begun)
-    except (SpecError, DataError, WeightsError, ClusterUnreachable, FolderInUse, ResumeRefused) as error:
+    except (SpecError, DataError, WeightsError, ClusterUnreachable, FolderInUse, ResumeRefused, RecordDamaged) as error:
         errors.print(Text(str(error)))
         return WRONG_INPUT
     except (AuditRefused, NoSpace) as error:
@@ -135,7 +135,26 @@ def _run(arguments: argparse.Namespace, given: Sequence[str], console: Console, 
     spec = read_spec(arguments.space, overrides(arguments))
     if arguments.name:
         spec = replace(spec, name=checked_name(arguments.name))
-    folder = _folder_to_go_on_with(arguments, spec.name) if arguments.resume else None
+    if not arguments.resume:
+        if arguments.name and not arguments.plan:
+            _refuse_taken(arguments.out, spec.name)
+        return _plan_and_run(arguments, given, spec, None, console, begun)
+    folder = _folder_to_go_on_with(arguments, spec.name)
+    if arguments.plan:
+        return _plan_and_run(arguments, given, spec, folder, console, begun)
+    with FolderLock(folder.lock):
+        return _plan_and_run(arguments, given, spec, folder, console, begun)
+
+
+def _plan_and_run(
+    arguments: argparse.Namespace,
+    given: Sequence[str],
+    spec: SweepSpec,
+    folder: RunFolder | None,
+    console: Console,
+    begun: list[RunFolder],
+) -> int:
+    """Plan the sweep, and run it, or what is left of that in a folder."""
     if folder and folder.holds_inputs:
         spec = replace(spec, name=recorded_name(folder))
     # Absolute, because Ray's workers run in folders of their own.
@@ -160,17 +179,16 @@ def _run(arguments: argparse.Namespace, given: Sequence[str], console: Console, 
         folder = _new_folder(arguments, spec.name)
         with FolderLock(folder.lock):
             return _work(plan, folder, data, cache_dir, arguments, given, console, begun, Sessions())
-    with FolderLock(folder.lock):
-        sessions = Sessions.read(folder) if folder.holds_inputs else Sessions()
-        if sessions.past:
-            plan = continued(plan, folder, sessions)
-        for note in sessions.notes():
-            console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
-        if sessions.is_done(plan.spec.search.trials):
-            return _tell_that_it_is_done(plan, folder, console)
-        data = _prepared(plan, cache_dir, console)
-        sessions.check_files(data)
-        return _work(plan, folder, data, cache_dir, arguments, given, console, begun, sessions)
+    sessions = Sessions.read(folder) if folder.holds_inputs else Sessions()
+    if sessions.past:
+        plan = continued(plan, folder, sessions)
+    for note in sessions.notes():
+        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+    if sessions.is_done(plan.spec.search.trials):
+        return _tell_that_it_is_done(plan, folder, console)
+    data = _prepared(plan, cache_dir, console)
+    sessions.check_files(data)
+    return _work(plan, folder, data, cache_dir, arguments, given, console, begun, sessions)
 
 
 def _prepared(plan: Plan, cache_dir: Path, console: Console) -> TrialData:
@@ -194,6 +212,13 @@ def _tell_that_it_is_done(plan: Plan, folder: RunFolder, console: Console) -> in
 def _folder_to_go_on_with(arguments: argparse.Namespace, name: str) -> RunFolder:
     try:
         return RunFolder.latest(arguments.out, name, exactly=bool(arguments.name))
+    except ValueError as error:
+        raise SpecError("the command", [str(error)]) from None
+
+
+def _refuse_taken(out: Path, name: str) -> None:
+    try:
+        RunFolder.refuse_taken(out, name)
     except ValueError as error:
         raise SpecError("the command", [str(error)]) from None
 

@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.console import Console
+from rich.text import Text
 
 from cxr_models.backbones import BACKBONES
 from cxr_models.pixels import mask_array, pixel_array
@@ -159,7 +160,7 @@ class _Session:
         self._goes_on = bool(sessions.past)
         self._watch = Stopwatch()
         self.record = Record(folder, plan.spec.objective)
-        self.tracker = open_tracker(plan, folder)
+        self.tracker = open_tracker(plan, folder, told=self._note)
         self._progress = SweepProgress(
             console,
             plan.spec.objective,
@@ -225,6 +226,9 @@ class _Session:
         _publish(self._folder, summary, self.tracker, end)
         return summary
 
+    def _note(self, line: str) -> None:
+        self._console.print(Text(f"note: {line}", style="yellow"), soft_wrap=True)
+
     def _take_up(self) -> None:
         self._progress.taken_up(self.record.past)
         if not self._conductor.resume(self.record.past):
@@ -257,9 +261,10 @@ def keep_earlier(folder: RunFolder, sessions: Sessions) -> None:
     """Keep the summary and the report of a sweep that came to its end and now grows, until it does so again."""
     if sessions.past and sessions.past[-1].end is SessionEnd.DONE:
         kept = folder.earlier(sessions.past[-1].trials)
-        for path in (folder.summary, folder.report, folder.predictions):
+        results = (folder.summary, folder.report, folder.trials, folder.predictions, folder.masks)
+        for path in (*results, folder.model, folder.best_config):
             if path.is_file():
-                with written_whole(kept / path.name) as scratch:
+                with written_whole(kept / path.relative_to(folder.path)) as scratch:
                     shutil.copyfile(path, scratch)
 
 
@@ -275,8 +280,8 @@ def write_inputs(plan: Plan, folder: RunFolder) -> None:
             pd.DataFrame(rows).to_csv(scratch, index=False, errors="surrogateescape")
 
 
-def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
-    """Begin the tracking of a sweep in MLflow."""
+def open_tracker(plan: Plan, folder: RunFolder, *, told: Callable[[str], None]) -> Tracker:
+    """Begin the tracking of a sweep in MLflow, which may tell of an outage."""
     spec, manifest = plan.spec, plan.manifest
     tracker = Tracker(
         folder,
@@ -291,9 +296,10 @@ def open_tracker(plan: Plan, folder: RunFolder) -> Tracker:
             source=str(manifest.root),
             images=len(manifest.records),
             patients=manifest.patients,
-            classes={part: dict(counts) for part, counts in plan.class_counts().items()},
+            classes=plan.class_counts(),
         ),
         inputs={**input_tags(plan.lung_masks), **audit_tags(plan.audit)},
+        told=told,
     )
     tracker.opened()
     return tracker

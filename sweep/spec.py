@@ -13,7 +13,7 @@ from cxr_models.freezing import parse_strategy, strategy_problem
 from cxr_models.trial import AXES, CLASSIFY, PHASE_RATE, PHASED, TASK_METRICS, Objective
 from sweep.axes import condition_schema, list_notes, point_schema, read_point, read_space, space_schema
 from sweep.dataspec import DataSpec, data_schema, read_data_section
-from sweep.document import Document, SpecError, Where, parse_value, read_document, shown, unknown, write_yaml
+from sweep.document import MAX_BYTES, Document, SpecError, Where, parse_value, read_document, shown, unknown, write_yaml
 from sweep.reference import ReferenceResult, ReferenceSpec
 from sweep.section import Section as _Section
 from sweep.section import validated as _validated
@@ -170,18 +170,19 @@ class SweepSpec:
 KEYS = ("name", "task", "data", "objective", "search", "space", "final", "resources", "tracking", "reference")
 
 
-def read_spec(path: Path, overrides: Sequence[str] = ()) -> SweepSpec:
+def read_spec(path: Path, overrides: Sequence[str] = (), *, most_bytes: int | None = MAX_BYTES) -> SweepSpec:
     """Read a sweep.
 
     Args:
         path: the YAML file.
         overrides: `KEY=VALUE`; the key is a path into the file such as `search.trials`, or the bare name of an axis.
             Conditions and fixed points of the file that an overridden axis no longer meets are left out.
+        most_bytes: that the file may have; None for the `spec.yaml` of a sweep, which is longer than what it says.
 
     Raises:
         SpecError: with all problems of the file and the overrides.
     """
-    document = read_document(path)
+    document = read_document(path, most_bytes)
     _expand_short_forms(document)
     for override in overrides:
         _override(document, override)

@@ -17,7 +17,7 @@ import numpy as np
 from sweep.folder_lock import FolderInUse, FolderLock
 from sweep.ledger import Ledger, Spool, ends_open
 from sweep.mlflow_runs import Unavailable
-from sweep.record import RunFolder, read_lines
+from sweep.record import RecordDamaged, RunFolder, read_lines
 from sweep.sender import Sender
 from sweep.spec import SpecError, read_spec
 from sweep.tracked import without_password
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with FolderLock(folder.lock):
             return _sync(folder, arguments.tracking_uri)
-    except (FolderInUse, SpecError) as error:
+    except (FolderInUse, SpecError, RecordDamaged) as error:
         print(error, file=sys.stderr)
         return WRONG_FOLDER
     except KeyboardInterrupt:
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _own_uri(folder: RunFolder) -> str:
-    return read_spec(folder.spec).tracking.uri or own_store(folder)
+    return read_spec(folder.spec, most_bytes=None).tracking.uri or own_store(folder)
 
 
 def _sync(folder: RunFolder, given_uri: str | None) -> int:
@@ -156,20 +156,27 @@ def _send(sender: Sender, unsent: Unsent) -> None:
         Unavailable: MLflow has not answered for `PATIENCE_S`.
     """
     begun = shown = answered = time.monotonic()
-    total = unsent.left.steps
+    total, told = unsent.left.steps, -1
+    waits = False
     while (now := time.monotonic()) and sender.due(now, everything=True) is not None:
         before = sender.parts_sent
         try:
             sender.step(now)
-            answered = time.monotonic()
+            answered, waits = time.monotonic(), False
         except Unavailable:
             answered = time.monotonic() if sender.parts_sent > before else answered
             if time.monotonic() - answered >= PATIENCE_S:
                 raise
+            if not waits:
+                print(f"no answer yet; trying for {PATIENCE_S:g} s", flush=True)
+            waits = True
             time.sleep(PAUSE_S)
         if time.monotonic() - shown >= SHOWN_EVERY_S:
             shown = time.monotonic()
             done = total - unsent.left.steps
+            if done == told:
+                continue
+            told = done
             wait = f", about {duration((shown - begun) * (total - done) / done)} left" if done > 0 else ""
             print(f"sent {max(done, 0):,} of {total:,}{wait}", flush=True)
 

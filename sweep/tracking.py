@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -30,6 +30,7 @@ from sweep.tracked import one_line, ui_address, ui_command, without_password
 
 OPENING_TIMEOUT_S = 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between attempts while MLflow cannot be had
+OUTAGE_TOLD_AFTER_S = 10.0  # a server that restarts is not worth a line
 PATIENCE_S = 5.0  # with a server that is down, at the end of a sweep
 # While trials run, the writer rests this many times as long as it computed: a fifth of one core at most.
 REST = 4.0
@@ -54,6 +55,7 @@ class Tracker:
         classes: class names; a label is an index into them.
         dataset: the images.
         inputs: tags that name the earlier sweeps this one builds on.
+        told: gets a line when MLflow cannot be had for a while, and one when it is back; from the writing thread.
     """
 
     def __init__(
@@ -67,9 +69,11 @@ class Tracker:
         classes: Sequence[str],
         dataset: DatasetInfo,
         inputs: Mapping[str, str] | None = None,
+        told: Callable[[str], None] = lambda line: None,
     ) -> None:
         set_environment()
         self._folder = folder
+        self._told = told
         self._uri = uri or own_store(folder)
         artifacts = None if uri else folder.tracking_artifacts.absolute().as_uri()
         self._sweep = TrackedSweep(
@@ -213,6 +217,7 @@ class Tracker:
     def _write(self) -> None:
         """The thread: one step after the other, and pauses that grow while MLflow cannot be had."""
         pause_s, rested, failing_since = FIRST_PAUSE_S, 0.0, math.inf
+        down = _Outage(self._told, without_password(f"MLflow at {self._uri}"))
         while not self._stopped.is_set():
             self._news.clear()
             closing, before = self._closing.is_set(), self._sender.parts_sent
@@ -229,6 +234,7 @@ class Tracker:
                 rest = REST * (time.thread_time() - begun) if self._sender.backlog.running else 0.0
                 rested, pause_s, failing_since = time.monotonic() + rest, FIRST_PAUSE_S, math.inf
                 self._outage = ""
+                down.ended()
             except Exception as error:  # also what is no outage: nothing that happens here may end the thread unsaid
                 self._outage = str(error) if isinstance(error, Unavailable) else one_line(error)
                 self._tell()
@@ -239,6 +245,7 @@ class Tracker:
                         return
                     self._stopped.wait(FIRST_PAUSE_S)
                 else:
+                    down.goes_on(without_password(self._outage))
                     self._closing.wait(pause_s)
                     pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             self._tell()
@@ -248,6 +255,28 @@ class Tracker:
         self._parent_run_id = self._sender.parent_run_id
         self._experiment_id = self._sender.experiment_id
         self._tried.set()
+
+
+class _Outage:
+    """Tells once of each time that MLflow cannot be had, and of its end."""
+
+    def __init__(self, told: Callable[[str], None], where: str) -> None:
+        self._told, self._where = told, where
+        self._since: float | None = None
+        self._said = False
+
+    def goes_on(self, cause: str) -> None:
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        if not self._said and now - self._since >= OUTAGE_TOLD_AFTER_S:
+            self._said = True
+            self._told(f"{self._where}: {cause}; training goes on, and what MLflow lacks is kept until it answers")
+
+    def ended(self) -> None:
+        if self._said:
+            self._told(f"{self._where} answers again")
+        self._since, self._said = None, False
 
 
 def own_store(folder: RunFolder) -> str:

@@ -85,8 +85,9 @@ def sync_command(folder: RunFolder, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_server_that_was_killed_again_and_again_has_everything_once(tmp_path):
+def test_a_server_that_was_killed_again_and_again_has_everything_once(tmp_path, monkeypatch):
     """It is down at the start, dies at random moments while metrics flow, and comes back each time."""
+    monkeypatch.setattr(tracking, "OUTAGE_TOLD_AFTER_S", 0.0)
     server = MlflowServer(tmp_path)
     folder = run_folder(tmp_path / "runs", server.uri)
     chance = random.Random(0)
@@ -105,6 +106,7 @@ def test_a_server_that_was_killed_again_and_again_has_everything_once(tmp_path):
         sweep.tracker.close(DEADLINE_S)
         assert time.monotonic() - begun < 20.0
         assert f"-m sweep.sync {folder.path}" in sweep.tracker.problem
+        assert f"MLflow at {server.uri} answers again" in sweep.told
         assert sweep.slowest < 0.2
         down = sync_command(folder)
         assert down.returncode == 1, down.stderr

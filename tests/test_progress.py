@@ -99,7 +99,7 @@ def test_the_time_left_follows_the_pace_of_the_trials_not_of_the_start(sweep):
 def test_the_best_so_far_stands_with_what_the_doctor_found(sweep):
     shown = sweep(2, 1)
     shown.trial(0, epoch_s=1.0, doctor=(Diagnosis("loss_at_chance", True, "a", "b"),))
-    assert shown.lines[-2].endswith("after 1 epochs: val macro_f1 0.500 (loss_at_chance)")
+    assert shown.lines[-2].endswith("after 1 epoch: val macro_f1 0.500 (loss_at_chance)")
     assert "best val macro_f1 0.500 (loss_at_chance)" in shown.lines[-1]
     shown.trial(1, epoch_s=1.0, value=0.6)
     assert "best val macro_f1 0.600" in shown.lines[-1]

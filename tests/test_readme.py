@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -78,8 +79,14 @@ def test_a_sweep_that_came_to_its_end_grows_and_mlflow_has_all_of_it(tmp_path, r
     places = {"~/COVID-19_Radiography_Dataset": radiography_folder}
     for command in (COMMANDS[1], *COMMANDS[5:]):
         run_command(command, places, tmp_path, cache_dir)
-    summary = json.loads((tmp_path / "runs" / "radiography" / "summary.json").read_text())
+    run = tmp_path / "runs" / "radiography"
+    summary = json.loads((run / "summary.json").read_text())
     assert (summary["trials"]["total"], len(summary["test_openings"])) == (3, 2)
+    (earlier,) = run.glob("after-*-trials")
+    total = json.loads((earlier / "summary.json").read_text())["trials"]["total"]
+    assert earlier.name == f"after-{total}-trials"
+    assert len(pd.read_csv(earlier / "trials.csv")) == total < 3
+    assert (earlier / "best" / "model.keras").stat().st_size > 0
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from PIL import Image
 from cxr_models.trial import EpochMetrics, Outcome, Suggestion, TrialResult
 from sweep.machine import Machine
 from sweep.plan import Plan, make_plan
-from sweep.record import Past, Record, RunFolder, read_lines
+from sweep.record import Past, Record, RecordDamaged, RunFolder, read_lines
 from sweep.resume import (
     ResumeRefused,
     Session,
@@ -199,6 +199,17 @@ def test_lines_that_were_cut_short_are_forgotten(tmp_path):
             file.write('{"trial_id": "half of a li')
     assert session(folder.path, "tpe", run_inline)
     assert told(folder.path) == told(tmp_path / "whole")
+
+
+def test_a_record_damaged_in_its_middle_is_refused_by_file_and_line(tmp_path):
+    folder = RunFolder(tmp_path / "cut")
+    assert not session(folder.path, "tpe", run_inline, dies_after=30)
+    whole = folder.epoch_record.read_bytes()
+    for damage in (b"\xff" * 9, b"7", b"{"):
+        first, rest = whole.split(b"\n", 1)
+        folder.epoch_record.write_bytes(first + b"\n" + damage + b"\n" + rest)
+        with pytest.raises(RecordDamaged, match=r"epochs\.jsonl, line 2: expected a JSON object, .* from a copy"):
+            session(folder.path, "tpe", run_inline)
 
 
 def test_a_damaged_study_is_written_anew_from_the_record(tmp_path):
@@ -453,6 +464,13 @@ class TestContinued:
         assert "new.png' new" in text
         assert f"{third.name}' with another picture" in text
         assert text.endswith("or begin anew without --resume, under another --name")
+
+    def test_a_deleted_image_is_told_without_what_follows_from_it(self, plan, begun, tmp_path):
+        deleted = sorted((tmp_path / "images").rglob("*.png"))[0]
+        deleted.unlink()
+        with pytest.raises(ResumeRefused, match=f"{deleted.name}' gone") as refused:
+            self.continued(plan(), begun)
+        assert "with another split" not in str(refused.value)
 
     def test_other_masks_or_weights_are_refused(self, plan, begun):
         sessions, now = Sessions.read(begun), plan()

@@ -184,6 +184,14 @@ def test_an_output_folder_that_is_a_file(tmp_path, space, cache_dir, capsys):
         assert "taken" in capsys.readouterr().err
 
 
+def test_a_taken_name_is_told_before_the_images_are_looked_at(tmp_path, space, cache_dir, capsys):
+    (tmp_path / "taken").mkdir()
+    assert main([str(space), "--cache-dir", str(cache_dir), "--out", str(tmp_path), "--name", "taken"]) == WRONG_INPUT
+    said = capsys.readouterr()
+    assert "taken is a folder with an earlier sweep; choose another --name or --out" in said.err
+    assert said.out == ""
+
+
 def test_a_ray_address_that_does_not_answer(refuse, space):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -282,7 +290,8 @@ def test_an_interruption_keeps_the_finished_trials(tmp_path, space, cache_dir):
     with log.open("w") as output:
         sweep = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT, start_new_session=True)
         try:
-            wait_for(lambda: "2 of 40 trials ended" in log.read_text() or sweep.poll() is not None, timeout_s=180)
+            ended = b"2 of 40 trials ended"
+            wait_for(lambda: ended in log.read_bytes() or sweep.poll() is not None, timeout_s=180)
             os.killpg(sweep.pid, signal.SIGINT)
             status = sweep.wait(timeout=90)
         finally:

@@ -106,7 +106,9 @@ def test_an_outage_from_the_start_is_made_good_by_sync_and_only_once(tmp_path, s
         f"what it lacks is kept, and `{sys.executable} -m sweep.sync {folder.path}` sends it"
     )
     assert sync.main([str(folder.path)]) == 1
-    assert "12 epochs, 3 trial ends, 4 notes left, and kept" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "12 epochs, 3 trial ends, 4 notes left, and kept" in said.err
+    assert said.out.endswith("4 notes\nno answer yet; trying for 0.3 s\n")  # said once
     down[0] = False
     assert sync.main([str(folder.path)]) == 0
     assert "has everything" in capsys.readouterr().out

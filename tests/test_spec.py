@@ -476,6 +476,9 @@ class TestFile:
     def test_what_is_not_a_spec(self, problems, text, message):
         assert message in problems(text)[0]
 
+    def test_the_resolved_file_of_a_sweep_may_be_longer(self, write):
+        assert read_spec(write(SMALL + "#" * 100_001), most_bytes=None).name == "small"
+
     def test_objects_are_not_made(self, problems):
         found = problems(SMALL.replace("phantom", "!!python/object/apply:os.getcwd []"))
         assert any("line 2, data: the tag tag:yaml.org,2002:python/object/apply:os.getcwd" in text for text in found)

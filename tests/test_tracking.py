@@ -480,8 +480,10 @@ def test_two_sweeps_at_once_have_two_stores(tmp_path):
 
 def test_an_unreachable_server_neither_stops_nor_slows_the_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(tracking, "OUTAGE_TOLD_AFTER_S", 0.5)
     folder = run_folder(tmp_path)
-    target = tracker(folder, uri="http://someone:secret@127.0.0.1:9")
+    told: list[str] = []
+    target = tracker(folder, uri="http://someone:secret@127.0.0.1:9", told=told.append)
     slowest = 0.0
     for call in (
         target.opened,
@@ -494,7 +496,14 @@ def test_an_unreachable_server_neither_stops_nor_slows_the_sweep(tmp_path, monke
         slowest = max(slowest, time.perf_counter() - start)
     assert slowest < 0.1
     assert target.parent_run_id == ""
+    deadline = time.monotonic() + DEADLINE_S
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.1)
     target.close(DEADLINE_S)
+    assert told == [
+        "MLflow at http://someone:***@127.0.0.1:9: it cannot be reached; training goes on, and what MLflow lacks is "
+        "kept until it answers"
+    ]
     assert target.problem.startswith(
         "MLflow at http://someone:***@127.0.0.1:9: it cannot be reached; the sweep goes on"
     )

@@ -47,16 +47,26 @@ class TrackedSweep:
 
     Attributes:
         slowest: seconds of the longest call of the tracker.
+        told: what a person saw of outages.
     """
 
     def __init__(self, folder: RunFolder, uri: str = "") -> None:
         self.folder = folder
         self.slowest = 0.0
+        self.told: list[str] = []
         self._record = Record(folder, OBJECTIVE)
         self.tracker = self._timed(self._open, uri)
 
     def _open(self, uri: str) -> Tracker:
-        tracker = Tracker(self.folder, "small", uri=uri, objective=OBJECTIVE, classes=CLASSES, dataset=DATASET)
+        tracker = Tracker(
+            self.folder,
+            "small",
+            uri=uri,
+            objective=OBJECTIVE,
+            classes=CLASSES,
+            dataset=DATASET,
+            told=self.told.append,
+        )
         tracker.opened()
         return tracker
 
