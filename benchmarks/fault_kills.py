@@ -23,6 +23,8 @@ from fault_runs import (
 )
 from measuring import ProgramFailed
 
+from sweep.record import RunFolder
+
 # Of the sweeps whose driver is killed, one in four is killed a second time, and as many a third time.
 SECOND_KILL = THIRD_KILL = 0.25
 # Of the sweeps that lose a worker, one in three loses another.
@@ -146,8 +148,16 @@ def compared(finished: Sequence[Finished], place: Place, reference: Reference, c
     again = [name for before in finished for name in trained_again(before, place.run)]
     found = [*complaints, *(f"{name} was trained again" for name in again)]
     if place.run.summary.is_file():
-        found += differences(reference.run, place.run) + tracking_differences(place.run)
+        found += differences(reference.run, place.run) + tracked(place.run)
     return {"epochs_again": len(again), "complaints": found[:SHOWN_COMPLAINTS]}
+
+
+def tracked(run: RunFolder) -> list[str]:
+    """Where MLflow does not have what the record has; a store that cannot be opened has nothing."""
+    try:
+        return tracking_differences(run)
+    except Exception as error:
+        return [f"MLflow's store cannot be read: {type(error).__name__}: {error}".partition("\n")[0]]
 
 
 def kill_workers(setting: Setting) -> Iterator[Row]:

