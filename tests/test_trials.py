@@ -272,9 +272,13 @@ def test_the_resources_of_a_running_cluster(local_ray):
     code = f"from sweep.ray_cluster import cluster_machine; print(cluster_machine({address!r}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert found.returncode == 0, found.stderr
-    machine = re.fullmatch(r"Machine\(cores=8, gpus=4, memory_bytes=(\d+), gpu_memory_bytes=0\)\n", found.stdout)
-    assert machine, found.stdout
-    assert int(machine[1]) > 1024**3
+    node = re.fullmatch(
+        r"Machine\(nodes=\(Node\(cores=8, gpus=4, memory_bytes=(\d+), gpu_memory_bytes=\d+, "
+        r"node_id='[0-9a-f]{56}', address='127.0.0.1'\),\)\)\n",
+        found.stdout,
+    )
+    assert node, found.stdout
+    assert int(node[1]) > 1024**3
 
 
 class TestCheckAddress:
