@@ -19,6 +19,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
 # Ray's own state, every trial of it each time, is written at the end only: it is never read back.
 os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**6)
+# How many trials may wait for their workers to start: as many as are handed out, which is our own decision.
+os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**6)
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 import ray
