@@ -156,8 +156,7 @@ class Slots:
         for node in self._with_room(self._nodes[node_id] for node_id in self._nodes.keys() - before.keys()):
             self._told(f"node {node.address} has joined: {count(self._room(node), 'more trial')} at once")
         for node in self._with_room(before[node_id] for node_id in before.keys() - self._nodes.keys()):
-            own = sum(node_id == node.node_id for node_id in self._of_trial.values())
-            trials = f"; {count(own, 'trial')} of it go on elsewhere" if own else ""
+            trials = "; its trials go on elsewhere" if node.node_id in self._of_trial.values() else ""
             self._told(f"node {node.address} is lost: {count(self._room(node), 'trial')} fewer at once{trials}")
 
     def _with_room(self, nodes: Iterable[Node]) -> list[Node]:

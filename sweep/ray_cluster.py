@@ -32,6 +32,7 @@ from sweep.interruption import abandon
 from sweep.machine import ClusterUnreachable, Machine, Node, gpu_memory_bytes
 
 LOOP = "ray-tune"  # the thread that the loop of Ray Tune runs in
+MOST_ASKED_FOR = 1000  # trials at once; an autoscaler has limits of its own
 ANSWER_S = 30.0  # how long nodes may take to say what their GPUs are
 
 
@@ -144,6 +145,24 @@ def cluster_nodes() -> tuple[Node, ...]:
         for found in living
     ]
     return tuple(sorted(nodes, key=lambda node: (_as_numbers(node.address), node.node_id)))
+
+
+@contextmanager
+def asked_for(cpus: float, gpus: float, trials: int) -> Iterator[None]:
+    """Have an autoscaler, where the cluster has one, bring nodes for so many trials at once while the block runs.
+
+    Trials are given to nodes that are there, so Ray sees none waiting and would bring none by itself.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    bundle = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    with suppress(Exception):  # the sweep runs on the nodes there are
+        request_resources(bundles=[bundle] * min(trials, MOST_ASKED_FOR))
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # the cluster may be gone
+            request_resources(bundles=[])
 
 
 def _as_numbers(address: str) -> tuple[int | str, ...]:

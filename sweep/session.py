@@ -243,18 +243,16 @@ class _Session:
         if not inline:
             self._console.print(f"connecting to Ray at {address}" if address else "starting Ray and its workers")
         with self._watch.time("search"):
-            if inline:
-                _run_inline(self._trainings, self._plan, self._progress)
-            else:
-                _run_on_ray(
-                    self._trainings,
-                    self._plan,
-                    self._folder,
-                    self._cache_dir,
-                    address=address,
-                    progress=self._progress,
-                    told=self._note,
-                )
+            _run_trials(
+                self._trainings,
+                self._plan,
+                self._folder,
+                inline=inline,
+                address=address,
+                progress=self._progress,
+                cache_dir=self._cache_dir,
+                told=self._note,
+            )
 
     def _evaluate(self) -> None:
         """The final evaluation of either task, and its verdict."""
@@ -395,32 +393,33 @@ def _conductor(
     )
 
 
-def _run_inline(conductor: FinalTrainings, plan: Plan, progress: SweepProgress) -> None:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its chatter would run into ours
-    if not plan.allotment.gpus_per_trial:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    with progress.shown():
-        run_inline(conductor)
-
-
-def _run_on_ray(
+def _run_trials(
     conductor: FinalTrainings,
     plan: Plan,
     folder: RunFolder,
-    cache_dir: Path,
     *,
+    inline: bool,
     address: str,
     progress: SweepProgress,
+    cache_dir: Path,
     told: Callable[[str], None],
 ) -> None:
+    allotment = plan.allotment
+    if inline:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its chatter would run into ours
+        if not allotment.gpus_per_trial:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        with progress.shown():
+            run_inline(conductor)
+        return
     from sweep import ray_cluster, trials
 
-    allotment, cluster = plan.allotment, None
-    if address:
-        slots = Slots.of_nodes(allotment, ray_cluster.cluster_nodes, plan.prefix, told)
-        cluster = trials.Cluster(slots, cache_dir, told)
     with ray_cluster.ray_cluster(address, cores=plan.machine.cores, gpus=plan.machine.gpus), progress.shown():
-        cores = 0 if address else plan.machine.cores
+        cores, cluster = plan.machine.cores, None
+        if address:
+            slots = Slots.of_nodes(allotment, ray_cluster.cluster_nodes, plan.prefix, told)
+            most = plan.trials if allotment.most is None else min(plan.trials, allotment.most)
+            cores, cluster = 0, trials.Cluster(slots, cache_dir, told, most)
         placement = trials.Placement(allotment.cpus_per_trial, allotment.gpus_per_trial, allotment.concurrency, cores)
         trials.run_on_ray(conductor, placement, folder=folder.state, cluster=cluster)
 

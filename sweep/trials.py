@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
-from sweep.ray_cluster import LOOP  # before Ray, which reads what it sets
+from sweep.ray_cluster import LOOP, asked_for  # before Ray, which reads what it sets
 
 # isort: split
 from ray import tune
@@ -50,14 +50,12 @@ STOPPING_TIMEOUT_S = 12.0
 # How often Ray's loop may fail without an epoch between.
 MOST_IN_VAIN = 3
 RAY = "ray"  # name of Tune's own folder
-
-
 NODE_ID = "ray.io/node-id"  # label that each node bears
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What each trial takes, and how many run at once.
+    """What each trial takes, and how many run at once where no cluster says that.
 
     Attributes:
         cores: of the machine a trial has to itself where it is to be alone; 0 for no more than its own.
@@ -85,11 +83,13 @@ class Cluster:
         slots: of its nodes.
         cache_dir: of the driver.
         told: hears of what was carried between nodes.
+        most: trials that the sweep can use slots for at once, for an autoscaler.
     """
 
     slots: Slots
     cache_dir: Path
     told: Callable[[str], None]
+    most: int
 
 
 def run_on_ray(conductor: Conducting, placement: Placement, *, folder: Path, cluster: Cluster | None = None) -> None:
@@ -117,6 +117,7 @@ def run_on_ray(conductor: Conducting, placement: Placement, *, folder: Path, clu
             home = Home(cluster.cache_dir, folder)
             ask = stack.enter_context(depot_at_home(home, files_of(conductor.work.data), cluster.told))
             files = FilesOfNodes(home, ask)
+            stack.enter_context(asked_for(placement.cpus_per_trial, placement.gpus_per_trial, cluster.most))
         slots = cluster.slots if cluster else Slots.here(placement.concurrency)
         _run_to_the_end(conductor, _Reference(conductor, slots), placement, folder, files)
 

@@ -109,7 +109,7 @@ def test_a_node_that_joins_gets_work_and_one_that_leaves_is_left(clock):
     assert not cluster.slots.is_gone("b")
     assert cluster.told == [
         "node 10.0.0.2 has joined: 1 more trial at once",
-        "node 10.0.0.1 is lost: 2 trials fewer at once; 2 trials of it go on elsewhere",
+        "node 10.0.0.1 is lost: 2 trials fewer at once; its trials go on elsewhere",
     ]
 
 
