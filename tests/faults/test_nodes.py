@@ -76,7 +76,8 @@ def test_trials_of_a_lost_node_go_on_with_another(tmp_path):
 
 
 SHARES_NO_DISK = """
-    import json, os, signal, subprocess, sys, threading, time
+    import json, os, subprocess, sys, threading, time
+    from contextlib import suppress
     from pathlib import Path
 
     from sweep import trials  # sets what Ray reads when it is imported
@@ -102,17 +103,23 @@ SHARES_NO_DISK = """
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     ray.init(address=cluster.address, log_to_driver=False)
 
-    # A node that has folders of its own in place of the driver's, at the same paths.
-    start = f"{sys.executable} -m ray.scripts.scripts start --address={cluster.address} --num-cpus=1 --block"
-    hide = " && ".join(f"mount -t tmpfs tmpfs {own}" for own in (run, cache))
-    hidden = subprocess.Popen(
-        ["unshare", "--mount", "sh", "-c", f"{hide} && exec {start}"], stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    started = []
 
-    def kill_hidden():
-        for process in [*psutil.Process(hidden.pid).children(recursive=True), hidden]:
-            process.kill()
+    def start(*before, **environment):
+        command = f"{sys.executable} -m ray.scripts.scripts start --address={cluster.address} --num-cpus=1 --block"
+        started.append(subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", " && ".join([*before, f"exec {command}"])],
+            env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ))
+
+    def kill(node):
+        for process in [*psutil.Process(node.pid).children(recursive=True), node]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.wait()
+
+    # A node that has folders of its own in place of the driver's, at the same paths.
+    start(*(f"mount -t tmpfs tmpfs {own}" for own in (run, cache)))
 
     class Told(Heard):
         elsewhere = 0
@@ -121,11 +128,10 @@ SHARES_NO_DISK = """
             super().epoch(metrics)
             self.elsewhere += metrics.device.startswith(str(cache))
             if len(self.epochs) == 6:
-                joins = {"num_cpus": 1, "env_vars": {"SWEEP_NODE_CACHE": str(third)}}
-                threading.Thread(target=cluster.add_node, kwargs={"wait": False, **joins}).start()
-            if self.elsewhere == 20 and not self.killed:
+                start(SWEEP_NODE_CACHE=str(third))
+            if self.elsewhere == 40 and not self.killed:
                 self.killed = True
-                threading.Thread(target=kill_hidden).start()
+                threading.Thread(target=kill, args=(started[0],)).start()
 
         killed = False
 
@@ -136,18 +142,19 @@ SHARES_NO_DISK = """
             time.sleep(0.5)
         assert len(nodes) == 2, "the second node has not come"
         conductor, heard = fake_sweep(
-            run, "tests.faults.programs:reading", trials=9, epochs=15, heard=Told(), pixels=pixels,
+            run, "tests.faults.programs:reading", trials=12, epochs=20, heard=Told(), pixels=pixels,
             retried=lambda trial_id, end, epochs: notes.append([trial_id, end.fault, epochs]),
         )
-        allotment = allot(ResourceSpec(cpus_per_trial=1.0), Machine(nodes), 9, TrialMemory(1, 1, 1))
+        allotment = allot(ResourceSpec(cpus_per_trial=1.0), Machine(nodes), 12, TrialMemory(1, 1, 1))
         slots = Slots.of_nodes(allotment, cluster_nodes, lambda config: None, told.append)
         trials.run_on_ray(
             conductor, trials.Placement(1.0, 0.0, 2), folder=run,
-            cluster=trials.Cluster(slots, cache, told.append, most=9),
+            cluster=trials.Cluster(slots, cache, told.append, most=12),
         )
     finally:
-        if hidden.poll() is None:
-            kill_hidden()
+        for node in started:
+            if node.poll() is None:
+                kill(node)
     known = {path.parent.name: json.loads(path.read_text()) for path in run.glob("trials/*/checkpoint.json")}
     found = {
         "outcomes": [[str(result.outcome), result.error] for result in heard.results.values()],
@@ -169,9 +176,9 @@ SHARES_NO_DISK = """
 def test_nodes_that_share_no_disk_train_join_and_are_lost(tmp_path):
     """One node has other folders at the same paths, one that joins another cache; the first of these is killed."""
     found = run_apart(SHARES_NO_DISK, tmp_path)
-    assert found["outcomes"] == [["completed", ""]] * 9
-    assert len(found["epochs"]) == len({(trial_id, epoch) for trial_id, epoch, _ in found["epochs"]}) == 9 * 15
-    assert found["elsewhere"] >= 20
+    assert found["outcomes"] == [["completed", ""]] * 12
+    assert len(found["epochs"]) == len({(trial_id, epoch) for trial_id, epoch, _ in found["epochs"]}) == 12 * 20
+    assert found["elsewhere"] >= 40
     assert found["pixels"] == [3 * 64], "they have arrived there"
     assert found["third"], "and on the node that joined"
     assert not found["on_driver"], "the folders were hidden indeed"
@@ -182,7 +189,7 @@ def test_nodes_that_share_no_disk_train_join_and_are_lost(tmp_path):
     for trial_id, ended in found["known"].items():
         told = [ended_ms for own, _, ended_ms in found["epochs"] if own == trial_id]
         assert told == ended, "all is home, and no epoch that was told of has been trained again"
-    assert len(found["known"]) == 9
+    assert len(found["known"]) == 12
     joined, *others = found["told"]
     assert joined.endswith("has joined: 1 more trial at once")
     assert any("is lost: 1 trial fewer at once" in line for line in others)
