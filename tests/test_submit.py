@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sweep import following, parcel, run
-from sweep.fetching import FETCHED
+from sweep.pickup import FETCHED
 from sweep.jobs import LEAST_RAY, ClusterRefused, JobServer, checked_address
 from sweep.submit import UNKNOWN, main, run_options, submission_parser
 from sweep.submitted import VARIABLE, Submission

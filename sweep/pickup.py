@@ -51,6 +51,8 @@ def fetch(server: JobServer, job_id: str, run_folder: str, target: Path | None, 
         FetchFailed: nothing came, or it cannot be written here.
         Unanswered, ClusterRefused, NoSuchJob
     """
+    if "://" in run_folder:
+        raise FetchFailed(f"the run folder is {run_folder}, and the report can be read there")
     files_job = f"{job_id[:150]}-files-{secrets.token_hex(2)}"
     command = f"exec {python} -m sweep.parcel {shlex.quote(run_folder)}"
     patiently(lambda: server.submit(files_job, command, {}, {"kind": KIND, "of": job_id}))
