@@ -3,11 +3,12 @@
 import json
 import secrets
 import shlex
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from sweep.following import await_end, patiently
-from sweep.jobs import JobServer
-from sweep.parcel import ParcelDamaged, unpacked
+from sweep.jobs import JobServer, NoSuchJob, Unanswered
+from sweep.parcel import Parcel, ParcelDamaged, unpacked
 
 FETCHED = "fetched.json"  # marks a folder as one of ours, to be fetched into again
 RUNS = Path("runs")
@@ -57,7 +58,8 @@ def fetch(server: JobServer, job_id: str, run_folder: str, target: Path | None, 
     command = f"exec {python} -m sweep.parcel {shlex.quote(run_folder)}"
     patiently(lambda: server.submit(files_job, command, {}, {"kind": KIND, "of": job_id}))
     job, log = await_end(server, files_job)
-    patiently(lambda: server.forget(files_job))
+    with suppress(NoSuchJob, Unanswered):  # it is off the list already, or stays on it
+        server.forget(files_job)
     try:
         parcel = unpacked(log)
     except ParcelDamaged as error:
@@ -66,6 +68,9 @@ def fetch(server: JobServer, job_id: str, run_folder: str, target: Path | None, 
     if not parcel.files:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in parcel.left_out.items())
         raise FetchFailed(f"{run_folder} on the cluster has none of these files yet: {reasons}")
+    if target is None and _is_here(parcel, Path(run_folder)):
+        print(f"the run folder is on this machine: {run_folder}", flush=True)
+        return Path(run_folder)
     folder = target or _free(PurePosixPath(run_folder).name, job_id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +84,14 @@ def fetch(server: JobServer, job_id: str, run_folder: str, target: Path | None, 
     sizes = ", ".join(f"{name} ({len(content):,} bytes)" for name, content in parcel.files.items())
     print(f"fetched to {folder}: {sizes}; everything else is in {run_folder} on the cluster", flush=True)
     return folder
+
+
+def _is_here(parcel: Parcel, folder: Path) -> bool:
+    """Whether a run folder is on this very machine, as on the head itself."""
+    try:
+        return all((folder / name).read_bytes() == content for name, content in parcel.files.items())
+    except OSError:
+        return False
 
 
 def _free(name: str, job_id: str) -> Path:

@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sweep.document import SpecError
-from sweep.pickup import FetchFailed, check_target, fetch
 from sweep.following import ended_words, exit_status, follow, patiently, run_folder, was_cut_off
 from sweep.jobs import ClusterRefused, Job, JobServer, NoSuchJob, Unanswered
+from sweep.pickup import FetchFailed, check_target, fetch
 from sweep.run import DONE, PIPED_WIDTH, UNFINISHED, WRONG_INPUT, add_options, overrides
 from sweep.spec import SweepSpec, checked_name, read_spec
 from sweep.submitted import VARIABLE, Submission

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -59,6 +60,7 @@ class FakeCluster:
         started: makes the job of a request.
         token: that it wants, "" for none.
         version: of Ray, as `/api/version` has it.
+        disk: where its root folder lies on this machine.
         fault: (method, path, how many requests came before) -> "" for an answer; "cut" the connection ends without
             one; "half" the answer is cut short; "lost" it is dropped after the work was done; or an HTTP status.
         asked: (method, path, headers, body) of every request.
@@ -67,6 +69,7 @@ class FakeCluster:
     started: Callable[[dict[str, Any]], FakeJob] = FakeJob
     token: str = ""
     version: str = RAY
+    disk: Path = Path("/")
     fault: Callable[[str, str, int], str] = lambda method, path, before: ""
     asked: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
     jobs: dict[str, FakeJob] = field(default_factory=dict)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from sweep import following, parcel, run
-from sweep.pickup import FETCHED
 from sweep.jobs import LEAST_RAY, ClusterRefused, JobServer, checked_address
+from sweep.pickup import FETCHED
 from sweep.submit import UNKNOWN, main, run_options, submission_parser
 from sweep.submitted import VARIABLE, Submission
 from sweep.submitted import main as submitted_main
@@ -31,6 +31,7 @@ space:
   image_side: 72
   epochs: 1
 """
+REMOTE = "/runs/tiny"
 LINES = [f"trial {number} has ended with macro F1 0.{number:03}\n" for number in range(30)]
 
 
@@ -61,8 +62,8 @@ def space(tmp_path) -> Path:
 
 
 @pytest.fixture
-def cluster() -> Iterator[FakeCluster]:
-    with FakeCluster().serving() as found:
+def cluster(tmp_path) -> Iterator[FakeCluster]:
+    with FakeCluster(disk=tmp_path / "cluster").serving() as found:
         yield found
 
 
@@ -72,9 +73,8 @@ def sweep_of(cluster: FakeCluster, **facts) -> None:
     def started(sent):
         words = shlex.split(sent["entrypoint"])
         if "sweep.parcel" in words:
-            return FakeJob(
-                sent, ["Running entrypoint\n" + "".join(f"{line}\n" for line in parcel.packed(Path(words[-1])))]
-            )
+            lines = parcel.packed(cluster.disk / words[-1].lstrip("/"))
+            return FakeJob(sent, ["Running entrypoint\n" + "".join(f"{line}\n" for line in lines)])
         return FakeJob(sent, **{**facts, "steps": list(facts.get("steps", ()))})
 
     cluster.started = started
@@ -85,6 +85,7 @@ def submit(cluster: FakeCluster, *arguments: object) -> int:
 
 
 def run_folder(root: Path, report: bytes = b"<html>report</html>") -> Path:
+    """`REMOTE` on the cluster, as it lies on this machine."""
     folder = root / "cluster" / "runs" / "tiny"
     folder.mkdir(parents=True)
     (folder / "report.html").write_bytes(report)
@@ -229,7 +230,8 @@ class TestFollowing:
         assert said in capsys.readouterr().out
 
     def test_a_sweep_that_was_killed_tells_how_to_go_on(self, cluster, space, tmp_path, capsys):
-        log = [f"run folder: {run_folder(tmp_path)}\n", "trial 1\n"]
+        run_folder(tmp_path)
+        log = [f"run folder: {REMOTE}\n", "trial 1\n"]
         sweep_of(cluster, steps=log, state="FAILED", exit_status=-9)
         assert submit(cluster, space) == 1
         assert "--resume --name tiny" in capsys.readouterr().out
@@ -320,14 +322,14 @@ class TestFollowing:
 class TestFetching:
     def test_the_files_come_as_they_are(self, cluster, space, tmp_path, capsys):
         remote = run_folder(tmp_path, random.Random(0).randbytes(300_000))
-        sweep_of(cluster, steps=[f"run folder: {remote}\n", *LINES])
+        sweep_of(cluster, steps=[f"run folder: {REMOTE}\n", *LINES])
         assert submit(cluster, space) == 0
         for name in parcel.FILES:
             assert (Path("runs/tiny") / name).read_bytes() == (remote / name).read_bytes()
         (job_id,) = cluster.jobs  # the second job is forgotten
         assert json.loads(Path("runs/tiny", FETCHED).read_text())["job"] == job_id
         shown = capsys.readouterr().out
-        assert f"in {remote} on the cluster" in shown
+        assert f"in {REMOTE} on the cluster" in shown
         assert parcel.BEGIN not in shown
 
         (remote / "report.html").write_bytes(b"newer")
@@ -340,11 +342,27 @@ class TestFetching:
         own = tmp_path / "runs" / "tiny"
         own.mkdir(parents=True)
         (own / "report.html").write_text("of this machine")
-        sweep_of(cluster, steps=[f"run folder: {run_folder(tmp_path)}\n"])
+        run_folder(tmp_path)
+        sweep_of(cluster, steps=[f"run folder: {REMOTE}\n"])
         assert submit(cluster, space) == 0
         assert submit(cluster, space) == 0
         assert (own / "report.html").read_text() == "of this machine"
         assert {path.name for path in (tmp_path / "runs").iterdir()} == {"tiny", "tiny-2", "tiny-3"}
+
+    def test_on_the_head_itself_nothing_is_copied(self, cluster, space, tmp_path, capsys):
+        cluster.disk = Path("/")
+        remote = run_folder(tmp_path)
+        sweep_of(cluster, steps=[f"run folder: {remote}\n"])
+        assert submit(cluster, space) == 0
+        assert f"the run folder is on this machine: {remote}" in capsys.readouterr().out
+        assert not (tmp_path / "runs").exists()
+        assert submit(cluster, space, "--fetch-to", "here") == 0
+        assert Path("here/report.html").read_bytes() == (remote / "report.html").read_bytes()
+
+    def test_a_run_folder_at_a_url(self, cluster, space, capsys):
+        sweep_of(cluster, steps=["run folder: s3://bucket/runs/tiny\n"])
+        assert submit(cluster, space) == 0
+        assert "s3://bucket/runs/tiny, and the report can be read there" in capsys.readouterr().out
 
     def test_a_folder_with_other_files_is_refused_before_the_sweep(self, cluster, space, tmp_path, capsys):
         (tmp_path / "notes.txt").write_text("mine")
@@ -357,7 +375,7 @@ class TestFetching:
         remote = run_folder(tmp_path, bytes(2000))
         (remote / "trials.csv").unlink()
         monkeypatch.setattr(parcel, "MOST_BYTES", 1000)
-        sweep_of(cluster, steps=[f"run folder: {remote}\n"])
+        sweep_of(cluster, steps=[f"run folder: {REMOTE}\n"])
         assert submit(cluster, space) == 0
         shown = capsys.readouterr().out
         assert "report.html was not fetched: it has 2,000 bytes, 1,000 at most" in shown
@@ -365,7 +383,7 @@ class TestFetching:
         assert {path.name for path in Path("runs/tiny").iterdir()} == {"summary.json", FETCHED}
 
     def test_a_failure_leaves_the_sweeps_status(self, cluster, space, tmp_path, capsys):
-        sweep_of(cluster, steps=[f"run folder: {tmp_path / 'gone'}\n"])
+        sweep_of(cluster, steps=["run folder: /runs/gone\n"])
         assert submit(cluster, space) == 0
         assert "not fetched" in (shown := capsys.readouterr().out)
         (job_id,) = cluster.jobs

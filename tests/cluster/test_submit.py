@@ -105,7 +105,8 @@ class TestSubmit:
     def test_a_sweep_over_a_connection_that_is_cut(self, head, desk):
         wire = Wire(head.port)
         desk.port = wire.port
-        process = desk.started(write_space(desk, 3))
+        local = desk.folder / "fetched"
+        process = desk.started(write_space(desk, 3), "--fetch-to", local)
         lines = []
         try:
             for line in process.stdout:
@@ -130,7 +131,6 @@ class TestSubmit:
 
         (remote,) = [Path(line.removeprefix("run folder: ").strip()) for line in lines if line.startswith("run folder")]
         assert remote == head.folder / "runs" / "small", "relative paths are those of the folder Ray was started in"
-        local = desk.folder / "runs" / "small"
         for name in FILES:
             assert (local / name).read_bytes() == (remote / name).read_bytes()
         with (local / "trials.csv").open(newline="") as file:
@@ -178,7 +178,7 @@ class TestSubmit:
         entries = [json.loads(line) for line in (run / "state" / "epochs.jsonl").read_text().splitlines()]
         told = [(entry["trial_id"], entry["epoch"]) for entry in entries]
         assert len(told) == len(set(told)), "each epoch once"
-        assert (desk.folder / "runs" / "long" / "report.html").read_bytes() == (run / "report.html").read_bytes()
+        assert f"the run folder is on this machine: {run}" in said
 
 
 def desk_at(desk: Desk, head: Head) -> Desk:
