@@ -234,7 +234,7 @@ class JobServer:
                 ) from error
             raise Unanswered(f"no answer from {self.address}: {error.reason}") from error
         except (OSError, http.client.HTTPException) as error:
-            raise Unanswered(f"no answer from {self.address}: {error or type(error).__name__}") from error
+            raise Unanswered(f"no answer from {self.address}: {str(error) or type(error).__name__}") from error
 
     def _read(self, answer: http.client.HTTPResponse | urllib.error.HTTPError) -> bytes:
         try:

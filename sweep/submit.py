@@ -20,9 +20,11 @@ from rich.text import Text
 
 from sweep.document import SpecError
 from sweep.following import ended_words, exit_status, follow, patiently, run_folder, was_cut_off
+from sweep.interruption import INTERRUPTED
 from sweep.jobs import ClusterRefused, Job, JobServer, NoSuchJob, Unanswered
 from sweep.pickup import FetchFailed, check_target, fetch
 from sweep.run import DONE, PIPED_WIDTH, UNFINISHED, WRONG_INPUT, add_options, overrides
+from sweep.space import Range
 from sweep.spec import SweepSpec, checked_name, read_spec
 from sweep.submitted import VARIABLE, Submission
 from sweep.wording import count, duration, listed
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UNKNOWN
     except KeyboardInterrupt:
         print("interrupted; nothing was changed on the cluster", file=sys.stderr)
-        return UNKNOWN
+        return INTERRUPTED
     return WRONG_INPUT
 
 
@@ -134,7 +136,7 @@ def _submit(server: JobServer, arguments: argparse.Namespace, given: Sequence[st
         metadata = {"kind": KIND, "name": spec.name}
         patiently(lambda: server.submit(job_id, entrypoint, environment, metadata))
     except (KeyboardInterrupt, Unanswered) as error:
-        print(f"{error or 'interrupted'}: {job_id} may have been started;", file=sys.stderr)
+        print(f"{str(error) or 'interrupted'}: {job_id} may have been started;", file=sys.stderr)
         print(f"  to see: {_command(arguments, '--list')}", file=sys.stderr)
         return UNKNOWN
     print(f"submitted to {server.address} (Ray {version}) as {job_id}", flush=True)
@@ -163,8 +165,8 @@ def _paths_here(spec: SweepSpec, arguments: argparse.Namespace) -> Iterator[str]
     """Options and values whose path leads somewhere on this machine, where a person may have thought of that."""
     named = [("data.source", source.source) for source in spec.data.all_sources]
     for axis in ("weights", "lung_mask"):
-        if axis in spec.space.axes:
-            named += [(axis, str(value)) for (value,) in sorted(spec.space.combinations(axis), key=str)]
+        domains = spec.space.axes[axis].domains if axis in spec.space.axes else ()
+        named += [(axis, str(value)) for domain in domains if not isinstance(domain, Range) for value in domain]
     if arguments.weights_dir:
         named.append(("--weights-dir", str(arguments.weights_dir)))
     yield from (f"{name} {value}" for name, value in named if os.sep in value and Path(value).expanduser().exists())
@@ -231,7 +233,7 @@ def _stop(server: JobServer, arguments: argparse.Namespace, job: Job) -> int:
     try:
         job, log = follow(server, job.id, shown)
     except (KeyboardInterrupt, Unanswered, ClusterRefused) as error:
-        print(f"{error or 'not waiting any longer'}; it is being stopped\n{_where_to_look(arguments, job.id)}")
+        print(f"{str(error) or 'not waiting any longer'}; it is being stopped\n{_where_to_look(arguments, job.id)}")
         return UNKNOWN
     _tell_the_end(arguments, job, log)
     return DONE
@@ -262,7 +264,9 @@ def _followed(server: JobServer, arguments: argparse.Namespace, job_id: str, spe
         try:
             fetch(server, job_id, folder, arguments.fetch_to, arguments.python)
         except (KeyboardInterrupt, FetchFailed, Unanswered, ClusterRefused, NoSuchJob) as error:
-            print(f"not fetched: {error or 'interrupted'}\n  to try again: {_command(arguments, '--fetch', job_id)}")
+            print(
+                f"not fetched: {str(error) or 'interrupted'}\n  to try again: {_command(arguments, '--fetch', job_id)}"
+            )
     return status
 
 

@@ -169,6 +169,8 @@ class TestWhatIsSent:
         (tmp_path / "xrays").mkdir()
         submit(cluster, space, "--data", tmp_path / "xrays", "--detach")
         assert f"data.source {tmp_path}/xrays is on this machine too" in capsys.readouterr().out
+        submit(cluster, space, "--set", f"weights=[none, {tmp_path}/xrays]", "--detach")
+        assert f"weights {tmp_path}/xrays is on this machine too" in capsys.readouterr().out
         submit(cluster, space, "--data", "/data/only/there", "--detach")
         assert "this machine" not in capsys.readouterr().out
 
@@ -178,6 +180,19 @@ class TestWhatIsSent:
         assert submit(cluster, space) == 0
         assert len(cluster.jobs) == 1
         assert sum(method == "POST" for method, *_ in cluster.asked) == 3
+
+    def test_interrupted_while_it_is_sent(self, cluster, space, capsys, monkeypatch):
+        def interrupted(self, *_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(JobServer, "submit", interrupted)
+        assert submit(cluster, space) == UNKNOWN
+        said = capsys.readouterr().err
+        assert said.startswith("interrupted: tiny-2")
+        assert "may have been started" in said
+        monkeypatch.setattr(JobServer, "check", interrupted)
+        assert submit(cluster, space) == 130
+        assert "nothing was changed" in capsys.readouterr().err
 
     def test_detached(self, cluster, space, capsys):
         sweep_of(cluster, ends=False)

@@ -125,7 +125,7 @@ class TestSubmit:
         job_id = submitted_id(said)
 
         written = head.log(job_id).splitlines(keepends=True)
-        ours = ("submitted", "note:", "Ctrl-C", "no answer", "the answer of", "connected", "fetched", job_id)
+        ours = ("submitted", "note:", "Ctrl-C", "no answer", "the answer of", "http://", "connected", "fetched", job_id)
         assert [line for line in lines if not line.startswith(ours)] == written, "no line twice, none lost"
         assert sum("run folder: " in line for line in lines) == 1
 
