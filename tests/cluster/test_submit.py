@@ -28,6 +28,7 @@ space:
   freeze: [all, "convs:1"]
   learning_rate: 3e-3
   epochs: {epochs}
+resources: {{concurrency: 1}}
 """
 TIMEOUT_S = 600.0
 
@@ -125,7 +126,7 @@ class TestSubmit:
         job_id = submitted_id(said)
 
         written = head.log(job_id).splitlines(keepends=True)
-        ours = ("submitted", "note:", "Ctrl-C", "no answer", "the answer of", "http://", "connected", "fetched", job_id)
+        ours = ("submitted", "Ctrl-C", "no answer", "the answer of", "http://", "connected", "fetched", job_id)
         assert [line for line in lines if not line.startswith(ours)] == written, "no line twice, none lost"
         assert sum("run folder: " in line for line in lines) == 1
 
