@@ -171,14 +171,6 @@ class JobServer:
         """
         self._ask("POST", f"{_path(job_id)}/stop")
 
-    def forget(self, job_id: str) -> None:
-        """Take a job that has ended off the cluster's list.
-
-        Raises:
-            ClusterRefused, Unanswered, NoSuchJob
-        """
-        self._ask("DELETE", _path(job_id))
-
     def _ask(self, method: str, path: str) -> Any:
         status, body = self._send(method, path)
         if status != http.client.OK:

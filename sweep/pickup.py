@@ -3,16 +3,15 @@
 import json
 import secrets
 import shlex
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from sweep.following import await_end, patiently
-from sweep.jobs import JobServer, NoSuchJob, Unanswered
+from sweep.jobs import JobServer
 from sweep.parcel import Parcel, ParcelDamaged, unpacked
 
 FETCHED = "fetched.json"  # marks a folder as one of ours, to be fetched into again
 RUNS = Path("runs")
-KIND = "cxr-sweep files"
+KIND = "cxr-sweep files"  # marks the second job, which `--list` passes over
 SHOWN_LINES = 5
 
 
@@ -57,9 +56,8 @@ def fetch(server: JobServer, job_id: str, run_folder: str, target: Path | None, 
     files_job = f"{job_id[:150]}-files-{secrets.token_hex(2)}"
     command = f"exec {python} -m sweep.parcel {shlex.quote(run_folder)}"
     patiently(lambda: server.submit(files_job, command, {}, {"kind": KIND, "of": job_id}))
+    # It stays on the cluster's own list: Ray brings one that was taken off at once back, as failed.
     job, log = await_end(server, files_job)
-    with suppress(NoSuchJob, Unanswered):  # it is off the list already, or stays on it
-        server.forget(files_job)
     try:
         parcel = unpacked(log)
     except ParcelDamaged as error:

@@ -22,6 +22,7 @@ from sweep.document import SpecError
 from sweep.following import ended_words, exit_status, follow, patiently, run_folder, was_cut_off
 from sweep.interruption import INTERRUPTED
 from sweep.jobs import ClusterRefused, Job, JobServer, NoSuchJob, Unanswered
+from sweep.pickup import KIND as FILES_KIND
 from sweep.pickup import FetchFailed, check_target, fetch
 from sweep.run import DONE, PIPED_WIDTH, UNFINISHED, WRONG_INPUT, add_options, overrides
 from sweep.space import Range
@@ -210,7 +211,7 @@ def _list(server: JobServer) -> int:
         console.print(table)
     else:
         print("no sweep")
-    if others := len(jobs) - len(ours):
+    if others := len([job for job in jobs if job.metadata.get("kind") not in (KIND, FILES_KIND)]):
         print(f"and {count(others, 'job')} of other kinds")
     return DONE
 

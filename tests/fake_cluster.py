@@ -100,9 +100,6 @@ class FakeCluster:
         if action == "stop":
             job.state, job.exit_status, job.ends = "STOPPED", None, True
             return 200, json.dumps({"stopped": True})
-        if method == "DELETE":
-            del self.jobs[job_id]
-            return 200, json.dumps({"deleted": True})
         job.step()
         return 200, json.dumps(job.details())
 
@@ -130,7 +127,7 @@ class FakeCluster:
                 self.end_headers()
                 self.wfile.write(content[: len(content) // 2] if happens == "half" else content)
 
-            do_GET = do_POST = do_DELETE = _handle  # noqa: N815 - names of the standard library
+            do_GET = do_POST = _handle  # noqa: N815 - names of the standard library
 
             def log_message(self, *_: Any) -> None:
                 pass

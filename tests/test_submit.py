@@ -14,6 +14,7 @@ import pytest
 from sweep import following, parcel, run
 from sweep.jobs import LEAST_RAY, ClusterRefused, JobServer, checked_address
 from sweep.pickup import FETCHED
+from sweep.pickup import KIND as FILES_KIND
 from sweep.submit import UNKNOWN, main, run_options, submission_parser
 from sweep.submitted import VARIABLE, Submission
 from sweep.submitted import main as submitted_main
@@ -321,6 +322,7 @@ class TestFollowing:
         (job_id,) = cluster.jobs
         cluster.jobs["other"] = FakeJob({"submission_id": "other"})
         capsys.readouterr()
+        cluster.jobs["files"] = FakeJob({"submission_id": "files", "metadata": {"kind": FILES_KIND}})
         assert submit(cluster, "--list") == 0
         shown = capsys.readouterr().out
         (row,) = [line.split() for line in shown.splitlines() if line.startswith(job_id)]
@@ -341,7 +343,8 @@ class TestFetching:
         assert submit(cluster, space) == 0
         for name in parcel.FILES:
             assert (Path("runs/tiny") / name).read_bytes() == (remote / name).read_bytes()
-        (job_id,) = cluster.jobs  # the second job is forgotten
+        job_id, files_job = cluster.jobs
+        assert files_job.startswith(f"{job_id}-files-")
         assert json.loads(Path("runs/tiny", FETCHED).read_text())["job"] == job_id
         shown = capsys.readouterr().out
         assert f"in {REMOTE} on the cluster" in shown
@@ -401,7 +404,7 @@ class TestFetching:
         sweep_of(cluster, steps=["run folder: /runs/gone\n"])
         assert submit(cluster, space) == 0
         assert "not fetched" in (shown := capsys.readouterr().out)
-        (job_id,) = cluster.jobs
+        job_id, _ = cluster.jobs
         assert f"--fetch {job_id}" in shown
         assert submit(cluster, "--fetch", job_id) == 1
 
