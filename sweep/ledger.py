@@ -40,7 +40,7 @@ class SentRun:
 
 
 class Ledger:
-    """How far a sweep has been sent. It holds no address of a server, which may have a password in it.
+    """How far a sweep has been sent. It holds no address of a server: another one may come next.
 
     Attributes:
         sweep_id: marks the runs of this sweep, wherever they are sent.
