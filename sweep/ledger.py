@@ -89,6 +89,16 @@ class Ledger:
         """The server does not know this run."""
         self._add({"forgotten": trial_id})
 
+    def lacking(self, epochs: Mapping[str, int]) -> int:
+        """How many epochs have not been sent.
+
+        Args:
+            epochs: trial -> how many it has.
+        """
+        runs = dict(self.runs)  # whoever asks may be in another thread
+        sent = {trial_id: epochs.get(trial_id, 0) if run.ended else run.epochs for trial_id, run in runs.items()}
+        return sum(max(0, number - sent.get(trial_id, 0)) for trial_id, number in epochs.items())
+
     def _add(self, entry: Mapping[str, Any]) -> None:
         append_line(self._path, entry)
         self._take(entry)

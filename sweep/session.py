@@ -5,7 +5,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from sweep.halving import Halving
 from sweep.interruption import deferred
 from sweep.lung_masks import input_tags
 from sweep.masking import masked_arrays
+from sweep.metering import Meter
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress, StepProgress, SweepProgress
 from sweep.record import Record, RunFolder, ranked, read_epochs, read_lines, write_json
@@ -170,7 +171,15 @@ class _Session:
             features=plan.cache.budget.folder if plan.cache.budget else None,
         )
         self._timeline = Timeline(metrics for epochs in self.record.past.epochs.values() for metrics in epochs)
-        listeners = (self.record, self.tracker, self._progress, self._timeline)
+        self._meter = Meter(
+            plan.spec.objective,
+            self.record.past,
+            trials=plan.trials,
+            running=lambda: self._conductor.training,
+            left_s=self._progress.seconds_left,
+            lacking=self.tracker.lacking,
+        )
+        listeners = (self.record, self.tracker, self._progress, self._timeline, self._meter)
         self._conductor = _conductor(plan, folder, data, listeners, self._progress, sessions)
         tests = bool(len(plan.indices(TEST)))
         self._trainings = FinalTrainings(
@@ -242,8 +251,22 @@ class _Session:
             self._console.print(f"connecting to Ray at {address}" if address else "starting Ray and its workers")
         with self._watch.time("search"):
             _run_trials(
-                self._trainings, self._plan, self._folder, inline=inline, address=address, progress=self._progress
+                self._trainings,
+                self._plan,
+                self._folder,
+                inline=inline,
+                address=address,
+                progress=self._progress,
+                exported=lambda: self._exported(address),
             )
+
+    def _exported(self, address: str) -> AbstractContextManager[None]:
+        """While Ray is connected, what Prometheus is told; nothing of a Ray of this machine alone."""
+        if not address:
+            return nullcontext()
+        from sweep.ray_metrics import exported
+
+        return exported(self._meter, self._plan.spec.name, told=self._note)
 
     def _evaluate(self) -> None:
         """The final evaluation of either task, and its verdict."""
@@ -385,7 +408,14 @@ def _conductor(
 
 
 def _run_trials(
-    conductor: FinalTrainings, plan: Plan, folder: RunFolder, *, inline: bool, address: str, progress: SweepProgress
+    conductor: FinalTrainings,
+    plan: Plan,
+    folder: RunFolder,
+    *,
+    inline: bool,
+    address: str,
+    progress: SweepProgress,
+    exported: Callable[[], AbstractContextManager[None]],
 ) -> None:
     allotment = plan.allotment
     if inline:
@@ -397,7 +427,8 @@ def _run_trials(
         return
     from sweep import ray_cluster, trials
 
-    with ray_cluster.ray_cluster(address, cores=plan.machine.cores, gpus=plan.machine.gpus), progress.shown():
+    connected = ray_cluster.ray_cluster(address, cores=plan.machine.cores, gpus=plan.machine.gpus)
+    with connected, progress.shown(), exported():
         cores = 0 if address else plan.machine.cores
         placement = trials.Placement(allotment.cpus_per_trial, allotment.gpus_per_trial, allotment.concurrency, cores)
         trials.run_on_ray(conductor, placement, folder=folder.state)

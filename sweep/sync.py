@@ -74,14 +74,9 @@ class Unsent:
     @property
     def left(self) -> Left:
         runs = self._ledger.runs
-        epochs = {
-            trial_id: max(0, last - (runs[trial_id].epochs if trial_id in runs else 0))
-            for trial_id, last in self._epochs.items()
-            if not (trial_id in runs and runs[trial_id].ended)
-        }
         ends = [trial_id for trial_id in self._ended if not (trial_id in runs and runs[trial_id].ended)]
         others = len(self._entries) - self._ledger.spooled
-        return Left(sum(epochs.values()), len(ends), others, len(self.models))
+        return Left(self._ledger.lacking(self._epochs), len(ends), others, len(self.models))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -118,6 +118,10 @@ class Tracker:
         self._tried.wait(OPENING_TIMEOUT_S)
         return ui_address(self._uri, self._experiment_id)
 
+    def lacking(self, epochs: Mapping[str, int]) -> int:
+        """How many epochs MLflow does not have, of trials that have so many each."""
+        return self._ledger.lacking(epochs)
+
     def opened(self) -> None:
         """Open the sweep's run, or go on with it; the run folder holds the spec and the split by now."""
         if self._spool.entries():
