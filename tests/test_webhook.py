@@ -5,8 +5,8 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +16,8 @@ from cxr_models.trial import Objective, TrialConfig
 from sweep import run, session, webhook
 from sweep.session import Ended
 from sweep.webhook import FILE_VARIABLE, URL_VARIABLE, Webhook, ending_text, take_webhook, without_patients
+from tests.channels import SECRET, Channel, answered
 
-SECRET = "T000/B000/hunter2-of-nobody"
 OBJECTIVE = Objective("macro_f1", "max")
 CONFIG = TrialConfig("vanilla_cnn", freeze="none", learning_rate=3e-3)
 SUMMARY = {
@@ -26,44 +26,6 @@ SUMMARY = {
     "best": {"trial_id": "t0", "config": CONFIG.to_json(), "val": {"macro_f1": 0.9213}},
     "test": {"macro_f1": {"value": 0.9128, "low": 0.8899, "high": 0.9301}},
 }
-Answer = Callable[[BaseHTTPRequestHandler], None]
-
-
-def answered(status: int) -> Answer:
-    return lambda handler: handler.send_response(status) or handler.end_headers()
-
-
-class Channel:
-    """A chat's server on loopback; answers as it is told, and from then on with 200."""
-
-    def __init__(self) -> None:
-        channel = self
-        self.asked: list[tuple[str, str, bytes]] = []
-        self.answers: list[Answer] = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def _take(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                channel.asked.append((f"{self.command} {self.path}", self.headers.get("Content-Type", ""), body))
-                (channel.answers.pop(0) if channel.answers else answered(200))(self)
-
-            do_GET = do_POST = _take  # noqa: N815 - names of the library
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self.url = f"{self.address}/services/{SECRET}"
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    @property
-    def texts(self) -> list[str]:
-        return [json.loads(body)["text"] for _, _, body in self.asked]
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
