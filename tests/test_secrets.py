@@ -1,4 +1,4 @@
-"""What is secret stays so in a real sweep with an MLflow server that wants a password; its pages stay on this machine."""
+"""What is secret stays so in a real sweep with an MLflow server that wants a password; MLflow's pages stay at home."""
 
 import os
 import shlex
