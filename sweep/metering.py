@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cxr_models.trial import PIXELS, EpochMetrics, Objective, Outcome, Suggestion, TrialResult
+from sweep.nodes import SlotFigures
 from sweep.record import Past
 
 Reading = tuple[str, str]  # name of a metric, and the value of its own label or ""
@@ -37,6 +38,9 @@ METRICS = (
     Metric("cxr_sweep_feature_seconds_total", "counter", "seconds spent computing features or waiting for them"),
     Metric("cxr_sweep_running_trials", "gauge", "trials that are handed out and have not ended"),
     Metric("cxr_sweep_waiting_trials", "gauge", "trials that are still to be handed out"),
+    Metric("cxr_sweep_slots", "gauge", "trials that can run at once on the nodes of the moment"),
+    Metric("cxr_sweep_busy_slots", "gauge", "slots that a trial or a final training has"),
+    Metric("cxr_sweep_nodes", "gauge", "nodes that have slots"),
     Metric("cxr_sweep_best_value", "gauge", "best validation figure so far of the sweep's objective", "metric"),
     Metric("cxr_sweep_left_seconds", "gauge", "seconds until the last trial ends, by the pace so far"),
     Metric("cxr_sweep_mlflow_lacking_epochs", "gauge", "epochs on record that MLflow does not have"),
@@ -95,12 +99,19 @@ class Meter:
         self._count("cxr_sweep_trials_total", 1, str(result.outcome))
         self._note_best([result])
 
-    def readings(self) -> dict[Reading, float]:
-        """What is known at this moment; a counter that nothing has come to is absent."""
+    def readings(self, slots: SlotFigures) -> dict[Reading, float]:
+        """What is known at this moment; a counter that nothing has come to is absent.
+
+        Args:
+            slots: of the cluster.
+        """
         counts, running = dict(self._counts), self._running()
         gauges: dict[Reading, float | None] = {
             ("cxr_sweep_running_trials", ""): running,
             ("cxr_sweep_waiting_trials", ""): max(0, self._trials - self._ended - running),
+            ("cxr_sweep_slots", ""): slots.slots,
+            ("cxr_sweep_busy_slots", ""): slots.busy,
+            ("cxr_sweep_nodes", ""): slots.nodes,
             ("cxr_sweep_best_value", self._objective.metric): self._best if math.isfinite(self._best) else None,
             ("cxr_sweep_left_seconds", ""): self._left_s() or None,
             ("cxr_sweep_mlflow_lacking_epochs", ""): self._lacking(dict(self._epochs)),

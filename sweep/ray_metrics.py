@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from ray.util.metrics import Counter, Gauge
 
 from sweep.metering import METRICS, Meter, Metric, Reading
+from sweep.nodes import SlotFigures
 
 INTERVAL_S = 5.0  # Ray itself passes them on every ten seconds
 
 
 @contextmanager
-def exported(meter: Meter, sweep: str, *, told: Callable[[str], None]) -> Iterator[None]:
+def exported(meter: Meter, sweep: str, slots: Callable[[], SlotFigures], told: Callable[[str], None]) -> Iterator[None]:
     """Within the block Ray has the readings of a meter, a few seconds old.
 
     Nothing that goes wrong here reaches the sweep; it is told once, and nothing more is exported.
@@ -20,13 +21,14 @@ def exported(meter: Meter, sweep: str, *, told: Callable[[str], None]) -> Iterat
     Args:
         meter: of the sweep.
         sweep: its name, the label of all that is told.
+        slots: gives those of the cluster, in another thread.
         told: gets a line where the export fails.
     """
     ended = threading.Event()
 
     def export() -> None:
         try:
-            exporter = _Exporter(meter, sweep)
+            exporter = _Exporter(meter, sweep, slots)
             while not ended.wait(INTERVAL_S):
                 exporter.export()
             exporter.export()
@@ -43,8 +45,9 @@ def exported(meter: Meter, sweep: str, *, told: Callable[[str], None]) -> Iterat
 
 
 class _Exporter:
-    def __init__(self, meter: Meter, sweep: str) -> None:
+    def __init__(self, meter: Meter, sweep: str, slots: Callable[[], SlotFigures]) -> None:
         self._meter = meter
+        self._slots = slots
         self._sweep = sweep
         self._counted: dict[Reading, float] = {}
         self._labels = {metric.name: metric.label for metric in METRICS}
@@ -55,7 +58,7 @@ class _Exporter:
 
     def export(self) -> None:
         """Tell Ray the readings of the moment; of counters what they grew by."""
-        for reading, value in self._meter.readings().items():
+        for reading, value in self._meter.readings(self._slots()).items():
             name, label = reading
             tags = {"sweep": self._sweep, **({self._labels[name]: label} if label else {})}
             if name in self._gauges:

@@ -5,7 +5,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from sweep.interruption import deferred
 from sweep.lung_masks import input_tags
 from sweep.masking import masked_arrays
 from sweep.metering import Meter
+from sweep.nodes import Slots
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress, StepProgress, SweepProgress
 from sweep.record import Record, RunFolder, ranked, read_epochs, read_lines, write_json
@@ -158,6 +159,7 @@ class _Session:
         self, plan: Plan, folder: RunFolder, data: TrialData, cache_dir: Path, console: Console, sessions: Sessions
     ) -> None:
         self._plan, self._folder, self._data, self._console = plan, folder, data, console
+        self._cache_dir = cache_dir
         self._goes_on = bool(sessions.past)
         self._watch = Stopwatch()
         self.record = Record(folder, plan.spec.objective)
@@ -257,16 +259,10 @@ class _Session:
                 inline=inline,
                 address=address,
                 progress=self._progress,
-                exported=lambda: self._exported(address),
+                cache_dir=self._cache_dir,
+                told=self._note,
+                meter=self._meter,
             )
-
-    def _exported(self, address: str) -> AbstractContextManager[None]:
-        """While Ray is connected, what Prometheus is told; nothing of a Ray of this machine alone."""
-        if not address:
-            return nullcontext()
-        from sweep.ray_metrics import exported
-
-        return exported(self._meter, self._plan.spec.name, told=self._note)
 
     def _evaluate(self) -> None:
         """The final evaluation of either task, and its verdict."""
@@ -415,7 +411,9 @@ def _run_trials(
     inline: bool,
     address: str,
     progress: SweepProgress,
-    exported: Callable[[], AbstractContextManager[None]],
+    cache_dir: Path,
+    told: Callable[[str], None],
+    meter: Meter,
 ) -> None:
     allotment = plan.allotment
     if inline:
@@ -425,13 +423,18 @@ def _run_trials(
         with progress.shown():
             run_inline(conductor)
         return
-    from sweep import ray_cluster, trials
+    from sweep import ray_cluster, ray_metrics, trials
 
     connected = ray_cluster.ray_cluster(address, cores=plan.machine.cores, gpus=plan.machine.gpus)
-    with connected, progress.shown(), exported():
-        cores = 0 if address else plan.machine.cores
+    with connected, progress.shown(), ExitStack() as told_meanwhile:
+        cores, cluster = plan.machine.cores, None
+        if address:
+            slots = Slots.of_nodes(allotment, ray_cluster.cluster_nodes, plan.prefix, told)
+            most = plan.trials if allotment.most is None else min(plan.trials, allotment.most)
+            cores, cluster = 0, trials.Cluster(slots, cache_dir, told, most)
+            told_meanwhile.enter_context(ray_metrics.exported(meter, plan.spec.name, lambda: slots.figures, told))
         placement = trials.Placement(allotment.cpus_per_trial, allotment.gpus_per_trial, allotment.concurrency, cores)
-        trials.run_on_ray(conductor, placement, folder=folder.state)
+        trials.run_on_ray(conductor, placement, folder=folder.state, cluster=cluster)
 
 
 def _publish(folder: RunFolder, summary: dict[str, Any], tracker: Tracker, end: SessionEnd) -> None:

@@ -10,11 +10,14 @@ import pytest
 from cxr_models.trial import METRICS as VALIDATED
 from cxr_models.trial import EpochMetrics, Objective, Outcome, Suggestion, TrialConfig, TrialResult
 from sweep.metering import METRICS, Meter
+from sweep.nodes import SlotFigures
 from sweep.record import Past
 from sweep.runner import run_inline
 from tests.sweeps import Heard, fake_sweep
 
 ROOT = Path(__file__).parent.parent
+SLOTS = SlotFigures(8, 3, 2)
+OF_SLOTS = {("cxr_sweep_slots", ""): 8, ("cxr_sweep_busy_slots", ""): 3, ("cxr_sweep_nodes", ""): 2}
 NAMES = {metric.name for metric in METRICS}
 
 
@@ -36,10 +39,11 @@ def meter(past: Past = Past(), *, metric: str = "macro_f1", mode: str = "max", *
 
 
 def test_before_anything_happened():
-    assert meter().readings() == {
+    assert meter().readings(SLOTS) == {
         ("cxr_sweep_running_trials", ""): 0,
         ("cxr_sweep_waiting_trials", ""): 6,
         ("cxr_sweep_mlflow_lacking_epochs", ""): 0,
+        **OF_SLOTS,
     }
 
 
@@ -52,7 +56,7 @@ def test_what_is_heard_is_counted():
     found.ended(1, result("b", Outcome.STOPPED_EARLY, 0.75))
     found.ended(2, result("c", Outcome.FAILED, 0.9))
     found.ended(3, result("d", Outcome.FAILED, None))
-    assert found.readings() == {
+    assert found.readings(SLOTS) == {
         ("cxr_sweep_trials_total", "completed"): 1,
         ("cxr_sweep_trials_total", "stopped_early"): 1,
         ("cxr_sweep_trials_total", "failed"): 2,
@@ -67,6 +71,7 @@ def test_what_is_heard_is_counted():
         ("cxr_sweep_best_value", "macro_f1"): 0.75,
         ("cxr_sweep_left_seconds", ""): 90.0,
         ("cxr_sweep_mlflow_lacking_epochs", ""): 3,
+        **OF_SLOTS,
     }
 
 
@@ -74,7 +79,7 @@ def test_of_a_loss_the_lowest_is_the_best():
     found = meter(metric="loss", mode="min")
     for number, value in enumerate((0.5, 0.25, float("nan"), 0.75)):
         found.ended(number, result(str(number), Outcome.COMPLETED, value))
-    assert found.readings()["cxr_sweep_best_value", "loss"] == 0.25
+    assert found.readings(SLOTS)["cxr_sweep_best_value", "loss"] == 0.25
 
 
 def test_earlier_sessions_are_not_counted_again():
@@ -83,7 +88,7 @@ def test_earlier_sessions_are_not_counted_again():
     past = Past(begun, [(0, result("a", Outcome.COMPLETED, 0.9))], {"a": [epoch("a", 1)], "b": [epoch("b", 1)]})
     found = meter(past)
     found.epoch(epoch("b", 2))
-    readings = found.readings()
+    readings = found.readings(SLOTS)
     assert readings["cxr_sweep_epochs_total", "pixels"] == 1
     assert "cxr_sweep_trials_total" not in {name for name, _ in readings}
     assert readings["cxr_sweep_waiting_trials", ""] == 5
@@ -95,9 +100,9 @@ def test_every_reading_is_a_metric_and_every_metric_is_read():
     found = meter(left_s=lambda: 1.0)
     found.epoch(epoch("a", 1, "out_relu", 1, 1))
     found.ended(0, result("a", Outcome.COMPLETED, 0.5))
-    assert {name for name, _ in found.readings()} == NAMES
+    assert {name for name, _ in found.readings(SLOTS)} == NAMES
     labelled = {metric.name for metric in METRICS if metric.label}
-    assert {name for name, label in found.readings() if label} == labelled
+    assert {name for name, label in found.readings(SLOTS) if label} == labelled
 
 
 def test_names_follow_the_conventions():
@@ -126,7 +131,7 @@ class Watched(Heard):
     def epoch(self, metrics: EpochMetrics) -> None:
         super().epoch(metrics)
         self.meter.epoch(metrics)
-        thread = threading.Thread(target=lambda: self.readings.append(self.meter.readings()))
+        thread = threading.Thread(target=lambda: self.readings.append(self.meter.readings(SLOTS)))
         thread.start()
         thread.join()
 
@@ -142,7 +147,7 @@ def test_trials_that_run_and_wait_are_those_of_the_conductor(tmp_path, program):
     run_inline(heard.conductor)
     assert {each["cxr_sweep_running_trials", ""] for each in heard.readings} == {1}
     assert sorted({each["cxr_sweep_waiting_trials", ""] for each in heard.readings}) == [0, 1, 2, 3]
-    last = heard.meter.readings()
+    last = heard.meter.readings(SLOTS)
     ended = {label: value for (name, label), value in last.items() if name == "cxr_sweep_trials_total"}
     assert ended == Counter(str(result.outcome) for result in heard.results.values())
     assert (last["cxr_sweep_running_trials", ""], last["cxr_sweep_waiting_trials", ""]) == (0, 0)

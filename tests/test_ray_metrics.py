@@ -6,6 +6,7 @@ import pytest
 
 from cxr_models.trial import Objective, Outcome, TrialConfig, TrialResult
 from sweep.metering import Meter
+from sweep.nodes import SlotFigures
 from sweep.record import Past
 
 pytest.importorskip("ray")
@@ -64,7 +65,7 @@ def wait_for(what) -> None:
 def test_counters_are_told_what_is_new_and_gauges_what_is(instruments):
     running = [3]
     found, problems = meter(lambda: running[0]), []
-    with exported(found, "depth", told=problems.append):
+    with exported(found, "depth", lambda: SlotFigures(8, 3, 2), problems.append):
         for number in range(4):
             outcome = Outcome.FAILED if number == 2 else Outcome.COMPLETED
             found.ended(number, result(number, outcome, 0.5))
@@ -89,7 +90,7 @@ def test_what_goes_wrong_is_told_once_and_stops_nothing(instruments):
         raise RuntimeError("of the test")
 
     problems: list[str] = []
-    with exported(meter(broken), "depth", told=problems.append):
+    with exported(meter(broken), "depth", lambda: SlotFigures(8, 3, 2), problems.append):
         wait_for(lambda: problems)
         time.sleep(0.1)
     assert problems == ["Prometheus is told nothing more of this sweep: RuntimeError: of the test"]
