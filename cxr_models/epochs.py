@@ -247,6 +247,8 @@ def mean_epoch(epochs: Sequence[EpochMetrics]) -> EpochMetrics:
         seconds=sum(seconds),
         images_per_second=len(epochs) / sum(1 / each.images_per_second for each in epochs),
         features_seconds=sum(each.features_seconds for each in epochs),
+        features_found=sum(each.features_found for each in epochs),
+        features_missed=sum(each.features_missed for each in epochs),
         trial_seconds=epochs[-1].trial_seconds,
         ended_ms=epochs[-1].ended_ms,
         folds=tuple(each.val for each in epochs),

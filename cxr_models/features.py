@@ -113,10 +113,12 @@ class Features:
 
     Attributes:
         array: float32 (images, *cut.shape).
+        missed: they were not there when `obtain` was asked for them.
     """
 
     def __init__(self, file: BinaryIO, cut: Cut, images: int) -> None:
         self._file = file
+        self.missed = False
         shape = (images, *cut.shape)
         self.array: Floats = np.memmap(file, np.float32, mode="r", shape=shape)
 
@@ -148,17 +150,19 @@ def obtain(budget: FeatureBudget, extraction: Extraction, cut: Cut, *, wanted: S
     Raises:
         NoRoomError: the budget or the disk has no room for them, or its file system refuses what they need.
     """
-    begun, damaged = _Pass(budget.folder / extraction.digest), 0
+    begun, damaged, missed = _Pass(budget.folder / extraction.digest), 0, False
     try:
         budget.folder.mkdir(parents=True, exist_ok=True)
         while True:
             try:
                 if (found := _open(begun.finished(cut), cut, extraction.images)) is not None:
+                    found.missed = missed
                     return found
             except _DamagedError:
                 damaged += 1
                 if damaged == MOST_ATTEMPTS:
                     raise NoRoomError("its features read back as something else than was written") from None
+            missed = True
             with ExitStack() as stack:
                 with FileLock(budget.folder / LOCK):
                     mine = _can_join(begun, budget, extraction, cut, wanted)

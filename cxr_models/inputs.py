@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +22,21 @@ from cxr_models.trial import NO_MASK, PIXELS, TrialConfig, TrialData
 Gather = Callable[[Rows], steps.Array]
 
 
+@dataclass
+class Asked:
+    """What asking for features came to.
+
+    Attributes:
+        seconds: spent computing them or waiting for others who do.
+        found: times that they were stored.
+        missed: times that they were not.
+    """
+
+    seconds: float = 0.0
+    found: int = 0
+    missed: int = 0
+
+
 class Inputs:
     """Reads the training and validation images for one phase.
 
@@ -37,7 +53,7 @@ class Inputs:
 
     Attributes:
         source: what `EpochMetrics.source` says of the epoch whose `training` was asked for last.
-        features_seconds: spent on features so far, computing them or waiting for others who do.
+        asked: for features so far; whoever takes it leaves a new one.
     """
 
     def __init__(
@@ -56,7 +72,7 @@ class Inputs:
         self._untrained = untrained
         self._pixels = np.load(data.pictures(config), mmap_mode="r")
         self.source = cut.name if cut else PIXELS
-        self.features_seconds = 0.0
+        self.asked = Asked()
         self._view: tuple[int, Features] | None = None
         self._plain: Features | None = None
         plain = np.sort(data.val) if config.augmentation != "none" else np.union1d(data.train, data.val)
@@ -124,9 +140,14 @@ class Inputs:
         wanted = kept if self._untrained else ()
         begun = time.perf_counter()
         try:
-            return obtain(budget, extraction, self._cut, wanted=wanted)
+            features = obtain(budget, extraction, self._cut, wanted=wanted)
         finally:
-            self.features_seconds += time.perf_counter() - begun
+            self.asked.seconds += time.perf_counter() - begun
+        if features.missed:
+            self.asked.missed += 1
+        else:
+            self.asked.found += 1
+        return features
 
     def _title(self, view: int) -> str:
         config = self._config

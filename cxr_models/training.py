@@ -30,7 +30,7 @@ from cxr_models.epochs import (
 from cxr_models.features import NoRoomError
 from cxr_models.freezing import Phase, parse_strategy, stage_depths
 from cxr_models.hopeless import is_hopeless
-from cxr_models.inputs import Gather, Inputs
+from cxr_models.inputs import Asked, Gather, Inputs
 from cxr_models.metrics import evaluate
 from cxr_models.network import Network, build_network, export_model, head_parameters
 from cxr_models.schedules import Patience, Schedule
@@ -332,7 +332,7 @@ class _EpochLoop:
         except NoRoomError as error:
             cut = None
             self._inputs = Inputs(data, config, network, None)
-            self._inputs.features_seconds = time.perf_counter() - start  # in vain, but spent
+            self._inputs.asked.seconds = time.perf_counter() - start  # in vain, but spent
             self._inputs.source = f"{PIXELS}: {error}"
         try:
             focal = config.loss == "focal"
@@ -395,7 +395,7 @@ class _EpochLoop:
     ) -> tuple[EpochMetrics, NDArray[np.float32]]:
         """One epoch of one training, and its validation scores (images, classes)."""
         data = training.data
-        waited, self._inputs.features_seconds = self._inputs.features_seconds, 0.0
+        asked, self._inputs.asked = self._inputs.asked, Asked()
         start = time.perf_counter()
         rates = training.schedule.next_epoch()
         train = self._train(training, epoch, gather, rates)
@@ -418,9 +418,11 @@ class _EpochLoop:
             images_per_second=len(data.train) / (trained - start),
             device=self._device,
             source=self._inputs.source,
-            features_seconds=waited,
+            features_seconds=asked.seconds,
             trial_seconds=time.perf_counter() - begun,
             ended_ms=time.time_ns() // 1_000_000,
+            features_found=asked.found,
+            features_missed=asked.missed,
         )
         return metrics, scores
 

@@ -308,6 +308,8 @@ class EpochMetrics:
         source: what the epoch was given of each image: the name of the cut whose features were stored, or `PIXELS`,
             followed by a colon and the reason where features could not be kept.
         features_seconds: that were spent computing features for this epoch, or waiting for them.
+        features_found, features_missed: how often this epoch asked for stored features that were there, and for some
+            that had to be computed, by this trial or by another that it waited for.
         trial_seconds: from the trial's start in its process to the end of this epoch; where a process goes on from a
             checkpoint, those up to the checkpoint are counted in.
         folds: `val` of each fold, of which `val` itself is the mean, as `train` is; empty without folds.
@@ -328,6 +330,8 @@ class EpochMetrics:
     trial_seconds: float = 0.0
     folds: tuple[Mapping[str, float], ...] = ()
     ended_ms: int = 0
+    features_found: int = 0
+    features_missed: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Values that JSON has."""

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from yaml.reader import ReaderError
 
+from sweep.addresses import without_password
+
 Where = tuple[str | int, ...]
 """Keys and list indices from the top of the file to a value."""
 
@@ -316,6 +318,7 @@ def _nearest(name: str, known: Sequence[str]) -> str | None:
 
 
 def _shortened(text: str) -> str:
+    text = without_password(text)  # first, since half a password could not be told from other text
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
@@ -336,7 +339,7 @@ def _order(origin: Origin) -> tuple[int, int]:
 def _pointer(text: str, mark: yaml.Mark) -> str:
     lines = text.splitlines()
     line = lines[mark.line] if mark.line < len(lines) else ""
-    if not line.strip():
+    if not line.strip() or without_password(line) != line:
         return ""
     line = "".join(letter if letter.isprintable() else " " for letter in line)  # one place each, as the mark counts
     start = max(0, mark.column - SHOWN_CHARACTERS)

@@ -40,7 +40,7 @@ class SentRun:
 
 
 class Ledger:
-    """How far a sweep has been sent. It holds no address of a server, which may have a password in it.
+    """How far a sweep has been sent. It holds no address of a server: another one may come next.
 
     Attributes:
         sweep_id: marks the runs of this sweep, wherever they are sent.
@@ -88,6 +88,16 @@ class Ledger:
     def forget(self, trial_id: str) -> None:
         """The server does not know this run."""
         self._add({"forgotten": trial_id})
+
+    def lacking(self, epochs: Mapping[str, int]) -> int:
+        """How many epochs have not been sent.
+
+        Args:
+            epochs: trial -> how many it has.
+        """
+        runs = dict(self.runs)  # whoever asks may be in another thread
+        sent = {trial_id: epochs.get(trial_id, 0) if run.ended else run.epochs for trial_id, run in runs.items()}
+        return sum(max(0, number - sent.get(trial_id, 0)) for trial_id, number in epochs.items())
 
     def _add(self, entry: Mapping[str, Any]) -> None:
         append_line(self._path, entry)

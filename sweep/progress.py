@@ -274,7 +274,7 @@ class SweepProgress:
         parts += [f"{states[outcome]} {outcome.replace('_', ' ')}" for outcome in Outcome if states[outcome]]
         if self._best:
             parts.append(f"best val {self._objective.metric} {self._best_val:.3f}{noted(self._best)}")
-        if left := self._seconds_left():
+        if left := self.seconds_left():
             parts.append(f"about {duration(left)} left")
         return Text(", ".join(parts))
 
@@ -283,8 +283,11 @@ class SweepProgress:
         epochs = sum(metrics.epoch for _, metrics in list(self._running.values()) if metrics)
         return self._outcomes.total() + epochs / self._max_epochs
 
-    def _seconds_left(self) -> float:
-        """By the pace since the first epoch: what came before it, such as starting the workers, comes only once."""
+    def seconds_left(self) -> float:
+        """By the pace since the first epoch: what came before it, such as starting the workers, comes only once.
+
+        0 while that is not known.
+        """
         if self._first is None or self._outcomes.total() == self._before:
             return 0.0
         begun, before = self._first

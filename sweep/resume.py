@@ -12,6 +12,7 @@ from typing import Any
 
 from cxr_models.splits import write_split_csv
 from cxr_models.trial import TrialData
+from sweep.addresses import without_login
 from sweep.document import read_plain, shown
 from sweep.plan import Plan
 from sweep.record import RunFolder, append_line, drop_cut_line, read_lines
@@ -205,13 +206,15 @@ def _listed(paths: Sequence[str] | set[str]) -> str:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`section.key` -> value; an axis is compared as a whole."""
+    """`section.key` -> value; an axis is compared as a whole, and a tracking URI without whose it is."""
     found: dict[str, Any] = {}
     for section, value in values.items():
         if isinstance(value, dict):
             found |= {f"{section}.{key}": inner for key, inner in value.items()}
         else:
             found[section] = value
+    if isinstance(uri := found.get("tracking.uri"), str):
+        found["tracking.uri"] = without_login(uri)  # of sweeps that were begun when it could hold a password
     return found
 
 

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
@@ -36,6 +37,7 @@ from sweep.resume import ResumeRefused, Sessions, continued, recorded_name
 from sweep.spec import SpecError, SweepSpec, checked_name, read_spec
 from sweep.tasks import SHOWN_AXES_OF
 from sweep.verdict_view import print_verdict
+from sweep.webhook import take_webhook, tell
 from sweep.weights import WeightsError
 from sweep.wording import duration, figure, subset_note
 
@@ -130,6 +132,7 @@ def main(argv: Sequence[str] | None = None, again: Sequence[str] = ()) -> int:
 
     try:
         with handled(last_words):
+            arguments.webhook = take_webhook(os.environ)  # no argument of its own: the list of processes would show it
             return _run(arguments, given, console, begun)
     except (SpecError, DataError, WeightsError, ClusterUnreachable, FolderInUse, ResumeRefused, RecordDamaged) as error:
         errors.print(Text(str(error)))
@@ -258,22 +261,28 @@ def _work(
 
     console.print(f"{RUN_FOLDER}{folder.path}", soft_wrap=True)
     begun.append(folder)
-    ended = run_sweep(
-        plan,
-        folder,
-        data,
-        cache_dir,
-        inline=arguments.inline,
-        address=arguments.address,
-        console=console,
-        sessions=sessions,
-    )
+    tell_end = partial(tell, arguments.webhook, plan, folder, console)
+    try:
+        ended = run_sweep(
+            plan,
+            folder,
+            data,
+            cache_dir,
+            inline=arguments.inline,
+            address=arguments.address,
+            console=console,
+            sessions=sessions,
+        )
+    except Exception as error:
+        tell_end({}, failure=f"{type(error).__name__}: {error}")
+        raise
     if ended.summary:
         print_results(plan, ended.results, ended.summary, console)
     if ended.tracking_problem:
         console.print(Text(f"note: {ended.tracking_problem}", style="yellow"))
     console.print(f"\nreport: {folder.report}\nsee every trial: {ended.ui_command}", soft_wrap=True)
     console.print(f"  and open {ended.ui_address}", soft_wrap=True)
+    tell_end(ended.summary, failure=ended.failure, interrupted=ended.interrupted, page=ended.ui_address)
     if not (ended.interrupted or ended.failure):
         return DONE if "best" in ended.summary else UNFINISHED
     what = f"the sweep failed: {ended.failure}\n" if ended.failure else "interrupted: "

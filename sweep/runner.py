@@ -170,6 +170,11 @@ class Conductor:
         return self.interrupted_at is not None
 
     @property
+    def training(self) -> int:
+        """How many trials are handed out; not those that wait to go on after they were lost."""
+        return len(self._running) - len(self._waiting)
+
+    @property
     def running(self) -> bool:
         """Whether a trial that was given out has not ended."""
         return bool(self._running)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from cxr_models.trial import EpochMetrics, Objective, Outcome
+from sweep.addresses import without_password
 from sweep.backlog import Backlog, TrackedTrial
 from sweep.champion import champion_notes
 from sweep.ledger import SWEEP, Ledger, Spool
@@ -32,7 +33,6 @@ from sweep.tracked import (
     summary_tags,
     trial_files,
     trial_tags,
-    without_password,
 )
 
 MOST_FAULTS = 4  # of one part, which MLflow answers, but with an error of its own
@@ -329,15 +329,20 @@ class Sender:
     def _describe(self, runs: MlflowRuns) -> None:
         parent = self.parent_run_id
 
+        spec_file = self._folder.spec
+
+        def text() -> str:
+            return without_password(spec_file.read_text(encoding="utf-8"))  # earlier versions kept passwords in it
+
         def params() -> None:
-            spec = yaml.safe_load(self._folder.spec.read_text(encoding="utf-8"))
+            spec = yaml.safe_load(text())
             spec.pop("reference", None)  # published figures are no parameters, and longer than MLflow takes
-            shown = {name: without_password(text) for name, text in flat_params(spec).items()}
-            runs.log(parent, params=shown, refused=self._refused)
+            runs.log(parent, params=flat_params(spec), refused=self._refused)
 
         self._try("parameters", params)
         self._try("data set", lambda: runs.log_dataset(parent, self._opened.dataset))
-        self._send_files(runs, (self._folder.spec, self._folder.split))
+        self._try(spec_file.name, lambda: runs.log_texts(parent, {spec_file.name: text()}))
+        self._send_files(runs, [self._folder.split])
 
     def _go_on(self, runs: MlflowRuns) -> None:
         """A sweep was resumed: its run and those of its killed trials run again."""

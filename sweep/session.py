@@ -5,7 +5,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from sweep.halving import Halving
 from sweep.interruption import deferred
 from sweep.lung_masks import input_tags
 from sweep.masking import masked_arrays
+from sweep.metering import Meter
 from sweep.nodes import Slots
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress, StepProgress, SweepProgress
@@ -172,7 +173,15 @@ class _Session:
             features=plan.cache.budget.folder if plan.cache.budget else None,
         )
         self._timeline = Timeline(metrics for epochs in self.record.past.epochs.values() for metrics in epochs)
-        listeners = (self.record, self.tracker, self._progress, self._timeline)
+        self._meter = Meter(
+            plan.spec.objective,
+            self.record.past,
+            trials=plan.trials,
+            running=lambda: self._conductor.training,
+            left_s=self._progress.seconds_left,
+            lacking=self.tracker.lacking,
+        )
+        listeners = (self.record, self.tracker, self._progress, self._timeline, self._meter)
         self._conductor = _conductor(plan, folder, data, listeners, self._progress, sessions)
         tests = bool(len(plan.indices(TEST)))
         self._trainings = FinalTrainings(
@@ -252,6 +261,7 @@ class _Session:
                 progress=self._progress,
                 cache_dir=self._cache_dir,
                 told=self._note,
+                meter=self._meter,
             )
 
     def _evaluate(self) -> None:
@@ -403,6 +413,7 @@ def _run_trials(
     progress: SweepProgress,
     cache_dir: Path,
     told: Callable[[str], None],
+    meter: Meter,
 ) -> None:
     allotment = plan.allotment
     if inline:
@@ -412,14 +423,16 @@ def _run_trials(
         with progress.shown():
             run_inline(conductor)
         return
-    from sweep import ray_cluster, trials
+    from sweep import ray_cluster, ray_metrics, trials
 
-    with ray_cluster.ray_cluster(address, cores=plan.machine.cores, gpus=plan.machine.gpus), progress.shown():
+    connected = ray_cluster.ray_cluster(address, cores=plan.machine.cores, gpus=plan.machine.gpus)
+    with connected, progress.shown(), ExitStack() as told_meanwhile:
         cores, cluster = plan.machine.cores, None
         if address:
             slots = Slots.of_nodes(allotment, ray_cluster.cluster_nodes, plan.prefix, told)
             most = plan.trials if allotment.most is None else min(plan.trials, allotment.most)
             cores, cluster = 0, trials.Cluster(slots, cache_dir, told, most)
+            told_meanwhile.enter_context(ray_metrics.exported(meter, plan.spec.name, lambda: slots.figures, told))
         placement = trials.Placement(allotment.cpus_per_trial, allotment.gpus_per_trial, allotment.concurrency, cores)
         trials.run_on_ray(conductor, placement, folder=folder.state, cluster=cluster)
 

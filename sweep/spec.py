@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from cxr_models.backbones import BACKBONES
 from cxr_models.freezing import parse_strategy, strategy_problem
 from cxr_models.trial import AXES, CLASSIFY, PHASE_RATE, PHASED, TASK_METRICS, Objective
+from sweep.addresses import password_problem
 from sweep.axes import condition_schema, list_notes, point_schema, read_point, read_space, space_schema
 from sweep.dataspec import DataSpec, data_schema, read_data_section
 from sweep.document import MAX_BYTES, Document, SpecError, Where, parse_value, read_document, shown, unknown, write_yaml
@@ -177,7 +178,8 @@ def read_spec(path: Path, overrides: Sequence[str] = (), *, most_bytes: int | No
         path: the YAML file.
         overrides: `KEY=VALUE`; the key is a path into the file such as `search.trials`, or the bare name of an axis.
             Conditions and fixed points of the file that an overridden axis no longer meets are left out.
-        most_bytes: that the file may have; None for the `spec.yaml` of a sweep, which is longer than what it says.
+        most_bytes: that the file may have; None for the `spec.yaml` of a sweep, which is longer than what it says, and
+            where earlier versions kept passwords.
 
     Raises:
         SpecError: with all problems of the file and the overrides.
@@ -188,12 +190,21 @@ def read_spec(path: Path, overrides: Sequence[str] = (), *, most_bytes: int | No
         _override(document, override)
         _expand_short_forms(document)
     document.check_keys((), document.values, KEYS)
+    if most_bytes is not None:
+        _refuse_password(document)
     dropped = _drop_long_strategies(document)
     spec = _resolve(document)
     document.check()
     if spec is None:  # `_resolve` notes a problem whenever it has no answer, and then `check` has raised
         raise SpecError(document.source, ["could not be read"])
     return replace(spec, dropped_strategies=dropped, notes=list_notes(document))
+
+
+def _refuse_password(document: Document) -> None:
+    section = document.values.get("tracking")
+    uri = section.get("uri") if isinstance(section, dict) else None
+    if isinstance(uri, str) and (problem := password_problem(uri)):
+        document.add(("tracking", "uri"), problem)
 
 
 def _drop_long_strategies(document: Document) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """`python -m sweep.sync RUN_DIR`: send MLflow what it did not take while the sweep ran.
 
 Exit status: 0 MLflow has everything; 1 it does not answer, and what is left is kept; 2 the folder is not one of a
-sweep, or its sweep runs; 130 interrupted, and sent again from there.
+sweep, its sweep runs, or the tracking URI has a password in it; 130 interrupted, and sent again from there.
 """
 
 import argparse
@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from sweep.addresses import password_problem
 from sweep.folder_lock import FolderInUse, FolderLock
 from sweep.ledger import Ledger, Spool, ends_open
 from sweep.mlflow_runs import Unavailable
 from sweep.record import RecordDamaged, RunFolder, read_lines
 from sweep.sender import Sender
 from sweep.spec import SpecError, read_spec
-from sweep.tracked import without_password
 from sweep.tracking import champion_example, own_store, sync_command
 from sweep.wording import count, duration
 
-DONE, LEFT_OVER, WRONG_FOLDER, INTERRUPTED = 0, 1, 2, 130
+DONE, LEFT_OVER, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 PATIENCE_S = 15.0  # with a server that does not answer
 PAUSE_S = 1.0
 SHOWN_EVERY_S = 2.0
@@ -74,14 +74,9 @@ class Unsent:
     @property
     def left(self) -> Left:
         runs = self._ledger.runs
-        epochs = {
-            trial_id: max(0, last - (runs[trial_id].epochs if trial_id in runs else 0))
-            for trial_id, last in self._epochs.items()
-            if not (trial_id in runs and runs[trial_id].ended)
-        }
         ends = [trial_id for trial_id in self._ended if not (trial_id in runs and runs[trial_id].ended)]
         others = len(self._entries) - self._ledger.spooled
-        return Left(sum(epochs.values()), len(ends), others, len(self.models))
+        return Left(self._ledger.lacking(self._epochs), len(ends), others, len(self.models))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,13 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "give the folder that `python -m sweep.run` wrote",
             file=sys.stderr,
         )
-        return WRONG_FOLDER
+        return WRONG_INPUT
     try:
         with FolderLock(folder.lock):
             return _sync(folder, arguments.tracking_uri)
     except (FolderInUse, SpecError, RecordDamaged) as error:
         print(error, file=sys.stderr)
-        return WRONG_FOLDER
+        return WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted: what MLflow did not take is kept; the same command goes on", file=sys.stderr)
         return INTERRUPTED
@@ -117,6 +112,11 @@ def _own_uri(folder: RunFolder) -> str:
 
 def _sync(folder: RunFolder, given_uri: str | None) -> int:
     uri = given_uri or _own_uri(folder)
+    if problem := password_problem(uri):
+        print(f"the tracking URI of {'the command' if given_uri else folder.spec}: {problem}", file=sys.stderr)
+        if not given_uri:
+            print("then give the same URI, without the password, as --tracking-uri", file=sys.stderr)
+        return WRONG_INPUT
     spool = Spool(folder)
     entries = spool.entries()
     if not entries:
@@ -126,11 +126,10 @@ def _sync(folder: RunFolder, given_uri: str | None) -> int:
         spool.add("finished", at=time.time_ns() // 1_000_000, summary={}, files=[], status="KILLED")
     ledger = Ledger(folder)
     unsent = Unsent(folder, ledger, spool)
-    where = without_password(uri)
     if not unsent.left.steps and not given_uri:  # another server may have nothing of it
-        print(f"nothing is left to send to {where}")
+        print(f"nothing is left to send to {uri}")
         return DONE
-    print(f"to send to {where}: {unsent.left}", flush=True)
+    print(f"to send to {uri}: {unsent.left}", flush=True)
     refused: list[str] = []
     sender = Sender(folder, uri, ledger, spool, refused.append)
     try:
@@ -138,14 +137,13 @@ def _sync(folder: RunFolder, given_uri: str | None) -> int:
         _register(folder, uri, sender, unsent, ledger)
     except Unavailable as error:
         print(
-            without_password(f"MLflow at {uri}: {error}; {unsent.left} left, and kept: ")
-            + f"`{sync_command(folder)}` goes on from here",
+            f"MLflow at {uri}: {error}; {unsent.left} left, and kept: `{sync_command(folder)}` goes on from here",
             file=sys.stderr,
         )
         return LEFT_OVER
     for cause in dict.fromkeys(refused):
-        print(f"note: MLflow did not take {without_password(cause)}")
-    print(f"MLflow at {where} has everything")
+        print(f"note: MLflow did not take {cause}")
+    print(f"MLflow at {uri} has everything")
     return DONE
 
 

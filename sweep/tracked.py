@@ -169,26 +169,20 @@ def one_line(error: Exception) -> str:
 
 
 def ui_command(uri: str) -> str:
-    """What to type to see the runs, or where to look if they lie on a server. A password in the URI is masked."""
-    shown = without_password(uri)
-    if re.match(r"https?://", shown):
-        return shown
-    # This Python's MLflow: the environment need not be activated, nor the only one.
-    return f"{shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri {shlex.quote(shown)} --port 5000"
+    """What to type to see the runs, or where to look if they lie on a server."""
+    if re.match(r"https?://", uri):
+        return uri
+    # This Python's MLflow: the environment need not be activated, nor the only one. MLFLOW_HOST could say otherwise.
+    where = ["--backend-store-uri", uri, "--host", "127.0.0.1", "--port", "5000"]
+    return shlex.join([sys.executable, "-m", "mlflow", "ui", *where])
 
 
 def ui_address(uri: str, experiment_id: str) -> str:
     """The page of an experiment's runs; MLflow's own start page shows what it has for language models."""
-    shown = without_password(uri)
-    server = shown.rstrip("/") if re.match(r"https?://", shown) else "http://127.0.0.1:5000"
+    server = uri.rstrip("/") if re.match(r"https?://", uri) else "http://127.0.0.1:5000"
     if not experiment_id:
         return server  # it has not been reached so far
     return f"{server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
-
-
-def without_password(text: str) -> str:
-    """The text with the password of every address in it masked."""
-    return re.sub(r"//([^:/@\s]*):[^/@\s]*@", r"//\1:***@", text)
 
 
 def result_tags(result: TrialResult) -> dict[str, str]:

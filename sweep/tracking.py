@@ -26,7 +26,7 @@ from sweep.mlflow_runs import registered_champion as registered_champion
 from sweep.record import RunFolder
 from sweep.sender import Sender, TrackedSweep
 from sweep.tracked import DatasetInfo as DatasetInfo
-from sweep.tracked import one_line, ui_address, ui_command, without_password
+from sweep.tracked import one_line, ui_address, ui_command
 
 OPENING_TIMEOUT_S = 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between attempts while MLflow cannot be had
@@ -49,7 +49,7 @@ class Tracker:
     Args:
         folder: of the sweep; the store lies in it unless a URI is given.
         spec_name: of the sweep.
-        uri: MLflow's tracking URI, "" for a SQLite store in the run folder.
+        uri: MLflow's tracking URI without a password, "" for a SQLite store in the run folder.
         experiment: name of the experiment, "" for the sweep's name.
         objective: what the sweep optimises.
         classes: class names; a label is an index into them.
@@ -95,10 +95,9 @@ class Tracker:
         cause = self._refused or self._outage or self._unregistered
         if not cause:
             return ""
-        where = without_password(f"MLflow at {self._uri}: {cause}")
         kept = f"; what it lacks is kept, and `{sync_command(self._folder)}` sends it"
         kept = kept if self._outage or self._unregistered else ""
-        return f"{where}; the sweep goes on, its own record is complete{kept}"
+        return f"MLflow at {self._uri}: {cause}; the sweep goes on, its own record is complete{kept}"
 
     @property
     def uri(self) -> str:
@@ -118,6 +117,10 @@ class Tracker:
     def ui_address(self) -> str:
         self._tried.wait(OPENING_TIMEOUT_S)
         return ui_address(self._uri, self._experiment_id)
+
+    def lacking(self, epochs: Mapping[str, int]) -> int:
+        """How many epochs MLflow does not have, of trials that have so many each."""
+        return self._ledger.lacking(epochs)
 
     def opened(self) -> None:
         """Open the sweep's run, or go on with it; the run folder holds the spec and the split by now."""
@@ -217,7 +220,7 @@ class Tracker:
     def _write(self) -> None:
         """The thread: one step after the other, and pauses that grow while MLflow cannot be had."""
         pause_s, rested, failing_since = FIRST_PAUSE_S, 0.0, math.inf
-        down = _Outage(self._told, without_password(f"MLflow at {self._uri}"))
+        down = _Outage(self._told, f"MLflow at {self._uri}")
         while not self._stopped.is_set():
             self._news.clear()
             closing, before = self._closing.is_set(), self._sender.parts_sent
@@ -245,7 +248,7 @@ class Tracker:
                         return
                     self._stopped.wait(FIRST_PAUSE_S)
                 else:
-                    down.goes_on(without_password(self._outage))
+                    down.goes_on(self._outage)
                     self._closing.wait(pause_s)
                     pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             self._tell()

@@ -22,6 +22,7 @@ from cxr_models.layer_table import LayerTable, weight_problems
 from cxr_models.listing import real_path
 from cxr_models.storage import NoSpace, told_of_space, written_whole
 from cxr_models.trial import TrialConfig
+from sweep.addresses import has_password
 from sweep.document import unknown
 
 NAMED = ("imagenet", "bundled", "none")
@@ -93,6 +94,8 @@ def source_problem(text: str) -> str:
         scheme = urlsplit(address).scheme
         if scheme not in _SCHEMES:
             return f"expected a URL that begins with {', '.join(_SCHEMES)}, got {scheme!r}"
+        if has_password(address):
+            return "expected a URL without a user and password in it, which the run folder and MLflow would show"
         if not address.endswith(ENDINGS):
             return f"expected the URL of a file that ends in {', '.join(ENDINGS)}, got {address!r}"
         if not _CHECKSUM.fullmatch(fragment):

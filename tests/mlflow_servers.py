@@ -23,13 +23,20 @@ def free_port() -> int:
 
 
 class MlflowServer:
-    """`mlflow server` with one worker, on a port that stays the same over restarts."""
+    """`mlflow server` with one worker, on a port that stays the same over restarts.
 
-    def __init__(self, folder: Path, database: str = "") -> None:
+    Args:
+        folder: for its log and its files.
+        database: its address; a SQLite file in the folder if empty.
+        password: of the user `admin`, whom alone it lets in; everybody if empty.
+    """
+
+    def __init__(self, folder: Path, database: str = "", password: str = "") -> None:
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.database = database or f"sqlite:///{folder / 'server.db'}"
         self._folder = folder
+        self._password = password
         self._process: subprocess.Popen[bytes] | None = None
 
     def begin(self) -> None:
@@ -38,10 +45,26 @@ class MlflowServer:
         command += ["--workers", "1", "--backend-store-uri", self.database]
         command += ["--artifacts-destination", (self._folder / "artifacts").as_uri()]
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        if self._password:
+            command += ["--app-name", "basic-auth"]
+            environment |= self._authentication()
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, cwd=self._folder, start_new_session=True
             )
+
+    def _authentication(self) -> dict[str, str]:
+        users = self._folder / "auth.ini"
+        users.write_text(
+            f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{self._folder / 'auth.db'}\n"
+            "admin_username = admin\n"
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        )
+        return {
+            "MLFLOW_AUTH_CONFIG_PATH": str(users),
+            "MLFLOW_AUTH_ADMIN_PASSWORD": self._password,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": "of the tests",
+        }
 
     def wait(self) -> None:
         deadline = time.monotonic() + STARTING_TIMEOUT_S

@@ -87,9 +87,9 @@ class TestPlain:
 
     def test_once_for_all_trials(self, data, opened, ran):
         other_values = replace(CONFIG, learning_rate=0.1, freeze="convs:1", batch_norm="train", hidden_units=(4,))
-        for config in (CONFIG, other_values):
-            opened(data, config)
+        first, second = (opened(data, config).asked for config in (CONFIG, other_values))
         assert ran == [TRAIN + VAL]
+        assert ((first.found, first.missed), (second.found, second.missed)) == ((0, 1), (1, 0))
 
     def test_cuts_of_other_trials_are_stored_in_the_same_pass(self, data, opened, ran, network):
         groups = {("vanilla_cnn", "none", SIDE): (CUT, EARLIER)}
@@ -147,6 +147,7 @@ class TestViews:
         np.testing.assert_array_equal(found[0], found[2])
         assert (found[0] != found[1]).any()
         assert ran == [VAL, TRAIN, TRAIN]
+        assert (views.asked.found, views.asked.missed) == (1, 3)
 
     def test_a_view_that_does_not_fit_is_computed_for_this_trial(self, data, opened, prefix):
         """Those of this phase's validation images are in use and stay."""

@@ -435,6 +435,16 @@ class TestContinued:
             == plan(data=tmp_path / "elsewhere").manifest.digest
         )
 
+    def test_one_that_was_begun_with_a_password_goes_on_without(self, plan, begun):
+        now = "tracking.uri=postgresql://me@127.0.0.1:9/mlflow"
+        begun.spec.write_text(plan(now).spec.to_yaml().replace("//me@", "//me:secret@"))
+        assert self.continued(plan(now), begun).spec == plan(now).spec
+        with pytest.raises(
+            ResumeRefused, match=r"tracking\.uri: was 'postgresql://127\.0\.0\.1:9/mlflow', now"
+        ) as told:
+            self.continued(plan("tracking.uri=http://localhost:5000"), begun)
+        assert "secret" not in str(told.value)
+
     @pytest.mark.parametrize(
         ("override", "difference"),
         [

@@ -253,8 +253,19 @@ def test_a_file_that_mlflow_cannot_store_does_not_block_the_rest(tmp_path, store
     folder = run_folder(tmp_path)
     sweep = small_sweep(folder, store)
     sweep.tracker.close(DEADLINE_S)
-    assert "spec.yaml: MlflowException: no such bucket" in sweep.tracker.problem
+    assert "split.csv: MlflowException: no such bucket" in sweep.tracker.problem
     check_exactly_once(store, folder)
+
+
+def test_a_password_that_an_earlier_version_kept_in_the_spec_is_not_sent(tmp_path, store):
+    folder = run_folder(tmp_path, "postgresql://me:secret@127.0.0.1:9/mlflow")
+    sweep = small_sweep(folder, store)
+    sweep.tracker.close(DEADLINE_S)
+    assert sweep.tracker.problem == ""
+    (parent,) = check_exactly_once(store, folder).runs[""]
+    assert parent.data.params["tracking.uri"] == "postgresql://me:***@127.0.0.1:9/mlflow"
+    kept = Path(mlflow.MlflowClient(store).download_artifacts(parent.info.run_id, "spec.yaml", str(tmp_path)))
+    assert kept.read_text() == folder.spec.read_text().replace("secret", "***")
 
 
 def test_a_run_that_someone_deleted_stays_so_and_blocks_nothing(tmp_path, store):

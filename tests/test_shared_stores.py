@@ -18,6 +18,7 @@ from tests.tracked_sweeps import TrackedSweep, check_exactly_once, run_folder
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.slow
 DEADLINE_S = 180.0
+PASSWORD = "correct-horse-of-nobody"
 SWEEP = """
 import pathlib, sys
 from sweep.record import RunFolder
@@ -61,8 +62,8 @@ def postgres_programs() -> Path | None:
 
 
 @pytest.fixture
-def postgres() -> Iterator[str]:
-    """The address of a new database, on loopback."""
+def postgres(monkeypatch) -> Iterator[str]:
+    """The address of a new database, on loopback; the password for it stands in a file that PGPASSFILE names."""
     pytest.importorskip("psycopg", reason="needs the extra `postgres`")
     programs = postgres_programs()
     if programs is None:
@@ -81,10 +82,15 @@ def postgres() -> Iterator[str]:
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
-    program("initdb", "-D", str(data), "-A", "trust", "-U", user, "--no-sync")
+    password, passwords = folder / "password", folder / "pgpass"
+    password.write_text(PASSWORD)
+    passwords.write_text(f"127.0.0.1:{port}:*:{user}:{PASSWORD}\n")
+    passwords.chmod(0o600)
+    monkeypatch.setenv("PGPASSFILE", str(passwords))
+    program("initdb", "-D", str(data), "-A", "scram-sha-256", f"--pwfile={password}", "-U", user, "--no-sync")
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
     program("pg_ctl", "-D", str(data), "-l", str(folder / "log"), "-w", "-o", options, "start")
-    yield f"postgresql://{user}:secret@127.0.0.1:{port}/postgres"
+    yield f"postgresql://{user}@127.0.0.1:{port}/postgres"
     program("pg_ctl", "-D", str(data), "-m", "immediate", "stop")
     shutil.rmtree(folder)
 
@@ -114,7 +120,7 @@ def test_sweeps_that_write_to_postgresql_themselves(tmp_path, postgres):
     for folder in folders:
         check_exactly_once(postgres, folder)
         for path in folder.state.rglob("*"):
-            assert path.is_dir() or b"secret" not in path.read_bytes()
+            assert path.is_dir() or PASSWORD.encode() not in path.read_bytes()
 
 
 def test_a_row_that_is_sent_twice_is_kept_once(tmp_path, postgres):

@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import mlflow
 import numpy as np
@@ -21,6 +23,8 @@ from cxr_models.doctor import diagnose
 from cxr_models.metrics import confusion_matrix
 from sweep.readback import read_run
 from sweep.record import RunFolder
+from tests.channels import SECRET, Channel
+from tests.watching import Seen, files_with, watch
 
 ROOT = Path(__file__).parent.parent
 SPACE = """\
@@ -47,11 +51,16 @@ space:
 """
 
 
-def sweep(space: Path, out: Path, cache_dir: Path, *arguments: str) -> tuple[Path, str]:
+def sweep_command(space: Path, out: Path, cache_dir: Path, *arguments: str) -> list[str]:
     # Relative folders, because Ray's workers run elsewhere.
     relative = [os.path.relpath(path, ROOT) for path in (out, cache_dir)]
     command = [sys.executable, "-m", "sweep.run", str(space), "--out", relative[0], "--cache-dir", relative[1]]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    return [*command, *arguments]
+
+
+def sweep(space: Path, out: Path, cache_dir: Path, *arguments: str) -> tuple[Path, str]:
+    command = sweep_command(space, out, cache_dir, *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out / "small", done.stdout
 
@@ -63,9 +72,65 @@ def space(tmp_path_factory, radiography_folder) -> Path:
     return file
 
 
+class Watched(NamedTuple):
+    """A sweep on Ray that had secrets, and what could be seen of it meanwhile."""
+
+    folder: Path
+    said: str
+    errors: str
+    seen: Seen
+    channel: Channel
+    secrets: Mapping[str, str]
+
+
 @pytest.fixture(scope="module")
-def on_ray(tmp_path_factory, space, cache_dir) -> tuple[Path, str]:
-    return sweep(space, tmp_path_factory.mktemp("ray"), cache_dir, "--concurrency", "1")
+def watched(tmp_path_factory, space, cache_dir) -> Iterator[Watched]:
+    out, channel = tmp_path_factory.mktemp("ray"), Channel()
+    secrets = {
+        "SWEEP_WEBHOOK_URL": channel.url,
+        "MLFLOW_TRACKING_PASSWORD": "password-of-nobody",
+        "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+    }
+    command = sweep_command(space, out, cache_dir, "--concurrency", "1")
+    done, seen = watch(command, cwd=ROOT, env={**os.environ, **secrets})
+    assert done.returncode == 0, done.stdout + done.stderr
+    yield Watched(out / "small", done.stdout, done.stderr, seen, channel, secrets)
+    channel.close()
+
+
+@pytest.fixture(scope="module")
+def on_ray(watched) -> tuple[Path, str]:
+    return watched.folder, watched.said
+
+
+def test_no_secret_is_kept_or_shown(watched, cache_dir):
+    """The webhook's path is what is secret of its address."""
+    secrets = [*watched.secrets.values(), SECRET]
+    words = {word for command in watched.seen.commands for word in command}
+    assert any("raylet" in word for word in words)
+    assert len(list(watched.folder.rglob("*"))) > 50
+    assert (watched.folder / "mlflow.db").is_file()
+    for secret in secrets:
+        assert files_with(secret, watched.folder, cache_dir) == []
+        assert secret not in watched.said + watched.errors
+        assert not [word for word in words if secret in word]
+
+
+def test_nobody_else_can_reach_any_process_of_a_sweep(watched):
+    assert watched.seen.addresses
+    assert watched.seen.reachable == set()
+
+
+def test_the_webhook_is_told_how_it_ended(watched):
+    (text,) = watched.channel.texts
+    summary = json.loads((watched.folder / "summary.json").read_text())
+    figure = summary["test"]["macro_f1"]
+    first, best, trials, folder = text.splitlines()
+    assert re.fullmatch(r"cxr-sweep small finished on \S+ after (\d+ min )?\d+ s", first)
+    interval = f"(95 % interval {figure['low']:.3f} to {figure['high']:.3f})"
+    assert f"test macro F1 {figure['value']:.3f} {interval}" in best
+    assert trials == "trials: 4 of 4 ended, 3 completed, 1 failed"
+    assert folder == f"run folder: {watched.folder}"
 
 
 def trials_of(folder: Path) -> list[dict[str, str]]:

@@ -417,6 +417,7 @@ class TestStoredFeatures:
         trial = watch(config, keeping(images, [config], tmp_path / "features"))
         assert [metrics.source for metrics in trial.epochs] == ["out_relu-average", "pixels", "pixels"]
         assert [metrics.features_seconds > 0 for metrics in trial.epochs] == [True, False, False]
+        assert [metrics.features_missed for metrics in trial.epochs] == [1, 0, 0]
 
 
 def out_of_memory(*given: object, **kinds: object) -> None:

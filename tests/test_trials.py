@@ -34,6 +34,7 @@ from sweep.trials import Cluster, Placement, _Ends, _retry_what_the_memory_monit
 from sweep.worker import Fault
 from tests.programs import ODD_ONE, value_of
 from tests.sweeps import Heard, fake_sweep
+from tests.watching import Seen
 
 ROOT = Path(__file__).parent.parent
 GPUS = 4
@@ -303,24 +304,29 @@ def test_an_interruption_keeps_the_finished_trials(local_ray, tmp_path):
     assert {result.outcome for result in heard.results.values()} == {Outcome.COMPLETED}
 
 
-def listening() -> set[str]:
-    """Addresses the sockets of this process and of everything Ray started take connections at."""
-    me = psutil.Process()
-    found = set()
-    for process in (me, *me.children(recursive=True)):
-        try:
-            connections = process.net_connections("inet")
-        except psutil.NoSuchProcess:
-            continue
-        found |= {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
-    return found
+class Watched(Heard):
+    """Looks at this process and everything that Ray started while a trial runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = Seen()
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        super().epoch(metrics)
+        self.seen.look(psutil.Process())
 
 
-def test_ray_listens_on_this_machine_only(local_ray):
-    ray.get(ray.remote(lambda: os.getpid()).remote())  # a worker's sockets count too
-    addresses = listening()
-    assert addresses
-    assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
+def test_nobody_else_can_reach_a_process_of_a_sweep_or_read_its_token(local_ray, tmp_path):
+    conductor, heard = fake_sweep(tmp_path, "quick", trials=2, epochs=1, heard=Watched())
+    run(conductor, tmp_path, at_once=2)
+    assert len(heard.results) == 2
+    assert heard.seen.addresses
+    assert heard.seen.reachable == set()
+    words = [word for command in heard.seen.commands for word in command]
+    assert any("raylet" in word for word in words)
+    token = os.environ["RAY_AUTH_TOKEN"]
+    assert len(token) == 64
+    assert not [word for word in words if token in word]
 
 
 def test_the_resources_of_a_running_cluster(local_ray):

@@ -39,12 +39,16 @@ class Head:
         port: of the dashboard, on loopback.
         folder: that it was started in.
         session: Ray's own folder.
+        address: where nodes and drivers find it.
+        metrics: port that Prometheus reads.
     """
 
     port: int
     token: str
     folder: Path
     session: Path
+    address: str
+    metrics: int
 
     def log(self, job_id: str) -> str:
         """All that a job has written."""
@@ -85,7 +89,8 @@ def ray_head(folder: Path, cores: int) -> Iterator[Head]:
         )
     try:
         _wait(process, dashboard, token, folder / "head.log")
-        yield Head(dashboard, token, folder, session)
+        metrics = others[named.index("metrics-export-port")]
+        yield Head(dashboard, token, folder, session, f"127.0.0.1:{gcs}", metrics)
     finally:
         _end(process, session)
         shutil.rmtree(session, ignore_errors=True)
