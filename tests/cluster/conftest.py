@@ -1,0 +1,31 @@
+"""What clusters on one machine need, said before anything is tried.
+
+Run:  make cluster-test    # what is missing is a failure
+      python -m pytest -m "" tests/cluster    # what is missing is a skip
+"""
+
+import os
+from collections.abc import Sequence
+from typing import NoReturn
+
+import pytest
+
+from tests.cluster import hosts
+
+# Set by `make cluster-test`.
+REQUIRED = "CXR_CLUSTER_REQUIRED"
+
+
+def lacking(things: Sequence[str]) -> NoReturn:
+    """Skip a test that needs what is not there; fail it where everything has to be there."""
+    reason = f"needs {', '.join(things)}"
+    if os.environ.get(REQUIRED):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def namespaces() -> None:
+    """Hosts can be made here."""
+    if missing := hosts.missing():
+        lacking(missing)
