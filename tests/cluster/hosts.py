@@ -7,6 +7,7 @@ which the next network removes.
 
 import fcntl
 import os
+import pwd
 import shlex
 import shutil
 import signal
@@ -158,11 +159,9 @@ class Host:
         """
         self._started += 1
         log = self.disk / "logs" / f"{self._started:02d}-{name or Path(str(command[0])).name}"
-        become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
-        program = [*become, *map(str, command)]
         with log.open("wb") as output:
             entered = subprocess.Popen(
-                [*self._enter(), "env", f"--chdir={self.place}", *program],
+                self._entering(command, user),
                 env={**self.environment, **(variables or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -177,7 +176,6 @@ class Host:
         variables: Mapping[str, str] | None = None,
         *,
         user: str = "",
-        name: str = "",
         timeout_s: float = 120.0,
     ) -> str:
         """Run a program in it to its end; what it says.
@@ -185,10 +183,23 @@ class Host:
         Raises:
             HostsFailed: it failed, or did not end in time.
         """
-        process = self.start(command, variables, user=user, name=name)
-        if status := process.wait(timeout_s):
-            raise HostsFailed(f"{shlex.join(map(str, command))} in {self.name} ended with {status}:\n{process.said}")
-        return process.said
+        told = f"{shlex.join(map(str, command))} in {self.name}"
+        try:
+            done = subprocess.run(
+                self._entering(command, user),
+                env={**self.environment, **(variables or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise HostsFailed(f"{told} did not end within {timeout_s:.0f} s") from None
+        if done.returncode:
+            raise HostsFailed(f"{told} ended with {done.returncode}:\n{done.stdout}")
+        return done.stdout
 
     def processes(self) -> list[psutil.Process]:
         """All that runs in it, its first process left out."""
@@ -211,8 +222,14 @@ class Host:
                 self._first.stdin.close()
             self._first.wait(ENDING_TIMEOUT_S)
 
-    def _enter(self) -> list[str]:
-        return ["nsenter", f"--target={self.pid}", "--net", "--uts", "--mount", "--ipc", "--pid"]
+    def _entering(self, command: Sequence[str | Path], user: str) -> list[str]:
+        """A command from outside that runs another one inside."""
+        enter = ["nsenter", f"--target={self.pid}", "--net", "--uts", "--mount", "--ipc", "--pid"]
+        become: list[str] = []
+        if user:
+            group = pwd.getpwnam(user).pw_gid
+            become = ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups"]
+        return [*enter, "env", f"--chdir={self.place}", *become, *map(str, command)]
 
 
 class Network:
