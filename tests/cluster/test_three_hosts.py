@@ -49,6 +49,7 @@ class Course:
         finished: (training, epoch) of each epoch that was finished when the host was cut off -> its end.
         trained: names of the hosts on which processes trained.
         trained_later: those on which they did after the fourth had joined.
+        returned: whether the host that was cut off came back before the end.
     """
 
     head: Host
@@ -61,6 +62,7 @@ class Course:
     finished: dict[tuple[str, int], int]
     trained: set[str] = field(default_factory=set)
     trained_later: set[str] = field(default_factory=set)
+    returned: bool = False
 
 
 def data() -> Path | None:
@@ -107,9 +109,16 @@ def course(namespaces, tmp_path_factory) -> Iterator[Course]:
         deadline = time.monotonic() + SWEEP_TIMEOUT_S
         while sweep.running:
             assert time.monotonic() < deadline, sweep.said[-3000:]
+            if not found.returned and told_of_loss(found):
+                net.plug_in(found.lost)  # what it still says is of yesterday
+                found.returned = True
             found.trained_later.update(host.name for host in (workers[0], joined) if trains(host))
             time.sleep(POLL_S)
         yield found
+
+
+def told_of_loss(course: Course) -> bool:
+    return f"node {course.lost.address} is lost" in course.sweep.said
 
 
 def ran_on_one(host: Host, kept: Path) -> RunFolder:
@@ -128,7 +137,9 @@ def test_the_sweep_ends_well(course):
 def test_both_workers_trained_and_the_one_that_joined_did_too(course):
     assert course.trained == {"worker-1", "worker-2"}
     assert course.trained_later == {"worker-1", "worker-3"}
-    assert course.lost.address in course.sweep.said, "the loss is told"
+    assert told_of_loss(course)
+    assert f"node {course.joined.address} has joined" in course.sweep.said
+    assert course.returned, "it was plugged in again while the sweep ran"
 
 
 def test_nothing_is_lost_twice_or_different_beside_the_sweep_on_one_host(course):
