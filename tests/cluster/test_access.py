@@ -45,6 +45,26 @@ READ_HEAD = """
     from ray._raylet import GcsClient
     print("in", GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None, timeout=10))
 """
+# Any call of a service; what it asks does not matter where it is refused. It says how it ended.
+CALL = """
+    import sys, grpc
+    address, method, token = sys.argv[1:]
+    known = [("authorization", f"Bearer {token}")] if token else []
+    call = grpc.insecure_channel(address).unary_unary(f"/ray.rpc.{method}")
+    try:
+        call(b"", metadata=known, timeout=20)
+        print("OK")
+    except grpc.RpcError as error:
+        print(error.code().name)
+"""
+# Service of Ray -> where it listens on every node but the head alone has the first.
+SERVICES = {
+    "NodeInfoGcsService/GetAllNodeInfo": clusters.GCS,
+    "NodeManagerService/GetNodeStats": clusters.NODE_MANAGER,
+    "ObjectManagerService/FreeObjects": clusters.OBJECT_MANAGER,
+    "ReporterService/GetTraceback": AGENT_GRPC,
+    "CoreWorkerService/PushTask": None,  # wherever a worker process listens
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +79,14 @@ def cluster(namespaces):
         found.wait_for([worker])
         net.add("stranger")
         yield found
+
+
+@pytest.fixture(scope="module")
+def opened(cluster) -> dict[str, list[int]]:
+    """Host -> its ports that the stranger reaches."""
+    hosts = {name: cluster.net.hosts[name].address for name in ("head", "worker")}
+    found = scan(cluster.net.hosts["stranger"], [*hosts.values()])
+    return {name: found[address] for name, address in hosts.items()}
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +171,19 @@ def test_a_node_without_the_token_does_not_join(cluster, stranger):
     ray.end()
 
 
-def test_every_port_that_others_reach_is_one_of_the_guide(cluster, stranger):
-    hosts = [cluster.head, cluster.net.hosts["worker"]]
-    opened = scan(stranger, [host.address for host in hosts])
-    assert {clusters.GCS, DASHBOARD, CLIENT} <= {*opened[cluster.head.address]}, "the scan sees what is there"
+@pytest.mark.parametrize("method", SERVICES)
+def test_the_services_of_ray_refuse(cluster, stranger, opened, method):
+    host = cluster.head if SERVICES[method] == clusters.GCS else cluster.net.hosts["worker"]
+    port = SERVICES[method] or next(port for port in opened[host.name] if port in clusters.WORKERS)
+    tokens = ("", "0" * len(cluster.token), cluster.token)
+    program = [sys.executable, "-c", textwrap.dedent(CALL), f"{host.address}:{port}", method]
+    own = {"PYTHONPATH": clusters.IMPORTED}
+    *refused, taken = (stranger.run([*program, token], own).split()[-1] for token in tokens)
+    assert refused == ["UNAUTHENTICATED"] * 2
+    assert taken not in ("UNAUTHENTICATED", "UNAVAILABLE", "UNIMPLEMENTED", "DEADLINE_EXCEEDED")
+
+
+def test_every_port_that_others_reach_is_one_of_the_guide(opened):
+    assert {clusters.GCS, DASHBOARD, CLIENT} <= {*opened["head"]}, "the scan sees what is there"
+    assert clusters.NODE_MANAGER in opened["worker"]
     assert {port for ports in opened.values() for port in ports} <= FIXED
