@@ -45,7 +45,7 @@ READ_HEAD = """
     from ray._raylet import GcsClient
     print("in", GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None, timeout=10))
 """
-# Any call of a service; what it asks does not matter where it is refused. It says how it ended.
+# Any call of a service, which says how it ended. One that is not there is UNIMPLEMENTED, with a token or without.
 CALL = """
     import sys, grpc
     address, method, token = sys.argv[1:]
@@ -61,7 +61,7 @@ CALL = """
 SERVICES = {
     "NodeInfoGcsService/GetAllNodeInfo": clusters.GCS,
     "NodeManagerService/GetNodeStats": clusters.NODE_MANAGER,
-    "ObjectManagerService/FreeObjects": clusters.OBJECT_MANAGER,
+    "ObjectManagerService/Pull": clusters.OBJECT_MANAGER,
     "ReporterService/GetTraceback": AGENT_GRPC,
     "CoreWorkerService/PushTask": None,  # wherever a worker process listens
 }
@@ -175,12 +175,10 @@ def test_a_node_without_the_token_does_not_join(cluster, stranger):
 def test_the_services_of_ray_refuse(cluster, stranger, opened, method):
     host = cluster.head if SERVICES[method] == clusters.GCS else cluster.net.hosts["worker"]
     port = SERVICES[method] or next(port for port in opened[host.name] if port in clusters.WORKERS)
-    tokens = ("", "0" * len(cluster.token), cluster.token)
     program = [sys.executable, "-c", textwrap.dedent(CALL), f"{host.address}:{port}", method]
     own = {"PYTHONPATH": clusters.IMPORTED}
-    *refused, taken = (stranger.run([*program, token], own).split()[-1] for token in tokens)
-    assert refused == ["UNAUTHENTICATED"] * 2
-    assert taken not in ("UNAUTHENTICATED", "UNAVAILABLE", "UNIMPLEMENTED", "DEADLINE_EXCEEDED")
+    for token in ("", "0" * len(cluster.token)):
+        assert stranger.run([*program, token], own).split()[-1] == "UNAUTHENTICATED"
 
 
 def test_every_port_that_others_reach_is_one_of_the_guide(opened):
