@@ -47,7 +47,7 @@ class Course:
         lost: the host that was cut off.
         joined: the one that came for it.
         finished: (training, epoch) of each epoch that was finished when the host was cut off -> its end.
-        cut_ms: when that was, in milliseconds since 1970.
+        ended: the same of those that its own disk told of by then.
         trained: names of the hosts on which processes trained.
         trained_later: those on which they did after the fourth had joined.
         returned: whether the host that was cut off came back before the end.
@@ -61,7 +61,7 @@ class Course:
     lost: Host
     joined: Host
     finished: dict[tuple[str, int], int]
-    cut_ms: int
+    ended: dict[tuple[str, int], int]
     trained: set[str] = field(default_factory=set)
     trained_later: set[str] = field(default_factory=set)
     returned: bool = False
@@ -103,11 +103,11 @@ def course(namespaces, tmp_path_factory) -> Iterator[Course]:
 
         wait_until(half_way, "trials on both workers", SWEEP_TIMEOUT_S, sweep)
         net.cut_off(workers[1])
-        cut_ms, finished = round(1000 * time.time()), finished_epochs(run)
+        ended, finished = epochs_on(workers[1], time.time()), finished_epochs(run)
         joined = net.add("worker-3", hidden=hidden)
         cluster.join(joined, 1)
         cluster.wait_for([joined])
-        found = Course(head, tracking, reference, run, sweep, workers[1], joined, finished, cut_ms, trained)
+        found = Course(head, tracking, reference, run, sweep, workers[1], joined, finished, ended, trained)
         deadline = time.monotonic() + SWEEP_TIMEOUT_S
         while sweep.running:
             assert time.monotonic() < deadline, sweep.said[-3000:]
@@ -121,6 +121,16 @@ def course(namespaces, tmp_path_factory) -> Iterator[Course]:
 
 def told_of_loss(course: Course) -> bool:
     return f"node {course.lost.address} is lost" in course.sweep.said
+
+
+def epochs_on(host: Host, second: float) -> dict[tuple[str, int], int]:
+    """(training, epoch) -> its end, of the epochs that a host's checkpoints tell of and that had ended by a second."""
+    entries = [entry for checkpoint in host.disk.rglob(CHECKPOINT) for entry in course_of(checkpoint)]
+    return {
+        (entry["trial_id"], entry["epoch"]): entry["ended_ms"]
+        for entry in entries
+        if entry["ended_ms"] <= 1000 * second
+    }
 
 
 def ran_on_one(host: Host, kept: Path) -> RunFolder:
@@ -155,15 +165,9 @@ def test_no_epoch_that_had_been_finished_at_home_is_trained_again(course):
 
 
 def test_the_host_that_was_cut_off_costs_an_epoch_of_a_trial_at_most(course):
+    assert course.ended, "its own disk tells of the trial that it ran"
     at_home = finished_epochs(course.run)
-    checkpoints = [*course.lost.disk.rglob(CHECKPOINT)]
-    assert checkpoints, "the trial that it ran has left its own on it"
-    again = Counter(
-        entry["trial_id"]
-        for checkpoint in checkpoints
-        for entry in course_of(checkpoint)
-        if entry["ended_ms"] <= course.cut_ms and at_home[entry["trial_id"], entry["epoch"]] != entry["ended_ms"]
-    )
+    again = Counter(trial_id for (trial_id, epoch), ended in course.ended.items() if at_home[trial_id, epoch] != ended)
     assert max(again.values(), default=0) <= 1, again
 
 
