@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def course(namespaces, tmp_path_factory) -> Iterator[Course]:
         def half_way() -> bool:
             trained.update(host.name for host in workers if trains(host))
             ended = sum(1 for _ in read_lines(run.trial_record)) if run.path.is_dir() else 0
-            return len(trained) == 2 and ended >= ENDED_BEFORE_THE_CUT and trains(workers[1])
+            return len(trained) == 2 and ended >= ENDED_BEFORE_THE_CUT and bool(epochs_on(workers[1], time.time()))
 
         wait_until(half_way, "trials on both workers", SWEEP_TIMEOUT_S, sweep)
         net.cut_off(workers[1])
@@ -125,7 +126,10 @@ def told_of_loss(course: Course) -> bool:
 
 def epochs_on(host: Host, second: float) -> dict[tuple[str, int], int]:
     """(training, epoch) -> its end, of the epochs that a host's checkpoints tell of and that had ended by a second."""
-    entries = [entry for checkpoint in host.disk.rglob(CHECKPOINT) for entry in course_of(checkpoint)]
+    entries = []
+    for checkpoint in host.disk.rglob(CHECKPOINT):
+        with suppress(FileNotFoundError):  # of a training that has just ended
+            entries += course_of(checkpoint)
     return {
         (entry["trial_id"], entry["epoch"]): entry["ended_ms"]
         for entry in entries
