@@ -15,7 +15,7 @@ from cxr_models.storage import size_text
 from cxr_models.trial import TrialConfig
 from sweep import caching
 from sweep.caching import CachePlan, CacheRules, default_limit_bytes, features_folder, group_of, plan_cache
-from sweep.machine import Machine
+from sweep.machine import Machine, Node
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
 from sweep.progress import StepProgress
@@ -57,7 +57,7 @@ def make(tmp_path, radiography_folder, cache_dir):
         path = tmp_path / "kept.yaml"
         path.write_text(SPACE.format(data=radiography_folder))
         spec = read_spec(path, [f"{key}={value}" for key, value in changed.items()])
-        machine = Machine(cores=2, gpus=0, memory_bytes=8 * 1024**3)
+        machine = Machine((Node(cores=2, gpus=0, memory_bytes=8 * 1024**3),))
         return make_plan(spec, machine, source=str(path), cache_dir=cache_dir, cache_bytes=cache_bytes)
 
     return plan
