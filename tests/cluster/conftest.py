@@ -2,10 +2,12 @@
 
 Run:  make cluster-test    # what is missing is a failure
       python -m pytest -m "" tests/cluster    # what is missing is a skip
+With CXR_CLUSTER_KEPT=DIR the disks of the hosts are copied there at the end, with all that their programs said.
 """
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -14,6 +16,13 @@ from tests.cluster import hosts
 
 # Set by `make cluster-test`.
 REQUIRED = "CXR_CLUSTER_REQUIRED"
+KEPT = "CXR_CLUSTER_KEPT"
+
+
+def kept(name: str) -> Path | None:
+    """Where the disks of one test's hosts are to be kept; None if nowhere."""
+    folder = os.environ.get(KEPT)
+    return Path(folder) / name if folder else None
 
 
 def lacking(things: Sequence[str]) -> NoReturn:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cluster import clusters
 from tests.cluster.clusters import AGENT, AGENT_GRPC, CLIENT, DASHBOARD, ENVIRONMENTS, Cluster, asked
-from tests.cluster.conftest import lacking
+from tests.cluster.conftest import kept, lacking
 from tests.cluster.hosts import Host, HostsFailed, network
 from tests.cluster.test_scan import scan
 
@@ -72,7 +72,7 @@ def cluster(namespaces):
     """A head, a worker, and a stranger who has no token."""
     if missing := clusters.missing():
         lacking(missing)
-    with network() as net:
+    with network(kept("access")) as net:
         found = Cluster(net, net.add("head"))
         worker = net.add("worker")
         found.join(worker, 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.conftest import kept
 from tests.cluster.hosts import Host, network
 from tests.cluster.sockets import Reachable, reachable_sockets
 
@@ -32,7 +33,7 @@ time.sleep(600)
 @pytest.fixture
 def hosts(namespaces):
     """One host that has something to hide, and one that looks."""
-    with network() as net:
+    with network(kept("scan")) as net:
         yield net.add("sweeper"), net.add("stranger")
 
 

@@ -17,7 +17,7 @@ from fault_checks import CHECKPOINT, course_of, differences, finished_epochs, tr
 from sweep.record import RunFolder, read_lines
 from tests.cluster import clusters
 from tests.cluster.clusters import Cluster, Tracking, start_sweep, trains, wait_until
-from tests.cluster.conftest import lacking
+from tests.cluster.conftest import kept, lacking
 from tests.cluster.hosts import Host, Process, network
 
 NAME, TRIALS, EPOCHS = "cluster", 24, 8
@@ -84,7 +84,7 @@ def course(namespaces, tmp_path_factory) -> Iterator[Course]:
     if missing := clusters.missing():
         lacking(missing)
     hidden = [found] if (found := data()) else []
-    with network(kept=Path(os.environ["CXR_CLUSTER_KEPT"]) if "CXR_CLUSTER_KEPT" in os.environ else None) as net:
+    with network(kept("three-hosts")) as net:
         head, tracking = net.add("head"), Tracking(net.add("tracking"))
         tracking.let_in(head)
         reference = ran_on_one(net.add("alone"), tmp_path_factory.mktemp("reference"))
