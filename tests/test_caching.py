@@ -252,3 +252,20 @@ class TestPlan:
 
 def test_sizes_as_a_person_reads_them():
     assert [size_text(size) for size in (600, 1_234_000, 2_500_000_000)] == ["0.6 kB", "1.2 MB", "2.5 GB"]
+
+
+class TestPrefix:
+    """Trials that share one find each other's features, and should run on one node."""
+
+    def test_what_it_follows_from(self, make):
+        plan = make()
+        known = plan.prefix(CONFIG)
+        assert known is not None
+        same = {"freeze": "stages:1", "learning_rate": 1e-5, "batch_size": 64, "seed": 7, "dropout": 0.5}
+        assert {plan.prefix(replace(CONFIG, **{axis: value})) for axis, value in same.items()} == {known}
+        others = [{"lung_mask": "dataset"}, {"augmentation": "light"}, {"augmentation": "light", "seed": 7}]
+        assert len({known, *(plan.prefix(replace(CONFIG, **changed)) for changed in others)}) == 4
+
+    def test_what_keeps_no_features_has_none(self, make):
+        assert make().prefix(replace(CONFIG, freeze="none")) is None
+        assert make(0).prefix(CONFIG) is None
