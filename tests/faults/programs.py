@@ -16,9 +16,13 @@ EPOCH_S = 0.2
 def reading(job: TrialJob) -> Epochs:
     """`steady`, and each epoch tells what its pixels add up to and, in place of its device, where its folder lies."""
     pixels = int(np.load(job.work.data.pictures(job.config)).sum())
-    for metrics in steady(job):
-        here = replace(metrics, val={**metrics.val, "pixels": pixels}, device=str(job.work.folder))
-        if not (yield here):
+    epochs = steady(job)
+    metrics = next(epochs, None)
+    while metrics is not None:
+        go_on = yield replace(metrics, val={**metrics.val, "pixels": pixels}, device=str(job.work.folder))
+        try:
+            metrics = epochs.send(go_on)
+        except StopIteration:
             return
 
 
