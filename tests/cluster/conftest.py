@@ -6,6 +6,7 @@ With CXR_CLUSTER_KEPT=DIR the disks of the hosts are copied there at the end, wi
 """
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -22,7 +23,10 @@ KEPT = "CXR_CLUSTER_KEPT"
 def kept(name: str) -> Path | None:
     """Where the disks of one test's hosts are to be kept; None if nowhere."""
     folder = os.environ.get(KEPT)
-    return Path(folder) / name if folder else None
+    if not folder:
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
 
 
 def lacking(things: Sequence[str]) -> NoReturn:

@@ -137,6 +137,7 @@ class Host:
             **kept,
             "HOME": str(self.place / "home"),
             "TMPDIR": str(self.place / "tmp"),
+            "RAY_TMPDIR": "/tmp",  # paths of sockets must be short
             "XDG_CACHE_HOME": str(self.place / "cache"),
             "CUDA_VISIBLE_DEVICES": "",
         }
@@ -320,9 +321,11 @@ def network(kept: Path | None = None) -> Iterator[Network]:
         finally:
             if found:
                 found.close()
-            if kept:
-                shutil.copytree(folder / "disks", kept, symlinks=True, ignore=_sockets, dirs_exist_ok=True)
-            shutil.rmtree(folder)
+            try:
+                if kept:
+                    shutil.copytree(folder / "disks", kept, symlinks=True, ignore=_sockets, dirs_exist_ok=True)
+            finally:
+                shutil.rmtree(folder)
 
 
 def remove_leftovers() -> list[Path]:

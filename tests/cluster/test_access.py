@@ -4,11 +4,12 @@ import json
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from tests.cluster import clusters
-from tests.cluster.clusters import AGENT, AGENT_GRPC, CLIENT, DASHBOARD, ENVIRONMENTS, Cluster, asked
+from tests.cluster.clusters import AGENT, AGENT_GRPC, CLIENT, DASHBOARD, ENVIRONMENTS, Cluster, asked, wait_until
 from tests.cluster.conftest import kept, lacking
 from tests.cluster.hosts import Host, HostsFailed, network
 from tests.cluster.test_scan import scan
@@ -22,6 +23,8 @@ PAGES = (
     "/logs",
     "/api/serve/applications/",
 )
+# Figures for Prometheus of the autoscaler and of the dashboard, as Ray names them; they have no option.
+HEAD_METRICS = (44217, 44227)
 # docs/CLUSTER.md tells firewalls and network policies these.
 FIXED = {
     clusters.GCS,
@@ -33,6 +36,7 @@ FIXED = {
     AGENT,
     AGENT_GRPC,
     ENVIRONMENTS,
+    *HEAD_METRICS,
     *clusters.WORKERS,
 }
 AS_CLIENT = """
@@ -44,6 +48,17 @@ READ_HEAD = """
     import sys
     from ray._raylet import GcsClient
     print("in", GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None, timeout=10))
+"""
+# An actor on the worker, the only node with CPUs.
+BUSY = """
+    import time, ray
+    ray.init("auto", logging_level="ERROR")
+    class Worker:
+        def work(self):
+            return "works"
+    worker = ray.remote(num_cpus=1)(Worker).remote()
+    print(ray.get(worker.work.remote()), flush=True)
+    time.sleep(600)
 """
 # Any call of a service, which says how it ended. One that is not there is UNIMPLEMENTED, with a token or without.
 CALL = """
@@ -82,11 +97,14 @@ def cluster(namespaces):
 
 
 @pytest.fixture(scope="module")
-def opened(cluster) -> dict[str, list[int]]:
-    """Host -> its ports that the stranger reaches."""
+def opened(cluster) -> Iterator[dict[str, list[int]]]:
+    """Host -> its ports that the stranger reaches, while the cluster works."""
+    busy = cluster.head.start([sys.executable, "-c", textwrap.dedent(BUSY)], cluster.variables(cluster.head))
+    wait_until(lambda: "works" in busy.said, "an actor works", clusters.STARTING_TIMEOUT_S, busy)
     hosts = {name: cluster.net.hosts[name].address for name in ("head", "worker")}
     found = scan(cluster.net.hosts["stranger"], [*hosts.values()])
-    return {name: found[address] for name, address in hosts.items()}
+    yield {name: found[address] for name, address in hosts.items()}
+    busy.end()
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +167,18 @@ def attempt(cluster: Cluster, stranger: Host, program: str, address: str, token:
 
 
 def test_the_client_port_takes_the_token_alone(cluster, stranger):
-    address = f"ray://{cluster.head.address}:{CLIENT}"
-    tokens = ("", "0" * len(cluster.token), cluster.token)
-    assert [attempt(cluster, stranger, AS_CLIENT, address, token) for token in tokens] == [False, False, True]
+    wrong = "0" * len(cluster.token)
+    assert not attempt(cluster, stranger, AS_CLIENT, f"ray://{cluster.head.address}:{CLIENT}", "")
+    method = "RayletDriver/ClusterInfo"
+    *refused, taken = (called(stranger, cluster.head, CLIENT, method, token) for token in ("", wrong, cluster.token))
+    assert refused == ["UNAUTHENTICATED"] * 2
+    assert taken not in ("UNAUTHENTICATED", "UNAVAILABLE", "UNIMPLEMENTED", "DEADLINE_EXCEEDED")
+
+
+def called(stranger: Host, host: Host, port: int, method: str, token: str) -> str:
+    """How a stranger's call of a method ends."""
+    program = [sys.executable, "-c", textwrap.dedent(CALL), f"{host.address}:{port}", method, token]
+    return stranger.run(program, {"PYTHONPATH": clusters.IMPORTED}).split()[-1]
 
 
 def test_the_head_s_tables_are_read_with_the_token_alone(cluster, stranger):
@@ -175,10 +202,8 @@ def test_a_node_without_the_token_does_not_join(cluster, stranger):
 def test_the_services_of_ray_refuse(cluster, stranger, opened, method):
     host = cluster.head if SERVICES[method] == clusters.GCS else cluster.net.hosts["worker"]
     port = SERVICES[method] or next(port for port in opened[host.name] if port in clusters.WORKERS)
-    program = [sys.executable, "-c", textwrap.dedent(CALL), f"{host.address}:{port}", method]
-    own = {"PYTHONPATH": clusters.IMPORTED}
     for token in ("", "0" * len(cluster.token)):
-        assert stranger.run([*program, token], own).split()[-1] == "UNAUTHENTICATED"
+        assert called(stranger, host, port, method, token) == "UNAUTHENTICATED"
 
 
 def test_every_port_that_others_reach_is_one_of_the_guide(opened):
