@@ -26,7 +26,7 @@ AGENT, AGENT_GRPC, ENVIRONMENTS = 52365, 52366, 52367
 WORKERS = range(11000, 12000)
 MLFLOW, POSTGRESQL = 5000, 5432
 ADMIN, DATABASE = "admin", "mlflow"
-STARTING_TIMEOUT_S = 240.0
+STARTING_TIMEOUT_S = 900.0
 # As each program of the cluster finds it below its home or its disk.
 TOKEN, CREDENTIALS = "secrets/ray_token", "home/.mlflow/credentials"
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
