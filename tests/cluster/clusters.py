@@ -216,6 +216,7 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(host.place / TOKEN),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",  # the machine may be slow
             "RAY_memory_monitor_refresh_ms": "0",  # the hosts share this machine's memory with others
         }
 
