@@ -186,6 +186,17 @@ def asked(host: Host, url: str, headers: Mapping[str, str] | None = None, body: 
     return int(host.run(command))
 
 
+ALIVE = "alive: "
+NODES = f"""
+    import sys
+    from ray._raylet import GcsClient
+
+    for node in GcsClient(address=sys.argv[1]).get_all_node_info(timeout=20).values():
+        if node.state == 0:  # GcsNodeInfo.ALIVE
+            print("{ALIVE}" + node.node_manager_address)
+"""
+
+
 class Cluster:
     """Ray on hosts: a head, which runs no trials, and workers that join it.
 
@@ -251,13 +262,12 @@ class Cluster:
 
     def nodes(self) -> set[str]:
         """Addresses of the nodes that the head takes for alive."""
-        program = "import json, ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR');"
-        program += "print(json.dumps([each['NodeManagerAddress'] for each in ray.nodes() if each['Alive']]))"
+        command = [sys.executable, "-c", textwrap.dedent(NODES), self.address]
         try:
-            said = self.head.run([sys.executable, "-c", program], self.variables(self.head))
+            said = self.head.run(command, self.variables(self.head))
         except HostsFailed:
             return set()  # the head is not there yet
-        return set(json.loads(said.splitlines()[-1]))
+        return {line.removeprefix(ALIVE) for line in said.splitlines() if line.startswith(ALIVE)}
 
     def sweep(self, name: str, *options: str | Path, space: Path = SPACE) -> Process:
         """Start a sweep on the head, whose trials run on the workers."""
