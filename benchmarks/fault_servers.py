@@ -101,14 +101,14 @@ def sqlite_store(folder: Path) -> Iterator[str]:
 @contextmanager
 def postgresql_store(folder: Path) -> Iterator[str]:
     """The URI of a new PostgreSQL, which runs for the length of the block; not as root, which it refuses."""
-    port, user = free_port(), _ordinary_user()
+    port, user = free_port(), ordinary_user()
     files = Path(tempfile.mkdtemp(prefix="postgresql-"))  # where other users may pass
     if user:
         shutil.chown(files, user)
 
     def control(program: str, *arguments: str) -> None:
         log = folder / "postgresql.log"
-        command = [str(_postgresql(program)), "-D", str(files), *arguments]
+        command = [str(postgresql_program(program)), "-D", str(files), *arguments]
         with log.open("ab") as output:
             done = subprocess.run(command, stdout=output, stderr=output, user=user, cwd=files, check=False)
         if done.returncode:
@@ -123,7 +123,7 @@ def postgresql_store(folder: Path) -> Iterator[str]:
         shutil.rmtree(files)
 
 
-def _ordinary_user() -> str | None:
+def ordinary_user() -> str | None:
     """Whom to run PostgreSQL as in place of root; None for whoever runs this."""
     if os.geteuid():
         return None
@@ -131,7 +131,7 @@ def _ordinary_user() -> str | None:
     return "postgres" if "postgres" in known else "nobody"
 
 
-def _postgresql(program: str) -> Path | None:
+def postgresql_program(program: str) -> Path | None:
     """A program of PostgreSQL, on the path or where Debian keeps it; None if it is not installed."""
     on_path = shutil.which(program)
     if on_path:
@@ -142,7 +142,7 @@ def _postgresql(program: str) -> Path | None:
 def stores() -> dict[str, Store]:
     """Name -> each store that can be tried here."""
     found: dict[str, Store] = {"SQLite": sqlite_store}
-    if _postgresql("pg_ctl") is None:
+    if postgresql_program("pg_ctl") is None:
         print("PostgreSQL is not tried: pg_ctl is not found", flush=True)
     elif importlib.util.find_spec("psycopg2") is None:
         print("PostgreSQL is not tried: psycopg2 is not installed (pip install psycopg2-binary)", flush=True)
