@@ -142,17 +142,17 @@ class Images:
 def pip_settings(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
     """What pip uses on this machine, as a file for the build; and the folders on disk that it names."""
     told = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
-    settings, places = ["[global]"], set()
+    settings, places = dict[str, str](), set()
     for line in told.stdout.splitlines():
         key, _, value = line.partition("=")
         text = str(ast.literal_eval(value))
-        settings.append(f"{key.rpartition('.')[2]} = {text}")
+        settings.setdefault(key.rpartition(".")[2], text)  # the environment comes first, and wins
         for word in text.split():
             path = Path(urlsplit(word).path)
             if path.is_absolute() and path.exists() and urlsplit(word).scheme in ("", "file"):
                 places.add(path if path.is_dir() else path.parent)
     file = folder / "pip.conf"
-    file.write_text("\n".join(settings) + "\n")
+    file.write_text("\n".join(["[global]", *(f"{key} = {text}" for key, text in settings.items())]) + "\n")
     try:
         yield file, _with_targets(places)
     finally:
