@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -216,7 +217,8 @@ def specification(
         mounts.append(bind(Path(shutil.which("tini-static") or ""), "/sbin/docker-init", "ro"))
         command = ["/sbin/docker-init", "--", *command]
     variables = dict(line.split("=", 1) for line in config["Env"]) | service["environment"]
-    files = service.get("ulimits", {}).get("nofile", 1024)
+    # No more than this process may have: to give more takes a right that root in a sandbox may lack.
+    files = min(service.get("ulimits", {}).get("nofile", 1024), resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     return {
         "ociVersion": "1.0.2",
         "hostname": hostname,

@@ -115,6 +115,7 @@ class Images:
             how = ["--isolation", "chroot", "--format", "docker", "--file", "docker/Dockerfile", "--tag", name]
             how += ["--secret", f"id=pip,src={settings}"]
             self.buildah("bud", *how, *volumes, *given, *arguments, ROOT, timeout_s=BUILDING_TIMEOUT_S)
+            self.buildah("rmi", "--prune")  # the stages before the last one
         return time.monotonic() - begun
 
     def facts(self, name: str) -> dict[str, Any]:
