@@ -290,11 +290,17 @@ def test_no_secret_is_in_the_image_its_log_or_an_environment(built, facts, clust
                 assert not any(value in line for line in container.environment), name
 
 
-def test_no_secret_is_in_what_a_sweep_leaves(cluster, swept, secrets):
-    program = "import pathlib, sys; found = [str(p) for p in pathlib.Path('/runs').rglob('*') if p.is_file()"
-    program += " and any(v.encode() in p.read_bytes() for v in sys.argv[1:])]; print(found)"
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("head", "/runs"), ("head", "/tmp/ray"), ("worker-1", "/tmp/ray"), ("mlflow", "/mlartifacts"), ("mlflow", "/tmp")],
+)
+def test_no_secret_is_in_what_a_sweep_leaves(cluster, swept, secrets, name, folder):
+    program = "import pathlib, sys; files = [p for p in pathlib.Path(sys.argv[1]).rglob('*') if p.is_file()];"
+    program += "print(len(files), [str(p) for p in files if any(v.encode() in p.read_bytes() for v in sys.argv[2:])])"
     every = sorted({value for found in values(secrets).values() for value in found})
-    assert cluster["head"].run("python", "-c", program, *every).strip() == "[]"
+    count, found = cluster[name].run("python", "-c", program, folder, *every).strip().split(" ", 1)
+    assert found == "[]"
+    assert int(count) or folder == "/tmp"
 
 
 def test_told_to_stop_the_head_ends_a_running_sweep_in_good_order(cluster, swept):
