@@ -96,7 +96,7 @@ class Images:
             raise ImageFailed(f"{shlex.join(command)}: {(done.stdout + done.stderr)[-3000:]}")
         for leftover in ("var/cache/apt/archives", "var/lib/apt/lists"):
             shutil.rmtree(Path(place, leftover))
-        self.buildah("config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin", container)
+        self.buildah("config", "--env", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", container)
         self.buildah("commit", "--quiet", "--rm", container, STAND_IN)
 
     def build(self, name: str, *arguments: str, variables: Sequence[str] = ()) -> float:
