@@ -10,10 +10,7 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -435,16 +432,38 @@ def test_the_policies_are_read_right():
 
 def test_preemption_leaves_a_sweep_the_time_it_needs(documents):
     for pod in pods(documents):
-        kind = pod.labels.get("ray.io/node-type")
-        if kind == "head":
-            command = pod.spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
-            patience = int(re.search(r"end_sweep\.py ([0-9]+);", command)[1])
-            assert patience + 30 < pod.spec["terminationGracePeriodSeconds"]
+        if pod.labels.get("ray.io/node-type") == "head":
+            container = pod.spec["containers"][0]
+            patience = {each["name"]: each.get("value") for each in container["env"]}["SWEEP_STOP_WAIT_S"]
+            assert float(patience) + 30 < pod.spec["terminationGracePeriodSeconds"]
+            assert "exec start-head " in container["args"][0]
     for job in of_kind(documents, "RayJob"):
         variables = yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]
         assert variables["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
         assert int(variables["RAY_JOB_STOP_WAIT_TIME_S"]) >= 120
         assert job["spec"]["backoffLimit"] > 0
+
+
+def test_nodes_start_what_the_operator_would_have_started(documents, tmp_path):
+    """The commands of both kinds of node, with the variable that the operator sets; programs only say their words."""
+    for name in ("ray", "start-head"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    for pod in pods(documents):
+        head = pod.labels.get("ray.io/node-type") == "head"
+        if head or pod.labels.get("ray.io/node-type") == "worker":
+            container = pod.spec["containers"][0]
+            generated = f"ray start {'--head ' if head else ''} --block  --num-cpus=8 --metrics-export-port=8080"
+            environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "KUBERAY_GEN_RAY_START_CMD": generated}
+            command = [*container["command"], *container["args"]]
+            said = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
+            begins = "start-head" if head else "ray start"
+            assert said.stdout.strip() == f"{begins} --block --num-cpus=8 --metrics-export-port=8080", said.stderr
+            # Without either, the operator would put its own command in place of ours.
+            assert "ray start" in container["args"][0]
+    for document in documents:
+        if document["apiVersion"].startswith("ray.io/"):
+            assert document["metadata"]["annotations"] == {"ray.io/overwrite-container-cmd": "true"}
 
 
 @pytest.fixture
@@ -494,58 +513,88 @@ def test_the_options_of_the_job_are_those_of_the_program(deployments):
         assert (KUBERNETES.parents[1] / "search_spaces" / Path(space).name).exists()
 
 
-DRIVER = """
-import signal, sys, time
-signal.signal(signal.SIGUSR1, lambda *_: (time.sleep(0.3), print("ended in good order", flush=True), sys.exit(130)))
-print("runs", flush=True)
-while True: time.sleep(0.1)
-"""
-STUBBORN = re.sub(r"lambda.*\)\)\)", "signal.SIG_IGN)", DRIVER)
+# --- The secrets' command, and the other files
 
 
 @pytest.fixture
-def driver():
-    started = []
-
-    def start(code: str, *words: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True)
-        started.append(process)
-        assert process.stdout.readline() == "runs\n"
-        threading.Thread(target=process.wait, daemon=True).start()  # as whoever started a driver does
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def end_sweep(driver: subprocess.Popen[str], seconds: float) -> int:
-    """What the hook says; it is shown this driver alone, since a sweep of somebody else may run here."""
-    code = (
-        "import runpy, sys, psutil\n"
-        f"psutil.process_iter = lambda attrs: [p for p in psutil.Process({os.getpid()}).children() "
-        f"if p.pid == {driver.pid} and (setattr(p, 'info', p.as_dict(attrs)) or True)]\n"
-        f"sys.argv = ['end_sweep.py', '{seconds}']\n"
-        f"runpy.run_path({str(SCRIPTS / 'end_sweep.py')!r}, run_name='__main__')\n"
+def kubectl(tmp_path) -> Path:
+    """A `kubectl` that knows the secrets named in a file, and writes down what it is told to make."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    stand_in = folder / "kubectl"
+    stand_in.write_text(
+        f"""#!/bin/sh
+case " $* " in
+*" get secret "*) grep -qx "$5" "{folder}/known" 2>/dev/null ;;
+*) printf '%s\\n' "$*" >> "{folder}/made" ;;
+esac
+"""
     )
-    return subprocess.run([sys.executable, "-c", code], timeout=60).returncode
+    stand_in.chmod(0o755)
+    return folder
 
 
-def test_before_the_head_stops_its_sweep_is_told_to_end_and_waited_for(driver):
-    process = driver(DRIVER, "-m", "sweep.run", "space.yaml")
-    assert end_sweep(process, 20) == 0
-    assert process.wait(1) == 130
-    assert process.stdout.read() == "ended in good order\n"
+def make_secrets(kubectl: Path, files: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": f"{kubectl}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["sh", str(KUBERNETES / "make-secrets"), str(files)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env=environment,
+    )
 
 
-def test_a_sweep_that_does_not_end_is_not_waited_for_for_ever(driver):
-    assert end_sweep(driver(STUBBORN, "-m", "sweep.run", "space.yaml"), 0.5) == 1
+def test_every_secret_that_the_files_name_is_made_of_random_words(documents, kubectl, tmp_path):
+    made = make_secrets(kubectl, tmp_path / "secrets")
+    assert made.returncode == 0, made.stderr
+    lines = [line.split() for line in (kubectl / "made").read_text().splitlines()]
+    assert all(line[:5] == ["--namespace", NAMESPACE, "create", "secret", "generic"] for line in lines)
+    keys = {line[5]: dict(word.removeprefix("--from-file=").split("=", 1) for word in line[6:]) for line in lines}
+    assert set(keys) == set(manifests.secret_keys(documents)) - MADE_BY_OPERATOR
+    for files in keys.values():
+        for file in files.values():
+            text = Path(file).read_text()
+            assert re.search("[0-9a-f]{64}", text)
+            assert text not in made.stdout + made.stderr
+    # The files that containers are told to read are keys of the secret that is mounted there.
+    for pod in pods(documents):
+        mounted = {
+            mount["mountPath"]: volume["secret"]["secretName"]
+            for container in pod.spec["containers"]
+            for mount in container.get("volumeMounts", ())
+            for volume in pod.spec["volumes"]
+            if volume["name"] == mount["name"] and "secret" in volume
+        }
+        for container in pod.spec["containers"]:
+            for each in container.get("env", ()):
+                if each["name"].endswith("_PASSWORD_FILE"):
+                    folder, _, key = each["value"].rpartition("/")
+                    assert key in keys[mounted[folder]], each
+    assert set(keys["mlflow-client"]) == {"credentials"}
+    assert "mlflow_tracking_password = " in Path(keys["mlflow-client"]["credentials"]).read_text()
 
 
-def test_what_is_no_sweep_is_let_alone(driver):
-    process = driver(DRIVER, "-m", "sweep.report", "runs/sweep.run")
-    assert end_sweep(process, 5) == 0
-    assert process.poll() is None
-    process.send_signal(signal.SIGUSR1)
+def test_secrets_that_are_there_are_kept(kubectl, tmp_path):
+    (kubectl / "known").write_text("postgres\nmlflow-server\nmlflow-client\n")
+    made = make_secrets(kubectl, tmp_path / "secrets")
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("kept     secret") == 3
+    assert not (kubectl / "made").exists()
+
+
+def test_compose_and_kubernetes_run_the_same_images_and_settings(documents):
+    """One image, one database, one set of names: what is tested of Compose holds here."""
+    compose = yaml.safe_load((KUBERNETES.parent / "compose.yaml").read_text())["services"]
+    ours = {pod.labels["app.kubernetes.io/component"]: pod.spec["containers"][0] for pod in pods(documents)}
+    assert ours["postgres"]["image"] == compose["postgres"]["image"]
+    for name, of_compose in {"ray-head": "head", "mlflow": "mlflow"}.items():
+        assert ours[name]["image"] in compose[of_compose]["image"]
+    variables = {each["name"]: each["value"] for each in ours["mlflow"]["env"]}
+    theirs = compose["mlflow"]["environment"]
+    for name in set(variables) - {"MLFLOW_ADMIN_PASSWORD_FILE", "POSTGRES_PASSWORD_FILE"}:
+        assert re.sub(r"\$\{[A-Z_]+:-(.*)\}", r"\1", theirs[name]) == variables[name], name
+    assert ours["mlflow"]["command"] == compose["mlflow"]["command"]
+    assert compose["head"]["command"][0] == "start-head"
+    for program in ("start-head", "start-tracking"):
+        assert (KUBERNETES.parent / "bin" / program).exists()
