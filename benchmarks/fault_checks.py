@@ -124,12 +124,12 @@ def finished_epochs(run: RunFolder) -> dict[tuple[str, int], int]:
     entries = [*read_lines(run.epoch_record)]
     for file in run.state.glob(f"trials/*/{CHECKPOINT}"):
         with suppress(FileNotFoundError):  # of a training that has just ended
-            entries += _course(file)
+            entries += course_of(file)
     return {(entry["trial_id"], entry["epoch"]): entry["ended_ms"] for entry in entries}
 
 
-def _course(checkpoint: Path) -> list[dict[str, Any]]:
-    """The epochs a checkpoint has, each as JSON in a line behind its header."""
+def course_of(checkpoint: Path) -> list[dict[str, Any]]:
+    """The epochs a checkpoint has: there, each is JSON in a line behind its header."""
     with np.load(checkpoint) as file:
         _, *lines = file["course"].tobytes().decode().splitlines()
     return [json.loads(line) for line in lines]

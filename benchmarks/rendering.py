@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from cluster_tables import cluster_page
 from comparing import mean_accuracies, mean_pause, own_trials, strategy_seconds
 from fault_tables import FAULTS
 from mixes import Mix
@@ -32,6 +33,7 @@ ORDER = (
     "darkcovidnet",
     "fuzz_inputs",
     *FAULTS,
+    "cluster",
 )
 PREFACE = """\
 # Measured
@@ -69,6 +71,7 @@ python benchmarks/halving.py   # a simulation; needs no data
 python benchmarks/darkcovidnet.py --data DIR --weights FILE   # the images of DarkCovidNet
 python benchmarks/fuzz_inputs.py   # broken search spaces, images and tables; needs no data
 python benchmarks/faults.py drivers   # then workers, mlflow and disk; needs no data
+python benchmarks/cluster.py   # one host and three; as root, needs no data
 python benchmarks/sweep_speed.py --render benchmarks/results > benchmarks/RESULTS.md
 ```
 """
@@ -99,6 +102,7 @@ def render_one(result: Result) -> str:
         "darkcovidnet": _darkcovidnet,
         "fuzz_inputs": _fuzz_inputs,
         **FAULTS,
+        "cluster": cluster_page,
     }
     return "\n\n".join([*kinds[result["kind"]](result), _environment(result["environment"])])
 

@@ -8,7 +8,6 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from sweep.tracked import DatasetInfo, one_line, own_tags
+from sweep.versions import version_of
 
 # Read by MLflow when it is imported or asked; what the user has set stays.
 ENVIRONMENT: Mapping[str, str] = {
@@ -313,7 +313,9 @@ def log_champion(model: Any, example: NDArray[np.float32], *, uri: str, run_id: 
         registered_model_name=name,
         # Without these two, MLflow loads the model to find out: 11 s.
         signature=ModelSignature(Schema([TensorSpec(float32, pixels)]), Schema([TensorSpec(float32, scores)])),
-        pip_requirements=[f"{package}=={version(package)}" for package in ("tensorflow", "keras", "numpy", "mlflow")],
+        pip_requirements=[
+            f"{package}=={version_of(package)}" for package in ("tensorflow", "keras", "numpy", "mlflow")
+        ],
         input_example=example[:1],
     )
     client.set_model_version_tag(name, str(logged.registered_model_version), TRIAL_TAG, trial_id)

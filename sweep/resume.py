@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from cxr_models.trial import TrialData
 from sweep.document import read_plain, shown
 from sweep.plan import Plan
 from sweep.record import RunFolder, append_line, drop_cut_line, read_lines
+from sweep.versions import version_of
 
 SHOWN_DIFFERENCES = 12
 # What may change between sessions: more trials, where they run, and where the same images lie.
@@ -230,4 +230,4 @@ def _files(data: TrialData) -> dict[str, list[str]]:
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
+    return {name: version_of(name) for name in PACKAGES}

@@ -5,7 +5,6 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 from cxr_models.trial import EpochMetrics, Objective, Outcome, TrialResult, best_epoch
@@ -14,6 +13,7 @@ from sweep.evaluation import FinalEvaluation
 from sweep.plan import Plan
 from sweep.record import best_by_strategy, ranked, read_lines, strategy_of
 from sweep.verdict import cautions
+from sweep.versions import version_of
 from sweep.weights import weights_inputs
 
 PACKAGES = ("cxr-sweep", "ray", "tensorflow", "keras", "optuna", "mlflow", "scikit-learn", "numpy")
@@ -66,7 +66,7 @@ def summarise(
             "full": sum(result.config.epochs for result in results),
             "from_features": epochs_from_features,
         },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "cores": plan.machine.cores,

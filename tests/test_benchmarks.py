@@ -271,6 +271,20 @@ class TestPage:
     def test_a_figure_that_is_not_there_is_called_not_measured(self):
         assert NOT_MEASURED in render([self.result(MIX, 2)]).partition("## Mix")[2]
 
+    def test_one_host_and_three_stand_beside_each_other_and_differences_are_told(self):
+        row = {"slots": 2, "wall_seconds": 90.0, "search_seconds": 70.0, "trials_seconds": 50.0, "train_seconds": 80.0}
+        row |= {"processor_seconds": 75.5, "sent_bytes": 0, "received_bytes": 0}
+        three = {**row, "name": "three hosts", "train_seconds": 60.0, "sent_bytes": 25_000_000}
+        facts = {"kind": "cluster", "environment": self.result(MIX, 2)["environment"], "trials": 24}
+        same = {**facts, "rows": [{**row, "name": "one host"}, three], "complaints": []}
+        page = render([same])
+        assert "| one host | 2 | 90.0 | 70.0 | 50.0 | 80 | 75.5 | 0.0, 0.0 |" in page
+        assert "| three hosts | 2 | 90.0 | 70.0 | 50.0 | 60 | 75.5 | 25.0, 0.0 |" in page
+        assert "equal to the last bit" in page
+        other = render([{**same, "complaints": ["epoch 3 of a-1 differs"]}])
+        assert "They are not the same:\n\n- epoch 3 of a-1 differs" in other
+        assert "equal to the last bit" not in other.partition("## One host")[2]
+
     def test_results_of_other_programs_are_read_and_other_files_left_out(self, tmp_path):
         facts = self.result(MIX, 2)["environment"]
         reader = {"kind": "pixel_reader", "environment": facts, "side": 64, "images": 9, "repeats": 2, "rows": []}

@@ -275,9 +275,22 @@ def start_sweep(
 
 
 def trains(host: Host) -> bool:
-    """Whether a process of the host trains: a worker's fork server has forked it."""
+    """Whether a process of the host trains."""
+    return bool(training(host))
+
+
+def training(host: Host) -> list[psutil.Process]:
+    """The processes that train: a worker's fork server has forked them."""
     servers = [each for each in host.processes() if _is_forked(each)]
-    return any(server.ppid() == other.pid for server in servers for other in servers)
+    pids = {server.pid for server in servers}
+    return [each for each in servers if _parent_of(each) in pids]
+
+
+def _parent_of(process: psutil.Process) -> int:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return 0  # it has ended meanwhile
 
 
 def _is_forked(process: psutil.Process) -> bool:

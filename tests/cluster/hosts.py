@@ -250,8 +250,13 @@ class Network:
         _checked([*self._at_switch, "address", "add", f"{ROUTER}/24", "dev", BRIDGE])
         _checked([*self._at_switch, "link", "set", BRIDGE, "up"])
 
-    def add(self, name: str) -> Host:
-        """A new host at the network. It has an address, a loopback, a hostname, processes and files of its own."""
+    def add(self, name: str, *, hidden: Sequence[Path] = ()) -> Host:
+        """A new host at the network. It has an address, a loopback, a hostname, processes and files of its own.
+
+        Args:
+            name: its hostname.
+            hidden: folders of this machine that it sees empty.
+        """
         number = len(self.hosts) + 1
         address, port = f"{SUBNET}.{number}", f"port{number}"
         disk, place = self.folder / "disks" / name, self.folder / "host"
@@ -262,9 +267,8 @@ class Network:
         with self._names.open("a") as file:
             file.write(f"{address} {name}\n")
         Path("/tmp/ray").mkdir(mode=0o777, exist_ok=True)  # where Ray's own folder of this host is laid over
-        first = _first_process(
-            ["--net", "--uts", "--mount", "--ipc", "--pid", "--mount-proc"], _settle(name, disk, place, self.folder)
-        )
+        steps = _settle(name, disk, place, self.folder, hidden)
+        first = _first_process(["--net", "--uts", "--mount", "--ipc", "--pid", "--mount-proc"], steps)
         host = self.hosts[name] = Host(name, address, disk, place, first, port)
         peer = ["peer", "name", "eth0", "netns", str(host.pid)]
         _checked([*self._at_switch, "link", "add", port, "type", "veth", *peer])
@@ -340,7 +344,7 @@ def _sockets(folder: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if (path := Path(folder, name)).is_socket() or path.is_fifo()]
 
 
-def _settle(name: str, disk: Path, place: Path, folder: Path) -> str:
+def _settle(name: str, disk: Path, place: Path, folder: Path, hidden: Iterable[Path]) -> str:
     """What a host's first process does first: its own files over everybody's, and nothing of the other hosts'."""
     steps = [
         ["hostname", name],
@@ -350,7 +354,7 @@ def _settle(name: str, disk: Path, place: Path, folder: Path) -> str:
         ["mount", "--bind", folder / "hosts", "/etc/hosts"],
         ["mount", "--bind", folder / "resolv.conf", "/etc/resolv.conf"],
         ["mount", "--bind", disk, place],
-        ["mount", "-t", "tmpfs", "-o", "ro,mode=755", "tmpfs", folder / "disks"],
+        *(["mount", "-t", "tmpfs", "-o", "ro,mode=755", "tmpfs", each] for each in (folder / "disks", *hidden)),
     ]
     return "\n".join(shlex.join(map(str, step)) for step in steps)
 

@@ -72,6 +72,12 @@ def test_files_are_its_own_at_the_same_path(net):
     assert not Path("/tmp/ray/file").exists()
 
 
+def test_a_folder_of_the_machine_can_be_hidden(net):
+    host = net.add("blind", hidden=[ROOT / "docs"])
+    assert host.run(["ls", ROOT / "docs"]) == ""
+    assert net.hosts["one"].run(["ls", ROOT / "docs"])
+
+
 def test_processes_are_its_own_and_end_with_it(net):
     host = net.add("short-lived")
     sleeper = host.start(["sh", "-c", "sleep 600 & exec sleep 600"])
