@@ -139,6 +139,12 @@ def default_limit_bytes(cache_dir: Path) -> int:
     return int(SHARE_OF_DISK * (shutil.disk_usage(cache_dir).free + stored))
 
 
+def room_for_features(folder: Path) -> int:
+    """What features may take on a node whose disk nobody has planned for: those there, and half of what is free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return stored_bytes(folder) + shutil.disk_usage(folder).free // 2
+
+
 def features_folder(cache_dir: Path) -> Path:
     """Where the features of every sweep lie."""
     return cache_dir / "features"

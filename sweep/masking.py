@@ -12,6 +12,7 @@ from cxr_models.masking import chunks, in_channels, masked_array
 from cxr_models.pixels import mask_array, pixel_array
 from sweep.keras_child import keras_child
 from sweep.lung_masks import EarlierModel
+from sweep.machine import this_machine
 from sweep.plan import Plan
 
 
@@ -36,7 +37,7 @@ def masked_arrays(
             if source.model is None:
                 masks = mask_array(plan.manifest, side, cache_dir, progress(f"reading lung masks at {side} px"))
             else:
-                masks = _found_lungs(plan.manifest, source.model, plan.machine.cores, cache_dir, progress)
+                masks = _found_lungs(plan.manifest, source.model, this_machine().cores, cache_dir, progress)
             laid = progress(f"masking images at {side} px")
             found[source.value, side] = masked_array(pixels[side], masks, cache_dir, laid)
     return found

@@ -4,7 +4,7 @@ Everything here is checked against the data and the machine, and imports neither
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,16 @@ class Plan:
         views = (*config.views, config.augmented_views)
         work = -max(phase.epoch_work for phase in phases)
         return (*group_of(config), config.lung_mask, earliest, cuts, *views, work, config.batch_size, -config.epochs)
+
+    def prefix(self, config: TrialConfig) -> Hashable | None:
+        """What the stored features of a configuration are shared by; None where it keeps none.
+
+        Cuts are not among it: a pass over the images stores those of all trials.
+        """
+        if config.backbone == UNET or not any(phase.cut for phase in self.rules.phases(config, self.cache.budget)):
+            return None
+        first_weights = config.seed if config.weights == "none" else None
+        return (*group_of(config), config.lung_mask, *config.views, config.augmented_views, first_weights)
 
     @property
     def channels(self) -> int:

@@ -38,9 +38,29 @@ def render_plan(plan: Plan) -> RenderableType:
         facts.add_row(Text(name, style="bold"), Text(value))
     notes = [Text(f"note: {note}", style="yellow") for note in plan.notes]
     networks = (_unet_table(plan),) if plan.unets else (_strategy_table(plan), *_cache(plan))
+    nodes = _nodes(plan) if plan.machine.is_cluster else ()
     return Group(
-        facts, _split_table(plan), render_audit(plan.audit), _axis_table(plan), _constants(plan), *networks, *notes
+        facts,
+        *nodes,
+        _split_table(plan),
+        render_audit(plan.audit),
+        _axis_table(plan),
+        _constants(plan),
+        *networks,
+        *notes,
     )
+
+
+def _nodes(plan: Plan) -> tuple[RenderableType, ...]:
+    """Where the trials of a cluster will run, and how many wait."""
+    table = _table("Nodes: where trials run", ("address",), numbers=("CPUs", "GPUs", "memory", "trials at once"))
+    for node in plan.machine.nodes:
+        memory = size_text(node.memory_bytes)
+        table.add_row(node.address, str(node.cores), str(node.gpus), memory, str(plan.allotment.slots(node)))
+    at_once = plan.allotment.concurrency
+    waiting = max(0, plan.trials - at_once)
+    wait = f"; {count(waiting, 'trial')} wait for one of these to end, or for nodes that join" if waiting else ""
+    return table, Text(f"{count(min(at_once, plan.trials), 'trial')} at once{wait}")
 
 
 def _length(plan: Plan) -> str:

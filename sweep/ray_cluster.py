@@ -8,7 +8,8 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 # Read by Ray when it is imported: nothing of its own on the terminal or beside the trials, no dashboard sockets.
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
@@ -18,15 +19,21 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
 # Ray's own state, every trial of it each time, is written at the end only: it is never read back.
 os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**6)
+# How many trials may wait for their workers to start: as many as are handed out, which is our own decision.
+os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**6)
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 import ray
 from ray._private import ray_constants, services
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sweep.interruption import abandon
-from sweep.machine import ClusterUnreachable, Machine
+from sweep.machine import ClusterUnreachable, Machine, Node, gpu_memory_bytes
 
 LOOP = "ray-tune"  # the thread that the loop of Ray Tune runs in
+MOST_ASKED_FOR = 1000  # trials at once; an autoscaler has limits of its own
+ANSWER_S = 30.0  # how long nodes may take to say what their GPUs are
 
 
 @contextmanager
@@ -113,14 +120,70 @@ def _on_loopback_only(address: str) -> bool:
 
 
 def cluster_machine(address: str) -> Machine:
-    """The resources of a running Ray cluster, all nodes together.
+    """The nodes of a running Ray cluster.
 
     Raises:
         ClusterUnreachable: nothing answers at the address.
     """
     with ray_cluster(address, cores=0, gpus=0):
-        found = ray.cluster_resources()
-    return Machine(int(found.get("CPU", 0)), int(found.get("GPU", 0)), int(found.get("memory", 0)))
+        nodes = cluster_nodes()
+        memory = _gpu_memory_of([node for node in nodes if node.gpus])
+        return Machine(tuple(replace(node, gpu_memory_bytes=memory.get(node.node_id, 0)) for node in nodes))
+
+
+def cluster_nodes() -> tuple[Node, ...]:
+    """The nodes of the connected Ray that live, by their addresses; the memory of their GPUs is not known here."""
+    living = [found for found in ray.nodes() if found["Alive"]]
+    nodes = [
+        Node(
+            cores=int(found["Resources"].get("CPU", 0)),
+            gpus=int(found["Resources"].get("GPU", 0)),
+            memory_bytes=int(found["Resources"].get("memory", 0)),
+            node_id=found["NodeID"],
+            address=found["NodeManagerAddress"],
+        )
+        for found in living
+    ]
+    return tuple(sorted(nodes, key=lambda node: (_as_numbers(node.address), node.node_id)))
+
+
+@contextmanager
+def asked_for(cpus: float, gpus: float, trials: int) -> Iterator[None]:
+    """Have an autoscaler, where the cluster has one, bring nodes for so many trials at once while the block runs.
+
+    Trials are given to nodes that are there, so Ray sees none waiting and would bring none by itself.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    bundle = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    with suppress(Exception):  # the sweep runs on the nodes there are
+        request_resources(bundles=[bundle] * min(trials, MOST_ASKED_FOR))
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # the cluster may be gone
+            request_resources(bundles=[])
+
+
+def _as_numbers(address: str) -> tuple[int | str, ...]:
+    """10.0.0.9 comes before 10.0.0.10."""
+    parts = address.split(".")
+    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else (0, address)
+
+
+def _gpu_memory_of(nodes: Sequence[Node]) -> dict[str, int]:
+    """Node -> memory of its smallest GPU, as its driver says; nodes that do not answer in time are absent."""
+    ask = ray.remote(num_cpus=0, max_retries=0)(gpu_memory_bytes)
+    asked = {
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(): node.node_id
+        for node in nodes
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S) if asked else ([], [])
+    found = {}
+    for answer in answered:
+        with suppress(RayError):  # it left meanwhile
+            found[asked[answer]] = int(ray.get(answer))
+    return found
 
 
 def _start_local(cores: int, gpus: int) -> None:

@@ -28,6 +28,7 @@ from sweep.halving import Halving
 from sweep.interruption import deferred
 from sweep.lung_masks import input_tags
 from sweep.masking import masked_arrays
+from sweep.nodes import Slots
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress, StepProgress, SweepProgress
 from sweep.record import Record, RunFolder, ranked, read_epochs, read_lines, write_json
@@ -157,6 +158,7 @@ class _Session:
         self, plan: Plan, folder: RunFolder, data: TrialData, cache_dir: Path, console: Console, sessions: Sessions
     ) -> None:
         self._plan, self._folder, self._data, self._console = plan, folder, data, console
+        self._cache_dir = cache_dir
         self._goes_on = bool(sessions.past)
         self._watch = Stopwatch()
         self.record = Record(folder, plan.spec.objective)
@@ -242,7 +244,14 @@ class _Session:
             self._console.print(f"connecting to Ray at {address}" if address else "starting Ray and its workers")
         with self._watch.time("search"):
             _run_trials(
-                self._trainings, self._plan, self._folder, inline=inline, address=address, progress=self._progress
+                self._trainings,
+                self._plan,
+                self._folder,
+                inline=inline,
+                address=address,
+                progress=self._progress,
+                cache_dir=self._cache_dir,
+                told=self._note,
             )
 
     def _evaluate(self) -> None:
@@ -385,7 +394,15 @@ def _conductor(
 
 
 def _run_trials(
-    conductor: FinalTrainings, plan: Plan, folder: RunFolder, *, inline: bool, address: str, progress: SweepProgress
+    conductor: FinalTrainings,
+    plan: Plan,
+    folder: RunFolder,
+    *,
+    inline: bool,
+    address: str,
+    progress: SweepProgress,
+    cache_dir: Path,
+    told: Callable[[str], None],
 ) -> None:
     allotment = plan.allotment
     if inline:
@@ -398,9 +415,13 @@ def _run_trials(
     from sweep import ray_cluster, trials
 
     with ray_cluster.ray_cluster(address, cores=plan.machine.cores, gpus=plan.machine.gpus), progress.shown():
-        cores = 0 if address else plan.machine.cores
+        cores, cluster = plan.machine.cores, None
+        if address:
+            slots = Slots.of_nodes(allotment, ray_cluster.cluster_nodes, plan.prefix, told)
+            most = plan.trials if allotment.most is None else min(plan.trials, allotment.most)
+            cores, cluster = 0, trials.Cluster(slots, cache_dir, told, most)
         placement = trials.Placement(allotment.cpus_per_trial, allotment.gpus_per_trial, allotment.concurrency, cores)
-        trials.run_on_ray(conductor, placement, folder=folder.state)
+        trials.run_on_ray(conductor, placement, folder=folder.state, cluster=cluster)
 
 
 def _publish(folder: RunFolder, summary: dict[str, Any], tracker: Tracker, end: SessionEnd) -> None:

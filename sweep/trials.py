@@ -8,34 +8,39 @@ import errno
 import json
 import logging
 import math
-import os
 import shutil
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
-from sweep.ray_cluster import LOOP  # before Ray, which reads what it sets
+from sweep.ray_cluster import LOOP, asked_for  # before Ray, which reads what it sets
 
 # isort: split
-import ray
 from ray import tune
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune import ProgressReporter
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from cxr_models.storage import NEXT_TO_NOTHING, NoSpace, no_space
-from cxr_models.trial import EpochMetrics, TrialConfig
+from cxr_models.trial import EpochMetrics
+from sweep.depot import Home, files_of
 from sweep.interruption import deferred
+from sweep.machine import Node
+from sweep.nodes import Slots
+from sweep.ray_depot import depot_at_home
+from sweep.ray_worker import FilesOfNodes, RayTrial
 from sweep.retries import SweepFailed
-from sweep.runner import Conducting, Wait
-from sweep.worker import Fault, TrialEnd, TrialJob, TrialProcess, Work
+from sweep.runner import WAIT, Conducting, Wait
+from sweep.worker import Fault, TrialEnd, TrialJob
 
 Answer = TypeVar("Answer")
 
@@ -45,11 +50,12 @@ STOPPING_TIMEOUT_S = 12.0
 # How often Ray's loop may fail without an epoch between.
 MOST_IN_VAIN = 3
 RAY = "ray"  # name of Tune's own folder
+NODE_ID = "ray.io/node-id"  # label that each node bears
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What each trial takes, and how many run at once.
+    """What each trial takes, and how many run at once where no cluster says that.
 
     Attributes:
         cores: of the machine a trial has to itself where it is to be alone; 0 for no more than its own.
@@ -60,14 +66,33 @@ class Placement:
     concurrency: int
     cores: int = 0
 
-    def of_trial(self, config: dict[str, Any]) -> dict[str, float]:
-        """What Ray sets aside for a trial as it was handed out."""
-        if not config["alone"]:
-            return {"cpu": self.cpus_per_trial, "gpu": self.gpus_per_trial}
-        return {"cpu": max(self.cpus_per_trial, self.cores), "gpu": float(math.ceil(self.gpus_per_trial))}
+    def of_trial(self, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        """What Ray sets aside for a trial as it was handed out, and on which node if it was given to one."""
+        cpus, gpus = self.cpus_per_trial, self.gpus_per_trial
+        if config["alone"]:
+            cpus, gpus = max(cpus, self.cores, config["cores"]), float(math.ceil(gpus))
+        where = {"bundle_label_selector": [{NODE_ID: config["node"]}]} if config["node"] else {}
+        return tune.PlacementGroupFactory([{"CPU": cpus, "GPU": gpus}], **where)
 
 
-def run_on_ray(conductor: Conducting, placement: Placement, *, folder: Path) -> None:
+@dataclass(frozen=True)
+class Cluster:
+    """What trials need where they may run on several nodes.
+
+    Attributes:
+        slots: of its nodes.
+        cache_dir: of the driver.
+        told: hears of what was carried between nodes.
+        most: trials that the sweep can use slots for at once, for an autoscaler.
+    """
+
+    slots: Slots
+    cache_dir: Path
+    told: Callable[[str], None]
+    most: int
+
+
+def run_on_ray(conductor: Conducting, placement: Placement, *, folder: Path, cluster: Cluster | None = None) -> None:
     """Run every trial on the connected Ray.
 
     A trial whose worker, node or process is lost goes on with another one, as the conductor says. Where Ray's own loop
@@ -76,7 +101,8 @@ def run_on_ray(conductor: Conducting, placement: Placement, *, folder: Path) -> 
     Args:
         conductor: decides; its methods are called from one thread of this process.
         placement: what each trial takes.
-        folder: for Ray's own state and the workers' logs.
+        folder: for Ray's own state and the workers' logs; that of the trials lies in it.
+        cluster: given, each trial is told its node, and needs to see none of the driver's files there.
 
     Raises:
         KeyboardInterrupt: handed on after running trials were ended; finished ones are recorded.
@@ -85,29 +111,43 @@ def run_on_ray(conductor: Conducting, placement: Placement, *, folder: Path) -> 
     """
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what happens to a trial is told by the conductor
     _retry_what_the_memory_monitor_kills()
-    reference = _Reference(conductor)
+    with ExitStack() as stack:
+        files = None
+        if cluster:
+            home = Home(cluster.cache_dir, folder)
+            ask = stack.enter_context(depot_at_home(home, files_of(conductor.work.data), cluster.told))
+            files = FilesOfNodes(home, ask)
+            stack.enter_context(asked_for(placement.cpus_per_trial, placement.gpus_per_trial, cluster.most))
+        slots = cluster.slots if cluster else Slots.here(placement.concurrency)
+        _run_to_the_end(conductor, _Reference(conductor, slots), placement, folder, files)
+
+
+def _run_to_the_end(
+    conductor: Conducting, reference: "_Reference", placement: Placement, folder: Path, files: FilesOfNodes | None
+) -> None:
     in_vain = 0
-    while failure := _run_once(conductor, reference, placement, folder):
+    while failed := _run_once(conductor, reference, placement, folder, files):
         if shutil.disk_usage(folder).free < NEXT_TO_NOTHING and not reference.failure:
             raise no_space(folder / RAY, errno.ENOSPC)  # what Ray itself makes of that says nothing
         in_vain = 0 if reference.take_heard() else in_vain + 1
         if in_vain < MOST_IN_VAIN:
-            reference.all_lost(f"Ray failed: {failure.strip().splitlines()[-1]}")
+            reference.all_lost(f"Ray failed: {failed.strip().splitlines()[-1]}")
         if reference.failure or in_vain == MOST_IN_VAIN:
-            raise SweepFailed(reference.failure or failure)
+            raise SweepFailed(reference.failure or failed)
 
 
-def _run_once(conductor: Conducting, reference: "_Reference", placement: Placement, folder: Path) -> str:
+def _run_once(
+    conductor: Conducting, reference: "_Reference", placement: Placement, folder: Path, files: FilesOfNodes | None
+) -> str:
     """Run trials until all have ended; what ended Ray's loop before, if anything did."""
     tuner = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(_RayTrial, work=conductor.work, logs=folder / "logs"), placement.of_trial
+            tune.with_parameters(RayTrial, work=conductor.work, logs=folder / "logs", files=files), placement.of_trial
         ),
         tune_config=tune.TuneConfig(
             num_samples=-1,  # as many as the conductor hands out
             search_alg=_ConductorSearcher(reference),
             scheduler=_ConductorScheduler(reference),
-            max_concurrent_trials=placement.concurrency,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -164,36 +204,6 @@ def _retry_what_the_memory_monitor_kills() -> None:
     RayActorManager._actor_task_failed = task_failed
 
 
-class _RayTrial(tune.Trainable):  # type: ignore[misc]
-    """A warm worker: Ray hands it one trial after another, a child process trains them."""
-
-    def setup(self, config: dict[str, Any], work: Work, logs: Path) -> None:
-        if not ray.get_gpu_ids():
-            # Ray leaves a CPU trial the sight of every GPU, and TensorFlow would take them.
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        self._process = TrialProcess(logs / f"worker-{os.getpid()}.log", work.preload)
-        self._work = work
-        self._start(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._start(new_config)
-        return True
-
-    def _start(self, config: dict[str, Any]) -> None:
-        trial = TrialConfig.from_json(json.loads(config["config"]))
-        decisions, again = frozenset(json.loads(config["decisions"])), tuple(json.loads(config["again"]))
-        known, alone = config["known"], config["alone"]
-        self._process.start(TrialJob(config["trial_id"], trial, self._work, decisions, again, known, alone))
-
-    def step(self) -> dict[str, Any]:
-        events = self._process.next()
-        return {"events": events, "done": isinstance(events[-1], TrialEnd)}
-
-    def cleanup(self) -> None:
-        self._process.close()
-
-
 class _Reference:
     """Finds the conductor in this process again, and keeps what it raises away from Ray.
 
@@ -203,12 +213,14 @@ class _Reference:
 
     _conductors: ClassVar[WeakValueDictionary[int, Conducting]] = WeakValueDictionary()
     _failures: ClassVar[dict[int, str]] = {}
+    _slots: ClassVar[dict[int, Slots]] = {}
     _heard: ClassVar[set[int]] = set()
 
-    def __init__(self, conductor: Conducting) -> None:
+    def __init__(self, conductor: Conducting, slots: Slots) -> None:
         self._key = id(conductor)
         self._conductors[self._key] = conductor
         self._failures[self._key] = ""
+        self._slots[self._key] = slots
 
     @property
     def failure(self) -> str:
@@ -218,8 +230,20 @@ class _Reference:
     def interrupted_at(self) -> float | None:
         return self._conductors[self._key].interrupted_at
 
-    def next_job(self) -> TrialJob | Wait | None:
-        return self._guarded(lambda conductor: conductor.next_job(), None)
+    def next_job(self) -> tuple[TrialJob, Node] | Wait | None:
+        """The next trial, with the node it is given to."""
+        return self._guarded(self._placed, None)
+
+    def _placed(self, conductor: Conducting) -> tuple[TrialJob, Node] | Wait | None:
+        slots = self._slots[self._key]
+        if conductor.interrupted_at is None and not slots.is_free():
+            return WAIT
+        job = conductor.next_job()
+        return (job, slots.take(job.trial_id, job.config)) if isinstance(job, TrialJob) else job
+
+    def is_gone(self, node_id: str) -> bool:
+        """Whether the node of a trial has left."""
+        return self._slots[self._key].is_gone(node_id)
 
     def take_heard(self) -> bool:
         """Whether an epoch was heard since this was last asked."""
@@ -231,10 +255,16 @@ class _Reference:
         self._heard.add(self._key)
         return self._guarded(lambda conductor: conductor.epoch(metrics), False)
 
+    def stopped(self, trial_id: str) -> None:
+        """A trial was told to end."""
+        self._slots[self._key].release(trial_id)
+
     def ended(self, trial_id: str, end: TrialEnd) -> None:
+        self._slots[self._key].release(trial_id, lost=end.fault in (Fault.LOST, Fault.PREEMPTED))
         self._guarded(lambda conductor: conductor.ended(trial_id, end), None)
 
     def all_lost(self, cause: str) -> None:
+        self._slots[self._key].release_all()
         self._guarded(lambda conductor: conductor.all_lost(cause), None)
 
     def _guarded(self, call: Callable[[Conducting], Answer], otherwise: Answer) -> Answer:
@@ -260,14 +290,16 @@ class _ConductorSearcher(Searcher):  # type: ignore[misc]
         self._reference = reference
 
     def suggest(self, trial_id: str) -> Any:
-        job = self._reference.next_job()
-        if job is None:
+        placed = self._reference.next_job()
+        if placed is None:
             return Searcher.FINISHED
-        if isinstance(job, Wait):
+        if isinstance(placed, Wait):
             return None  # Ray asks again
+        job, node = placed
         # As text, because Ray walks through every value of a configuration again and again.
         texts = {"config": job.config.to_json(), "decisions": sorted(job.decisions), "again": job.again}
         plain = {"trial_id": job.trial_id, "known": job.known, "alone": job.alone}
+        plain |= {"node": node.node_id, "cores": node.cores}
         return {**plain, **{name: json.dumps(value) for name, value in texts.items()}}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -289,6 +321,8 @@ class _ConductorScheduler(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         go_on = [self._reference.epoch(metrics) for metrics in result["events"]]
+        if not go_on[-1]:
+            self._reference.stopped(trial.config["trial_id"])
         return str(FIFOScheduler.CONTINUE if go_on[-1] else FIFOScheduler.STOP)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
@@ -297,6 +331,20 @@ class _ConductorScheduler(FIFOScheduler):  # type: ignore[misc]
         cause = next(reversed(text.splitlines()), "the worker was lost")
         fault = Fault.PREEMPTED if "preempt" in text else Fault.LOST
         self._reference.ended(trial.config["trial_id"], TrialEnd(f"the Ray worker failed: {cause}", fault=fault))
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        for trial in list(tune_controller.get_live_trials()):
+            if trial.status == Trial.PENDING and self._reference.is_gone(trial.config["node"]):
+                self._take_back(tune_controller, trial)
+        return super().choose_trial_to_run(tune_controller)
+
+    def _take_back(self, tune_controller: Any, trial: Any) -> None:
+        """Ray would wait for ever for the node of a trial that has not begun."""
+        if trial in tune_controller._staged_trials:  # else Ray keeps no worker warm from now on
+            tune_controller._unstage_trial_with_resources(trial)
+        tune_controller.stop_trial(trial)
+        end = TrialEnd("its node left before it began", fault=Fault.PREEMPTED)
+        self._reference.ended(trial.config["trial_id"], end)
 
 
 class _Ends(tune.Callback):  # type: ignore[misc]

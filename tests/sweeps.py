@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cxr_models.trial import EpochMetrics, Suggestion, TrialConfig, TrialResult
@@ -10,6 +10,7 @@ from sweep.halving import Halving, Rungs
 from sweep.runner import Conductor, Retried
 from sweep.search import Search
 from sweep.spec import read_spec
+from sweep.worker import Work
 from tests.programs import work
 
 SPACE = """\
@@ -70,12 +71,13 @@ def fake_sweep(
     stages: Sequence[int] = (),
     resumed: bool = False,
     retried: Retried = lambda trial_id, end, epochs: None,
+    pixels: Path | None = None,
 ) -> tuple[Conductor, Heard]:
     """A sweep over the seeds 0, 1, 2, ..., and what is heard of it.
 
     Args:
         folder: for the spec and the trials.
-        program: function in `tests.programs`.
+        program: function in `tests.programs`, or `module:function`.
         trials: how many.
         epochs: of each trial.
         rungs: epochs after which the weaker half ends; none if empty.
@@ -89,6 +91,7 @@ def fake_sweep(
         stages: of the search.
         resumed: of the search.
         retried: hears of trials that go on after they were lost.
+        pixels: the images of every trial.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "fake.yaml"
@@ -101,7 +104,7 @@ def fake_sweep(
     halving = Halving(Rungs(rungs, epoch_images=1), 2, "max", journal=kept) if rungs else None
     search = Search(read_spec(path), journal, stages=stages, resumed=resumed)
     conductor = Conductor(
-        work(folder / "trials", program),
+        _work(folder / "trials", program, pixels),
         search,
         halving,
         parameters,
@@ -110,6 +113,13 @@ def fake_sweep(
         retried=retried,
     )
     return conductor, heard
+
+
+def _work(folder: Path, program: str, pixels: Path | None) -> Work:
+    found = work(folder, program)
+    side = TrialConfig("vanilla_cnn").image_side
+    data = replace(found.data, pixels={side: pixels}) if pixels else found.data
+    return replace(found, data=data, program=program if ":" in program else found.program)
 
 
 def parameters(config: TrialConfig, phase: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ KERAS_HOMES = {"backbones", "layer_table", "freezing", "network", "training", "s
 HOMES = {
     "tensorflow": {"steps"},
     "keras": KERAS_HOMES,
-    "ray": {"trials", "ray_cluster"},
+    "ray": {"trials", "ray_cluster", "ray_depot", "ray_worker"},
     "mlflow": {"mlflow_runs"},
     "optuna": {"search", "study_journal"},
     "matplotlib": {"plots", "report"},

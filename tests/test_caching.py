@@ -15,7 +15,7 @@ from cxr_models.storage import size_text
 from cxr_models.trial import TrialConfig
 from sweep import caching
 from sweep.caching import CachePlan, CacheRules, default_limit_bytes, features_folder, group_of, plan_cache
-from sweep.machine import Machine
+from sweep.machine import Machine, Node
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
 from sweep.progress import StepProgress
@@ -57,7 +57,7 @@ def make(tmp_path, radiography_folder, cache_dir):
         path = tmp_path / "kept.yaml"
         path.write_text(SPACE.format(data=radiography_folder))
         spec = read_spec(path, [f"{key}={value}" for key, value in changed.items()])
-        machine = Machine(cores=2, gpus=0, memory_bytes=8 * 1024**3)
+        machine = Machine((Node(cores=2, gpus=0, memory_bytes=8 * 1024**3),))
         return make_plan(spec, machine, source=str(path), cache_dir=cache_dir, cache_bytes=cache_bytes)
 
     return plan
@@ -252,3 +252,20 @@ class TestPlan:
 
 def test_sizes_as_a_person_reads_them():
     assert [size_text(size) for size in (600, 1_234_000, 2_500_000_000)] == ["0.6 kB", "1.2 MB", "2.5 GB"]
+
+
+class TestPrefix:
+    """Trials that share one find each other's features, and should run on one node."""
+
+    def test_what_it_follows_from(self, make):
+        plan = make()
+        known = plan.prefix(CONFIG)
+        assert known is not None
+        same = {"freeze": "stages:1", "learning_rate": 1e-5, "batch_size": 64, "seed": 7, "dropout": 0.5}
+        assert {plan.prefix(replace(CONFIG, **{axis: value})) for axis, value in same.items()} == {known}
+        others = [{"lung_mask": "dataset"}, {"augmentation": "light"}, {"augmentation": "light", "seed": 7}]
+        assert len({known, *(plan.prefix(replace(CONFIG, **changed)) for changed in others)}) == 4
+
+    def test_what_keeps_no_features_has_none(self, make):
+        assert make().prefix(replace(CONFIG, freeze="none")) is None
+        assert make(0).prefix(CONFIG) is None

@@ -1,18 +1,23 @@
 """How trials share a machine."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from sweep import machine
-from sweep.machine import Allotment, Machine, TrialMemory, allot, this_machine
+from sweep.machine import Allotment, Machine, Node, TrialMemory, allot, this_machine
 from sweep.spec import ResourceSpec
 
 GIB = 1024**3
-LAPTOP = Machine(cores=8, gpus=0, memory_bytes=64 * GIB)
-SERVER = Machine(cores=16, gpus=4, memory_bytes=256 * GIB)
+
+
+def machine_of(cores: int, gpus: int, memory_bytes: int, gpu_memory_bytes: int = 0) -> Machine:
+    return Machine((Node(cores, gpus, memory_bytes, gpu_memory_bytes),))
+
+
+LAPTOP = machine_of(cores=8, gpus=0, memory_bytes=64 * GIB)
+SERVER = machine_of(cores=16, gpus=4, memory_bytes=256 * GIB)
 SMALL, LARGE = TrialMemory(2 * GIB, 2 * GIB, 3 * GIB), TrialMemory(20 * GIB, 20 * GIB, 4 * GIB)
 
 
@@ -24,23 +29,24 @@ def given(cpus: float | None = None, gpus: float | None = None, at_once: int | N
     ("wanted", "on", "trials", "expected"),
     [
         # Nothing asked for: the machine is full, no trial idles.
-        (given(), LAPTOP, 100, Allotment(1.0, 0.0, 8, 1)),
-        (given(), LAPTOP, 2, Allotment(4, 0.0, 2, 4)),
-        (given(), LAPTOP, 3, Allotment(2, 0.0, 3, 2)),
-        (given(), SERVER, 100, Allotment(4, 1.0, 4, 4)),
+        (given(), LAPTOP, 100, (1.0, 0.0, 8, 1)),
+        (given(), LAPTOP, 2, (4, 0.0, 2, 4)),
+        (given(), LAPTOP, 3, (2, 0.0, 3, 2)),
+        (given(), SERVER, 100, (4, 1.0, 4, 4)),
         # Part asked for, the rest chosen.
-        (given(cpus=2), LAPTOP, 100, Allotment(2, 0.0, 4, 2)),
-        (given(cpus=3), LAPTOP, 100, Allotment(3, 0.0, 2, 3)),
-        (given(cpus=0.5), LAPTOP, 100, Allotment(0.5, 0.0, 16, 1)),
-        (given(at_once=2), LAPTOP, 100, Allotment(4, 0.0, 2, 4)),
-        (given(at_once=1), LAPTOP, 100, Allotment(8, 0.0, 1, 8)),
-        (given(gpus=0), SERVER, 100, Allotment(1.0, 0.0, 16, 1)),
-        (given(gpus=0.5), SERVER, 100, Allotment(2, 0.5, 8, 2)),
-        (given(gpus=2), SERVER, 100, Allotment(8, 2.0, 2, 8)),
+        (given(cpus=2), LAPTOP, 100, (2, 0.0, 4, 2)),
+        (given(cpus=3), LAPTOP, 100, (3, 0.0, 2, 3)),
+        (given(cpus=0.5), LAPTOP, 100, (0.5, 0.0, 16, 1)),
+        (given(at_once=2), LAPTOP, 100, (4, 0.0, 2, 4)),
+        (given(at_once=1), LAPTOP, 100, (8, 0.0, 1, 8)),
+        (given(gpus=0), SERVER, 100, (1.0, 0.0, 16, 1)),
+        (given(gpus=0.5), SERVER, 100, (2, 0.5, 8, 2)),
+        (given(gpus=2), SERVER, 100, (8, 2.0, 2, 8)),
     ],
 )
 def test_what_is_not_given_is_chosen(wanted, on, trials, expected):
-    assert allot(wanted, on, trials, SMALL) == expected
+    found = allot(wanted, on, trials, SMALL)
+    assert (found.cpus_per_trial, found.gpus_per_trial, found.concurrency, found.threads) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,18 +54,19 @@ def test_what_is_not_given_is_chosen(wanted, on, trials, expected):
 )
 def test_a_share_of_a_gpu_lies_on_one_device(share, on_one):
     """Two trials of 0.6 do not share three devices' remainders; five of 0.2 fill one, whatever 1 // 0.2 is."""
-    plenty = Machine(cores=1000, gpus=3, memory_bytes=10_000 * GIB)
+    plenty = machine_of(cores=1000, gpus=3, memory_bytes=10_000 * GIB)
     assert allot(given(cpus=1, gpus=share), plenty, 1000, SMALL).concurrency == 3 * on_one
 
 
 def test_the_cpus_of_many_small_trials_add_up():
-    assert allot(given(cpus=0.1), Machine(1, 0, 1000 * GIB), 100, SMALL).concurrency == 10
+    assert allot(given(cpus=0.1), machine_of(1, 0, 1000 * GIB), 100, SMALL).concurrency == 10
 
 
 def test_memory_bounds_the_number_chosen():
-    small = Machine(cores=64, gpus=0, memory_bytes=6 * GIB)
-    assert allot(given(), small, 100, SMALL) == Allotment(21, 0.0, 3, 21)
-    assert allot(given(), Machine(4, 0, GIB), 100, SMALL).concurrency == 1
+    small = machine_of(cores=64, gpus=0, memory_bytes=6 * GIB)
+    found = allot(given(), small, 100, SMALL)
+    assert (found.cpus_per_trial, found.concurrency, found.threads) == (21, 3, 21)
+    assert allot(given(), machine_of(4, 0, GIB), 100, SMALL).concurrency == 1
 
 
 @pytest.mark.parametrize(
@@ -75,7 +82,7 @@ def test_memory_bounds_the_number_chosen():
     ],
 )
 def test_small_trials_share_a_gpu(gpu_gib, cores, trials, need, share):
-    machine = Machine(cores, 4, 256 * GIB, gpu_gib * GIB)
+    machine = machine_of(cores, 4, 256 * GIB, gpu_gib * GIB)
     assert allot(given(), machine, trials, need).gpus_per_trial == pytest.approx(share)
     assert allot(given(gpus=1), machine, trials, need).gpus_per_trial == 1.0
 
@@ -86,9 +93,9 @@ def test_large_trials_get_more_threads_in_place_of_company():
 
 
 def test_what_a_trial_takes_of_a_gpu_is_not_taken_of_the_machine():
-    machine = Machine(16, 8, 64 * GIB, 24 * GIB)
+    machine = machine_of(16, 8, 64 * GIB, 24 * GIB)
     assert allot(given(), machine, 100, LARGE).concurrency == 8
-    assert allot(given(), replace(machine, gpus=0), 100, LARGE).concurrency == 3
+    assert allot(given(), machine_of(16, 0, 64 * GIB), 100, LARGE).concurrency == 3
 
 
 def test_more_than_the_machine_has():
@@ -109,6 +116,92 @@ def test_more_at_once_than_fit():
     assert found.concurrency == 4
     assert found.notes == ("9 trials at once were asked for, 4 fit on this machine",)
     assert allot(given(at_once=4), LAPTOP, 100, SMALL).notes == ()
+
+
+class TestNodes:
+    """A cluster is a list of nodes: what two have left over does not add up to a slot."""
+
+    def cluster(self, *nodes: tuple[int, int, int]) -> Machine:
+        """Of (cores, gpus, GiB of memory) each."""
+        return Machine(
+            tuple(
+                Node(cores, gpus, gib * GIB, 24 * GIB if gpus else 0, f"id{index}", f"10.0.0.{index + 1}")
+                for index, (cores, gpus, gib) in enumerate(nodes)
+            )
+        )
+
+    def slots(self, found: Allotment, machine: Machine) -> list[int]:
+        return [found.slots(node) for node in machine.nodes]
+
+    def test_three_halves_are_no_whole(self):
+        """Three nodes of 3 cores have 9 in all, but only 3 trials of 2 find a place."""
+        machine = self.cluster((3, 0, 64), (3, 0, 64), (3, 0, 64))
+        found = allot(given(cpus=2), machine, 100, SMALL)
+        assert self.slots(found, machine) == [1, 1, 1]
+        assert found.concurrency == 3
+
+    def test_unequal_nodes_each_get_what_fits(self):
+        machine = self.cluster((16, 0, 64), (4, 0, 64), (32, 0, 10))
+        found = allot(given(), machine, 100, SMALL)
+        assert self.slots(found, machine) == [16, 4, 5], "the last has memory for 5"
+        assert (found.concurrency, found.threads) == (25, 1)
+
+    def test_few_trials_get_more_cores_each(self):
+        machine = self.cluster((16, 0, 64), (4, 0, 64))
+        found = allot(given(), machine, 3, SMALL)
+        assert (found.cpus_per_trial, found.concurrency) == (5, 3), "three on the first, none on the second"
+        assert self.slots(found, machine) == [3, 0]
+        assert "10.0.0.2 gets no trials: one takes 5 CPUs, and it has fewer" in found.notes
+
+    def test_gpu_trials_go_to_nodes_with_gpus_and_the_others_are_named(self):
+        machine = self.cluster((8, 0, 64), (16, 4, 256))
+        found = allot(given(gpus=0.5), machine, 100, SMALL)
+        assert self.slots(found, machine) == [0, 8]
+        assert found.notes == ("10.0.0.1 gets no trials: they run on GPUs, and it has none",)
+        assert self.slots(allot(given(gpus=0), machine, 100, SMALL), machine) == [8, 16]
+
+    def test_shares_of_a_gpu_lie_on_one_device_of_one_node(self):
+        machine = self.cluster((8, 1, 64), (8, 1, 64))
+        found = allot(given(gpus=0.6), machine, 100, SMALL)
+        assert self.slots(found, machine) == [1, 1]
+
+    def test_gpus_that_stay_unused_are_told(self):
+        machine = self.cluster((2, 4, 64), (8, 1, 64))
+        found = allot(given(cpus=1, gpus=1), machine, 100, SMALL)
+        assert self.slots(found, machine) == [2, 1]
+        assert found.notes == ("2 of 4 GPUs of 10.0.0.1 stay unused: 2 trials fill its CPUs or memory",)
+
+    def test_a_head_without_cpus_gets_none_and_nothing_is_said_of_it(self):
+        machine = self.cluster((0, 0, 8), (4, 0, 64))
+        found = allot(given(), machine, 100, SMALL)
+        assert self.slots(found, machine) == [0, 4]
+        assert found.notes == ()
+
+    def test_a_cluster_of_heads(self):
+        with pytest.raises(ValueError, match="no node of the cluster has CPUs for trials; start one that has"):
+            allot(given(), self.cluster((0, 0, 8)), 4, SMALL)
+
+    def test_more_than_any_node_has(self):
+        machine = self.cluster((4, 0, 64), (8, 2, 64))
+        with pytest.raises(ValueError, match="a trial asks for 12 CPUs, but no node has more than 8; lower cpus_per"):
+            allot(given(cpus=12), machine, 4, SMALL)
+        with pytest.raises(ValueError, match="a trial asks for 3 GPUs, but no node has more than 2; lower gpus_per"):
+            allot(given(gpus=3), machine, 4, SMALL)
+        apart = self.cluster((16, 0, 64), (2, 2, 64))
+        with pytest.raises(ValueError, match="a trial asks for 8 CPUs and 1 GPUs, but no node has both"):
+            allot(given(cpus=8, gpus=1), apart, 4, SMALL)
+
+    def test_the_user_s_concurrency_holds_however_many_nodes_join(self):
+        machine = self.cluster((4, 0, 64), (4, 0, 64))
+        assert allot(given(at_once=3), machine, 100, SMALL).most == 3
+        assert allot(given(), machine, 100, SMALL).most is None
+        assert allot(given(cpus=1, at_once=9), machine, 100, SMALL).notes == (
+            "9 trials at once were asked for, 8 fit on these nodes",
+        )
+
+    def test_a_node_that_joins_gets_what_fits_there(self):
+        found = allot(given(), self.cluster((4, 0, 64)), 100, SMALL)
+        assert found.slots(Node(6, 0, 64 * GIB, node_id="new")) == 6
 
 
 class TestThisMachine:

@@ -14,7 +14,7 @@ from cxr_models.trial import SPLITS, TEST, TRAIN, VAL
 from sweep import splitting
 from sweep.document import SpecError
 from sweep.halving import Rungs
-from sweep.machine import Machine
+from sweep.machine import Machine, Node
 from sweep.plan import Plan, make_plan
 from sweep.plan_view import render_plan
 from sweep.spec import read_spec
@@ -40,13 +40,17 @@ space:
 def plan(tmp_path: Path, cache_dir: Path):
     """Plan a sweep whose `data` section is given; more of its search, and other axes."""
 
-    def make(data: str, search: Sequence[str] = (), axes: Mapping[str, str] | None = None) -> Plan:
+    def make(
+        data: str,
+        search: Sequence[str] = (),
+        axes: Mapping[str, str] | None = None,
+        nodes: tuple[Node, ...] = (Node(cores=2, gpus=0, memory_bytes=8 * 2**30),),
+    ) -> Plan:
         file = tmp_path / "planned.yaml"
         sections = {"search": dict(entry.split(": ", 1) for entry in ("trials: 6", *search)), "space": axes or {}}
         overrides = [f"{section}.{key}={value}" for section, own in sections.items() for key, value in own.items()]
         file.write_text(SPACE.format(data=data))
-        machine = Machine(cores=2, gpus=0, memory_bytes=8 * 2**30)
-        return make_plan(read_spec(file, overrides), machine, source=str(file), cache_dir=cache_dir)
+        return make_plan(read_spec(file, overrides), Machine(nodes), source=str(file), cache_dir=cache_dir)
 
     return make
 
@@ -61,6 +65,23 @@ def shown(plan: Plan) -> str:
 def test_shares_are_those_of_the_file(plan, tmp_path):
     made = plan(f"{{source: {layouts.nested(tmp_path / 'x', images=40)}, split: {{train: 0.5, val: 0.3, test: 0.2}}}}")
     assert [Counter(made.splits)[part] / 80 for part in SPLITS] == pytest.approx([0.5, 0.3, 0.2], abs=0.02)
+
+
+def test_the_plan_of_a_cluster_shows_where_trials_go_and_how_many_wait(plan, tmp_path):
+    nodes = (
+        Node(cores=0, gpus=0, memory_bytes=2**30, node_id="a", address="10.0.0.1"),
+        Node(cores=3, gpus=0, memory_bytes=64 * 2**30, node_id="b", address="10.0.0.2"),
+        Node(cores=1, gpus=0, memory_bytes=64 * 2**30, node_id="c", address="10.0.0.3"),
+    )
+    told = shown(plan(f"{{source: {layouts.nested(tmp_path / 'x', images=40)}}}", nodes=nodes))
+    rows = [line.split() for line in told.splitlines() if "10.0.0." in line]
+    assert [(row[1], row[3], row[-2]) for row in rows] == [
+        ("10.0.0.1", "0", "0"),
+        ("10.0.0.2", "3", "3"),
+        ("10.0.0.3", "1", "1"),
+    ]
+    assert "4 trials at once; 2 trials wait for one of these to end, or for nodes that join" in told
+    assert "10.0.0" not in shown(plan(f"{{source: {tmp_path / 'x'}}}")), "one machine has no nodes to tell of"
 
 
 def test_without_a_test_part_the_plan_says_what_figures_are(plan, tmp_path):

@@ -12,7 +12,7 @@ from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 
 from cxr_models.trial import EpochMetrics, Outcome, Suggestion, TrialResult
-from sweep.machine import Machine
+from sweep.machine import Machine, Node
 from sweep.plan import Plan, make_plan
 from sweep.record import Past, Record, RecordDamaged, RunFolder, read_lines
 from sweep.resume import (
@@ -404,7 +404,7 @@ class TestContinued:
         def make(*overrides: str, data: Path = images) -> Plan:
             file = tmp_path / "space.yaml"
             file.write_text(SPACE.format(data=data))
-            machine = Machine(cores=2, gpus=0, memory_bytes=8 * 2**30)
+            machine = Machine((Node(cores=2, gpus=0, memory_bytes=8 * 2**30),))
             return make_plan(read_spec(file, overrides), machine, source=str(file), cache_dir=cache_dir)
 
         return make

@@ -12,20 +12,25 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import ray
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import OutOfMemoryError
 
+from cxr_models.arrays import kept_array
 from cxr_models.trial import EpochMetrics, Outcome, TrialResult
-from sweep.machine import ClusterUnreachable
-from sweep.ray_cluster import check_address, ray_cluster
+from sweep.machine import ClusterUnreachable, Node
+from sweep.nodes import SlotFigures, Slots
+from sweep.ray_cluster import check_address, cluster_nodes, ray_cluster
 from sweep.retries import SweepFailed
 from sweep.runner import Conductor, run_inline
-from sweep.trials import Placement, _Ends, _retry_what_the_memory_monitor_kills, run_on_ray
+from sweep.trials import Cluster, Placement, _Ends, _retry_what_the_memory_monitor_kills, run_on_ray
+from sweep.worker import Fault
 from tests.programs import ODD_ONE, value_of
 from tests.sweeps import Heard, fake_sweep
 
@@ -147,6 +152,52 @@ def test_short_epochs_come_in_batches_each_once_and_in_order(local_ray, tmp_path
         assert result.epochs == (20 if result.outcome is Outcome.STOPPED_EARLY else 60)
     assert {result.outcome for result in heard.results.values()} == {Outcome.COMPLETED, Outcome.STOPPED_EARLY}
     assert len(batches) < len(heard.epochs) / 4
+
+
+def nodes_of(folder: Path, slots: Slots, told: list[str]) -> Cluster:
+    return Cluster(slots, folder / "cache", told.append, most=2)
+
+
+def pixels_in(folder: Path) -> Path:
+    """Of one image, as the cache of a driver has them."""
+    path = folder / "cache" / "pixels" / "one.npy"
+    return kept_array(path, (1, 8, 8, 1), lambda put: put(0, np.full((1, 8, 8, 1), 3, np.uint8)))
+
+
+def test_a_trial_whose_node_leaves_before_it_begins_is_given_to_another(local_ray, tmp_path):
+    """Ray itself would wait for that node for ever. Here it never was there: trials were only told so."""
+    begun, notes, told = time.monotonic(), [], []
+    ghost = Node(1, 0, 2**30, node_id="f" * 56, address="10.9.9.9")
+
+    def nodes() -> tuple[Node, ...]:
+        (here,) = cluster_nodes()
+        return (replace(here, cores=1), ghost) if time.monotonic() - begun < 4 else (replace(here, cores=1),)
+
+    conductor, heard = fake_sweep(
+        tmp_path,
+        "quick",
+        trials=4,
+        pixels=pixels_in(tmp_path),
+        retried=lambda trial_id, end, epochs: notes.append((end.fault, end.error)),
+    )
+    slots = Slots(nodes, lambda node: node.cores, told=told.append)
+    run_on_ray(conductor, Placement(1.0, 0.0, 2), folder=tmp_path, cluster=nodes_of(tmp_path, slots, told))
+    assert {result.outcome for result in heard.results.values()} == {Outcome.COMPLETED}
+    assert notes == [(Fault.PREEMPTED, "its node left before it began")]
+    assert told == ["node 10.9.9.9 is lost: 1 trial fewer at once; its trials go on elsewhere"]
+    assert [suggestion.number for suggestion in heard.begun] == [0, 1, 2, 3], "what is suggested does not depend on it"
+
+
+def test_trials_on_the_driver_s_own_node_use_its_files_and_stay_warm(local_ray, tmp_path):
+    told: list[str] = []
+    conductor, heard = fake_sweep(tmp_path, "tests.faults.programs:reading", trials=4, pixels=pixels_in(tmp_path))
+    slots = Slots(cluster_nodes, lambda node: 1, told=told.append)
+    run_on_ray(conductor, Placement(1.0, 0.0, 1), folder=tmp_path, cluster=nodes_of(tmp_path, slots, told))
+    assert {result.device for result in heard.results.values()} == {str(tmp_path / "trials")}
+    assert {metrics.val["pixels"] for metrics in heard.epochs} == {3 * 64}
+    assert told == [], "nothing was carried"
+    assert slots.figures == SlotFigures(slots=1, busy=0, nodes=1)
+    assert not [*tmp_path.glob("home-*"), *(tmp_path / "cache").glob("home-*")]
 
 
 class KillTheWorker(Heard):
@@ -272,9 +323,13 @@ def test_the_resources_of_a_running_cluster(local_ray):
     code = f"from sweep.ray_cluster import cluster_machine; print(cluster_machine({address!r}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert found.returncode == 0, found.stderr
-    machine = re.fullmatch(r"Machine\(cores=8, gpus=4, memory_bytes=(\d+), gpu_memory_bytes=0\)\n", found.stdout)
-    assert machine, found.stdout
-    assert int(machine[1]) > 1024**3
+    node = re.fullmatch(
+        r"Machine\(nodes=\(Node\(cores=8, gpus=4, memory_bytes=(\d+), gpu_memory_bytes=\d+, "
+        r"node_id='[0-9a-f]{56}', address='127.0.0.1'\),\)\)\n",
+        found.stdout,
+    )
+    assert node, found.stdout
+    assert int(node[1]) > 1024**3
 
 
 class TestCheckAddress:

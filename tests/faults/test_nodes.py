@@ -1,9 +1,10 @@
-"""A node that is lost, and a worker that Ray's own memory monitor kills: trials go on elsewhere.
+"""Nodes that are lost, join or share no disk, and a worker that Ray's own memory monitor kills: trials go on elsewhere.
 
 Real Ray with several nodes on one machine, so that it needs a fresh Ray: run in a process of its own.
 """
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -72,6 +73,120 @@ def test_trials_of_a_lost_node_go_on_with_another(tmp_path):
     assert len({tuple(each) for each in found["epochs"]}) == 40, "each epoch once"
     assert [fault for fault, _ in found["notes"]] == ["lost"]
     assert found["notes"][0][1] >= 1, "it goes on from its last epoch"
+
+
+SHARES_NO_DISK = """
+    import json, os, signal, subprocess, sys, threading, time
+    from pathlib import Path
+
+    from sweep import trials  # sets what Ray reads when it is imported
+    import numpy as np
+    import psutil
+    import ray
+    from ray.cluster_utils import Cluster
+    from cxr_models.arrays import kept_array
+    from sweep.machine import Machine, TrialMemory, allot
+    from sweep.nodes import Slots
+    from sweep.ray_cluster import cluster_nodes
+    from sweep.spec import ResourceSpec
+    from tests.sweeps import Heard, fake_sweep
+
+    folder = Path(sys.argv[1])
+    run, cache, third = folder / "run", folder / "cache", folder / "third"
+    run.mkdir()
+
+    def fill(put):
+        put(0, np.full((1, 8, 8, 1), 3, np.uint8))
+
+    pixels = kept_array(cache / "pixels" / "one.npy", (1, 8, 8, 1), fill)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False)
+
+    # A node that has folders of its own in place of the driver's, at the same paths.
+    start = f"{sys.executable} -m ray.scripts.scripts start --address={cluster.address} --num-cpus=1 --block"
+    hide = " && ".join(f"mount -t tmpfs tmpfs {own}" for own in (run, cache))
+    hidden = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", f"{hide} && exec {start}"], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def kill_hidden():
+        for process in [*psutil.Process(hidden.pid).children(recursive=True), hidden]:
+            process.kill()
+
+    class Told(Heard):
+        elsewhere = 0
+
+        def epoch(self, metrics):
+            super().epoch(metrics)
+            self.elsewhere += metrics.device.startswith(str(cache))
+            if len(self.epochs) == 6:
+                joins = {"num_cpus": 1, "env_vars": {"SWEEP_NODE_CACHE": str(third)}}
+                threading.Thread(target=cluster.add_node, kwargs={"wait": False, **joins}).start()
+            if self.elsewhere == 20 and not self.killed:
+                self.killed = True
+                threading.Thread(target=kill_hidden).start()
+
+        killed = False
+
+    notes, told = [], []
+    try:
+        until = time.time() + 60
+        while len(nodes := cluster_nodes()) < 2 and time.time() < until:
+            time.sleep(0.5)
+        assert len(nodes) == 2, "the second node has not come"
+        conductor, heard = fake_sweep(
+            run, "tests.faults.programs:reading", trials=9, epochs=15, heard=Told(), pixels=pixels,
+            retried=lambda trial_id, end, epochs: notes.append([trial_id, end.fault, epochs]),
+        )
+        allotment = allot(ResourceSpec(cpus_per_trial=1.0), Machine(nodes), 9, TrialMemory(1, 1, 1))
+        slots = Slots.of_nodes(allotment, cluster_nodes, lambda config: None, told.append)
+        trials.run_on_ray(
+            conductor, trials.Placement(1.0, 0.0, 2), folder=run,
+            cluster=trials.Cluster(slots, cache, told.append, most=9),
+        )
+    finally:
+        if hidden.poll() is None:
+            kill_hidden()
+    known = {path.parent.name: json.loads(path.read_text()) for path in run.glob("trials/*/checkpoint.json")}
+    found = {
+        "outcomes": [[str(result.outcome), result.error] for result in heard.results.values()],
+        "epochs": [[metrics.trial_id, metrics.epoch, metrics.ended_ms] for metrics in heard.epochs],
+        "pixels": sorted({metrics.val["pixels"] for metrics in heard.epochs}),
+        "elsewhere": heard.elsewhere, "notes": notes, "told": told, "known": known,
+        "third": (third / "pixels" / "one.npy").is_file(),
+        "left": sorted(str(path.relative_to(folder)) for path in folder.glob("*/trials/*/trials/*")),
+        "on_driver": (cache / "trials").exists(),
+    }
+    ray.shutdown()
+    cluster.shutdown()
+    print(json.dumps(found), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts file systems of its own for a node: run it as root")
+def test_nodes_that_share_no_disk_train_join_and_are_lost(tmp_path):
+    """One node has other folders at the same paths, one that joins another cache; the first of these is killed."""
+    found = run_apart(SHARES_NO_DISK, tmp_path)
+    assert found["outcomes"] == [["completed", ""]] * 9
+    assert len(found["epochs"]) == len({(trial_id, epoch) for trial_id, epoch, _ in found["epochs"]}) == 9 * 15
+    assert found["elsewhere"] >= 20
+    assert found["pixels"] == [3 * 64], "they have arrived there"
+    assert found["third"], "and on the node that joined"
+    assert not found["on_driver"], "the folders were hidden indeed"
+    assert found["left"] == [], "nothing of the trials is left in caches"
+    lost = [(trial_id, epochs) for trial_id, fault, epochs in found["notes"] if fault == "lost"]
+    assert len(lost) == 1, "the one that ran there"
+    assert lost[0][1] >= 1
+    for trial_id, ended in found["known"].items():
+        told = [ended_ms for own, _, ended_ms in found["epochs"] if own == trial_id]
+        assert told == ended, "all is home, and no epoch that was told of has been trained again"
+    assert len(found["known"]) == 9
+    joined, *others = found["told"]
+    assert joined.endswith("has joined: 1 more trial at once")
+    assert any("is lost: 1 trial fewer at once" in line for line in others)
+    assert "of trials came back" in others[-1]
 
 
 HUNGRY = """
