@@ -172,6 +172,48 @@ def test_a_job_has_the_cluster_of_the_base(deployments):
         )
 
 
+# --- The guide
+
+
+GUIDE = (manifests.ROOT / "docs" / "CLUSTER.md").read_text()
+KUBERNETES_CHAPTER = GUIDE.partition("## Kubernetes\n")[2].partition("\n## ")[0]
+SLURM_CHAPTER = GUIDE.partition("## Slurm\n")[2].partition("\n## ")[0]
+
+
+def test_the_guide_names_what_there_is(deployments):
+    text = KUBERNETES_CHAPTER + SLURM_CHAPTER
+    files = set(re.findall(r"(?:docker|search_spaces)/[\w./-]+", text)) - {"docker/kubernetes/overlays/own"}
+    files -= {"docker/kubernetes/overlays/own/kustomization.yaml"}
+    assert {"docker/slurm/sweep.sbatch", "docker/kubernetes/make-secrets"} <= files
+    for name in files:
+        assert (manifests.ROOT / name.removeprefix("../")).exists(), name
+    services = {each["metadata"]["name"]: each for each in of_kind(deployments["base"], "Service")}
+    cluster = of_kind(deployments["base"], "RayCluster")[0]["metadata"]["name"]
+    for name in re.findall(r"service/([\w-]+)", text):
+        assert name in services or name == f"{cluster}-head-svc"
+    assert f"get secret {cluster} " in text
+    jobs = [each["metadata"]["name"] for each in of_kind(deployments["overlays/job"], "RayJob")]
+    assert re.findall(r" job/([\w-]+)", text) == jobs
+    for chapter in (KUBERNETES_CHAPTER, SLURM_CHAPTER):
+        assert "not run on a" in chapter.split("\n\n")[0].replace("\n", " ")
+
+
+def test_the_guides_own_folder_renders_with_its_images(tmp_path, deployments):
+    (text,) = re.findall(r"```yaml\n(.*?)```", KUBERNETES_CHAPTER, re.DOTALL)
+    own = yaml.safe_load(text)
+    for kind in ("resources", "components"):
+        lies = [(KUBERNETES / "overlays" / "own" / each).resolve() for each in own[kind]]
+        own[kind] = [os.path.relpath(each, tmp_path.resolve()) for each in lies]
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    documents = manifests.rendered(tmp_path)
+    images = {
+        container["image"] for pod in pods(documents) for container in pod.containers if "postgres" not in pod.name
+    }
+    assert images == {"registry.example.org/cxr-sweep:0.1.0", "registry.example.org/cxr-sweep:0.1.0-gpu"}
+    assert "https" in {each["metadata"]["name"] for each in of_kind(documents, "NetworkPolicy")}
+    assert len(documents) == len(deployments["overlays/gpu"]) + 1
+
+
 # --- What pods may do
 
 

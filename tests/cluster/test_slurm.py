@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster.conftest import lacking
@@ -98,13 +99,13 @@ sys.exit(int(os.environ.get("JOINED", "0")))
 class Slurm:
     """A Slurm that has one job: ours."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stand_ins: Mapping[str, str] = STAND_INS) -> None:
         self.folder = folder
         self.notes = folder / "notes"
         self.programs = folder / "bin"
         self.programs.mkdir()
         (folder / "runs").mkdir()
-        for name, code in STAND_INS.items():
+        for name, code in stand_ins.items():
             program = self.programs / name
             program.write_text(f"#!{sys.executable}\n{NOTE}\n{code}")
             program.chmod(0o755)
@@ -133,9 +134,9 @@ class Slurm:
             text=True,
         )
 
-    def run(self, *words: str, hosts: str = "n1", **variables: str) -> tuple[int, str]:
+    def run(self, *words: str, hosts: str = "n1", timeout_s: float = 60, **variables: str) -> tuple[int, str]:
         process = self.start(*words, hosts=hosts, **variables)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=timeout_s)
         return process.returncode, said
 
     def calls(self, program: str) -> list[dict]:
@@ -356,3 +357,64 @@ def test_shellcheck_finds_nothing(path):
         lacking(["shellcheck"])
     checked = subprocess.run([program, str(path)], capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stdout
+
+
+# A Slurm that runs every step here; the second node looks for its ports elsewhere, as its number says.
+REAL = {
+    "scontrol": STAND_INS["scontrol"],
+    "srun": STAND_INS["srun"].replace(
+        'environment = {**os.environ, "SLURMD_NODENAME": host}',
+        'environment = {**os.environ, "SLURM_JOB_ID": str(int(os.environ["SLURM_JOB_ID"]) + hosts.index(host) + 1)}',
+    ),
+}
+SPACE = """
+name: depth
+data: phantom
+objective: macro_f1
+search: {algorithm: grid, trials: 6}
+space:
+  backbone: mobilenet_v2_0.35
+  weights: bundled
+  image_side: 32
+  freeze: [all, "convs:1", none]
+  learning_rate: [1e-3, 3e-3]
+  epochs: 6
+"""
+
+
+@pytest.mark.slow
+def test_a_real_sweep_on_a_real_ray_is_interrupted_queued_again_and_comes_to_its_end(tmp_path):
+    if not shutil.which("ray", path=str(Path(sys.executable).parent)):
+        lacking(["ray beside this Python"])
+    slurm = Slurm(tmp_path, REAL)
+    environment = {
+        "PATH": f"{slurm.programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "SLURM_CPUS_ON_NODE": "1",
+        "SLURM_CPUS_PER_TASK": "1",
+        "TMPDIR": "",
+    }
+    (tmp_path / "space.yaml").write_text(SPACE)
+    words = ["space.yaml", "--cache-dir", str(tmp_path / "cache")]
+    process = slurm.start(*words, hosts="n1 n2", **environment)
+    folder = tmp_path / "runs" / f"depth-{JOB}"
+    epochs = folder / "state" / "epochs.jsonl"
+    until = time.monotonic() + 300
+    while not (epochs.is_file() and epochs.stat().st_size):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < until, "no epoch was trained"
+        time.sleep(0.2)
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == INTERRUPTED, said
+    assert "2 of 2 nodes have joined" in said
+    assert slurm.calls("scontrol")[-1]["words"] == ["requeue", str(JOB)]
+    status, said = slurm.run(*words, hosts="n1 n2", timeout_s=600, **environment, SLURM_RESTART_COUNT="1")
+    assert status == 0, said
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["trials"]["total"] == 6
+    assert summary["trials"]["failed"] == 0
+    sessions = [json.loads(line) for line in (folder / "state" / "sessions.jsonl").read_text().splitlines()]
+    assert [each["ended"] for each in sessions if "ended" in each] == ["interrupted", "done"]
+    left = [each for each in psutil.process_iter(["cmdline"]) if str(JOB) in " ".join(each.info["cmdline"] or ())]
+    assert not left
