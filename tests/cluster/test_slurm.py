@@ -238,6 +238,16 @@ def test_gpus_are_those_that_slurm_gave(slurm):
     assert asked["memory"] == str((65536 - 1024) * 1024**2)
 
 
+@pytest.mark.parametrize(
+    ("variables", "megabytes"),
+    [({"SLURM_MEM_PER_CPU": "4096"}, 8 * 4096), ({"SLURM_MEM_PER_NODE": "0"}, None), ({}, None)],
+)
+def test_memory_is_what_slurm_gave(slurm, variables, megabytes):
+    slurm.run("space.yaml", **variables)
+    asked = options(slurm.calls("ray")[0]["words"])
+    assert asked.get("memory") == (str((megabytes - 1024) * 1024**2) if megabytes else None)
+
+
 def test_nodes_and_jobs_share_no_port(slurm):
     """Three raylets of one machine, which the stand-in makes of three nodes, and a socket that is in the way."""
     first = 10000 + 500 * (JOB % 45)
