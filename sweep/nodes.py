@@ -94,6 +94,10 @@ class Slots:
             return False
         return any(self._free(node) > 0 for node in self._nodes.values())
 
+    def is_free_beside(self, node_id: str) -> bool:
+        """Whether a node other than one has a free slot."""
+        return any(self._free(node) > 0 for node in self._nodes.values() if node.node_id != node_id)
+
     def take(self, trial_id: str, config: TrialConfig) -> Node:
         """Give a trial a slot: where its frozen layers have been run already, else where most slots are free.
 

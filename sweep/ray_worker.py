@@ -3,7 +3,9 @@
 import json
 import os
 import socket
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,37 @@ from sweep.node_files import NodeFiles
 from sweep.ray_depot import AskingRay
 from sweep.worker import Fault, TrialEnd, TrialJob, TrialProcess, Work, failure
 
+# What a training's figures follow from.
+PACKAGES = ("cxr-sweep", "tensorflow", "keras", "numpy")
+
+
+def versions_here() -> dict[str, str]:
+    """Library -> its version on this machine."""
+    return {name: version(name) for name in PACKAGES}
+
 
 @dataclass(frozen=True)
 class FilesOfNodes:
-    """What a worker makes its `NodeFiles` of, wherever it is."""
+    """What a worker makes its `NodeFiles` of, wherever it is.
+
+    Attributes:
+        versions: of the driver's machine, as `versions_here`; with others, figures would be others too.
+    """
 
     home: Home
     ask: AskingRay
+    versions: Mapping[str, str] = field(default_factory=versions_here)
+
+    def check_versions(self) -> None:
+        """Whether this machine has the driver's.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        here = versions_here()
+        others = [f"{name} {here[name]} in place of {own}" for name, own in self.versions.items() if here[name] != own]
+        if others:
+            raise RuntimeError(f"this node has {', '.join(others)}: install there what the sweep's own machine has")
 
 
 class RayTrial(tune.Trainable):  # type: ignore[misc]
@@ -33,7 +59,7 @@ class RayTrial(tune.Trainable):  # type: ignore[misc]
             # Ray leaves a CPU trial the sight of every GPU, and TensorFlow would take them.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        self._files = NodeFiles(files.home, files.ask) if files else None
+        self._of_nodes, self._files = files, NodeFiles(files.home, files.ask) if files else None
         if self._files:
             logs = self._files.moved(logs)
         self._process = TrialProcess(logs / f"worker-{os.getpid()}.log", work.preload)
@@ -51,8 +77,9 @@ class RayTrial(tune.Trainable):  # type: ignore[misc]
         known, alone = config["known"], config["alone"]
         self._leave_last()
         self._trial_id, self._not_ready, work = config["trial_id"], None, self._work
-        if self._files:
+        if self._files and self._of_nodes:
             try:
+                self._of_nodes.check_versions()
                 work = self._files.work(self._work)
                 self._files.ready(self._work, self._trial_id, trial)
             except Exception as error:  # on another node it may well begin

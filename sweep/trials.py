@@ -49,6 +49,7 @@ GRACE_S = 5.0
 STOPPING_TIMEOUT_S = 12.0
 # How often Ray's loop may fail without an epoch between.
 MOST_IN_VAIN = 3
+PATIENCE_S = 30.0  # how long a trial waits for room on its node while another has a free slot
 RAY = "ray"  # name of Tune's own folder
 NODE_ID = "ray.io/node-id"  # label that each node bears
 
@@ -255,6 +256,10 @@ class _Reference:
         self._heard.add(self._key)
         return self._guarded(lambda conductor: conductor.epoch(metrics), False)
 
+    def is_free_beside(self, node_id: str) -> bool:
+        """Whether a trial could be given to another node."""
+        return self._slots[self._key].is_free_beside(node_id)
+
     def stopped(self, trial_id: str) -> None:
         """A trial was told to end."""
         self._slots[self._key].release(trial_id)
@@ -318,6 +323,7 @@ class _ConductorScheduler(FIFOScheduler):  # type: ignore[misc]
     def __init__(self, reference: _Reference) -> None:
         super().__init__()
         self._reference = reference
+        self._waits_since: dict[str, float] = {}  # Ray's name of a trial -> when it was first seen to wait for room
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         go_on = [self._reference.epoch(metrics) for metrics in result["events"]]
@@ -333,18 +339,28 @@ class _ConductorScheduler(FIFOScheduler):  # type: ignore[misc]
         self._reference.ended(trial.config["trial_id"], TrialEnd(f"the Ray worker failed: {cause}", fault=fault))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        for trial in list(tune_controller.get_live_trials()):
-            if trial.status == Trial.PENDING and self._reference.is_gone(trial.config["node"]):
-                self._take_back(tune_controller, trial)
+        waiting = set(tune_controller._actor_manager.pending_actors)  # for room
+        for trial in [trial for trial in tune_controller.get_live_trials() if trial.status == Trial.PENDING]:
+            node_id = trial.config["node"]
+            if self._reference.is_gone(node_id):
+                self._take_back(tune_controller, trial, "its node left before it began")
+            elif tune_controller._trial_to_actor.get(trial) not in waiting or trial.config["alone"]:
+                self._waits_since.pop(trial.trial_id, None)
+            elif self._waits_long(trial.trial_id) and self._reference.is_free_beside(node_id):
+                self._take_back(tune_controller, trial, "its node has no room, others use it")
         return super().choose_trial_to_run(tune_controller)
 
-    def _take_back(self, tune_controller: Any, trial: Any) -> None:
-        """Ray would wait for ever for the node of a trial that has not begun."""
+    def _waits_long(self, name: str) -> bool:
+        now = time.monotonic()
+        return now - self._waits_since.setdefault(name, now) > PATIENCE_S
+
+    def _take_back(self, tune_controller: Any, trial: Any, why: str) -> None:
+        """Let a trial that has not begun be given to another node: Ray would wait for this one for ever."""
+        self._waits_since.pop(trial.trial_id, None)
         if trial in tune_controller._staged_trials:  # else Ray keeps no worker warm from now on
             tune_controller._unstage_trial_with_resources(trial)
         tune_controller.stop_trial(trial)
-        end = TrialEnd("its node left before it began", fault=Fault.PREEMPTED)
-        self._reference.ended(trial.config["trial_id"], end)
+        self._reference.ended(trial.config["trial_id"], TrialEnd(why, fault=Fault.PREEMPTED))
 
 
 class _Ends(tune.Callback):  # type: ignore[misc]

@@ -15,9 +15,11 @@ from cxr_models.arrays import kept_array
 from cxr_models.cuts import Cut
 from cxr_models.features import FeatureBudget
 from cxr_models.trial import TrialConfig
-from sweep import depot, node_files
+from sweep import depot, node_files, ray_worker
 from sweep.depot import Carried, Depot, DepotDamaged, DepotRefused, Home, carried_text, directly, files_of
 from sweep.node_files import NODE_CACHE, NodeFiles, moved, moved_path
+from sweep.ray_depot import AskingRay
+from sweep.ray_worker import FilesOfNodes
 from sweep.worker import Work
 from tests import programs
 
@@ -250,6 +252,14 @@ class TestFetching:
         found = node(sweep, tmp_path / "file" / "cache", monkeypatch)
         with pytest.raises(OSError, match=r"expected a folder for this node's copies .*set SWEEP_NODE_CACHE"):
             found.work(sweep.work)
+
+
+def test_a_node_with_other_versions_is_told_what_to_install(sweep, monkeypatch):
+    files = FilesOfNodes(sweep.home, AskingRay(None))
+    files.check_versions()
+    monkeypatch.setattr(ray_worker, "version", lambda name: "9.9" if name == "keras" else files.versions[name])
+    with pytest.raises(RuntimeError, match=r"this node has keras 9\.9 in place of .*: install there what"):
+        files.check_versions()
 
 
 class TestTrials:

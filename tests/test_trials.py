@@ -24,6 +24,7 @@ from ray.exceptions import OutOfMemoryError
 
 from cxr_models.arrays import kept_array
 from cxr_models.trial import EpochMetrics, Outcome, TrialResult
+from sweep import trials
 from sweep.machine import ClusterUnreachable, Node
 from sweep.nodes import SlotFigures, Slots
 from sweep.ray_cluster import check_address, cluster_nodes, ray_cluster
@@ -164,18 +165,22 @@ def pixels_in(folder: Path) -> Path:
     return kept_array(path, (1, 8, 8, 1), lambda put: put(0, np.full((1, 8, 8, 1), 3, np.uint8)))
 
 
-def test_a_trial_whose_node_leaves_before_it_begins_is_given_to_another(local_ray, tmp_path):
+@pytest.mark.parametrize(
+    ("leaves", "why"), [(True, "its node left before it began"), (False, "its node has no room, others use it")]
+)
+def test_a_trial_that_cannot_begin_on_its_node_is_given_to_another(leaves, why, local_ray, tmp_path, monkeypatch):
     """Ray itself would wait for that node for ever. Here it never was there: trials were only told so."""
+    monkeypatch.setattr(trials, "PATIENCE_S", 2.0)
     begun, notes, told = time.monotonic(), [], []
     ghost = Node(1, 0, 2**30, node_id="f" * 56, address="10.9.9.9")
 
     def nodes() -> tuple[Node, ...]:
         (here,) = cluster_nodes()
-        return (replace(here, cores=1), ghost) if time.monotonic() - begun < 4 else (replace(here, cores=1),)
+        return (replace(here, cores=1), *(() if leaves and time.monotonic() > begun + 4 else (ghost,)))
 
     conductor, heard = fake_sweep(
         tmp_path,
-        "quick",
+        "quick" if leaves else "slow",
         trials=4,
         pixels=pixels_in(tmp_path),
         retried=lambda trial_id, end, epochs: notes.append((end.fault, end.error)),
@@ -183,8 +188,9 @@ def test_a_trial_whose_node_leaves_before_it_begins_is_given_to_another(local_ra
     slots = Slots(nodes, lambda node: node.cores, told=told.append)
     run_on_ray(conductor, Placement(1.0, 0.0, 2), folder=tmp_path, cluster=nodes_of(tmp_path, slots, told))
     assert {result.outcome for result in heard.results.values()} == {Outcome.COMPLETED}
-    assert notes == [(Fault.PREEMPTED, "its node left before it began")]
-    assert told == ["node 10.9.9.9 is lost: 1 trial fewer at once; its trials go on elsewhere"]
+    assert notes
+    assert set(notes) == {(Fault.PREEMPTED, why)}
+    assert told == ["node 10.9.9.9 is lost: 1 trial fewer at once; its trials go on elsewhere"] * leaves
     assert [suggestion.number for suggestion in heard.begun] == [0, 1, 2, 3], "what is suggested does not depend on it"
 
 
