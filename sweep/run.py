@@ -41,6 +41,7 @@ from sweep.wording import duration, figure, subset_note
 
 DONE, UNFINISHED, WRONG_INPUT = 0, 1, 2
 PIPED_WIDTH = 140
+RUN_FOLDER = "run folder: "  # begins a line, by which `sweep.submit` finds the folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m sweep.run",
         description="Run the sweep a YAML file describes: every trial is tracked in MLflow, the best model saved.",
     )
+    add_options(found)
+    found.add_argument("--address", default="", metavar="ADDR", help="of a running Ray cluster, or auto")
+    return found
+
+
+def add_options(found: argparse.ArgumentParser) -> None:
+    """The file, and every option that holds wherever a sweep runs."""
     found.add_argument("space", type=Path, metavar="SPACE.yaml", help="search space, see search_spaces/")
     found.add_argument("--data", metavar="DIR|CSV|phantom", help="images, in place of data.source")
     found.add_argument("--weights", metavar="imagenet|bundled|none|PATH", help="of every pretrained backbone")
@@ -74,8 +82,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--resume", action="store_true", help="go on with the sweep of the run folder; more --trials let it grow"
     )
-    found.add_argument("--address", default="", metavar="ADDR", help="of a running Ray cluster, or auto")
-    return found
 
 
 def _gigabytes(text: str) -> float:
@@ -107,10 +113,15 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     return [*(f"{key}={value}" for key, value in named.items() if value is not None), *arguments.set]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(given)
+def main(argv: Sequence[str] | None = None, again: Sequence[str] = ()) -> int:
+    """The command; its exit status.
+
+    Args:
+        argv: its arguments.
+        again: what a person types to run it again, if that is another command.
+    """
+    arguments = parser().parse_args(argv)
+    given = list(again or [sys.executable, "-m", "sweep.run", *(sys.argv[1:] if argv is None else argv)])
     console, errors = _console(), _console(stderr=True)
     begun: list[RunFolder] = []
 
@@ -202,6 +213,7 @@ def _tell_that_it_is_done(plan: Plan, folder: RunFolder, console: Console) -> in
 
     run = read_run(folder)
     print_results(plan, run.results, run.summary, console)
+    console.print(f"{RUN_FOLDER}{folder.path}", soft_wrap=True)
     console.print(
         f"\nnothing is left to do: the sweep in {folder.path} has come to its end; more --trials would let it grow",
         soft_wrap=True,
@@ -244,7 +256,7 @@ def _work(
     """Run the sweep in its folder, or what is left of it, and print what came of it."""
     from sweep.session import run_sweep
 
-    console.print(f"run folder: {folder.path}", soft_wrap=True)
+    console.print(f"{RUN_FOLDER}{folder.path}", soft_wrap=True)
     begun.append(folder)
     ended = run_sweep(
         plan,
@@ -272,7 +284,7 @@ def _work(
 def _how_to_go_on(given: Sequence[str], begun: Sequence[RunFolder], finished: int | None = None) -> str:
     """What is kept of a sweep that was cut short, and the command that goes on with it."""
     folder = begun[0]
-    command = [sys.executable, "-m", "sweep.run", *given]
+    command = list(given)
     if "--resume" not in given:
         command.append("--resume")
     if not any(each == "--name" or each.startswith("--name=") for each in given):
