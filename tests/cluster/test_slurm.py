@@ -409,17 +409,17 @@ def test_a_real_sweep_on_a_real_ray_is_interrupted_queued_again_and_comes_to_its
     process = slurm.start(*words, hosts="n1 n2", **environment)
     folder = tmp_path / "runs" / f"depth-{JOB}"
     epochs = folder / "state" / "epochs.jsonl"
-    until = time.monotonic() + 300
+    until = time.monotonic() + 600
     while not (epochs.is_file() and epochs.stat().st_size):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < until, "no epoch was trained"
         time.sleep(0.2)
     process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == INTERRUPTED, said
     assert "2 of 2 nodes have joined" in said
     assert slurm.calls("scontrol")[-1]["words"] == ["requeue", str(JOB)]
-    status, said = slurm.run(*words, hosts="n1 n2", timeout_s=600, **environment, SLURM_RESTART_COUNT="1")
+    status, said = slurm.run(*words, hosts="n1 n2", timeout_s=1500, **environment, SLURM_RESTART_COUNT="1")
     assert status == 0, said
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["trials"]["total"] == 6
