@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -102,6 +103,7 @@ class Slurm:
     def __init__(self, folder: Path, stand_ins: Mapping[str, str] = STAND_INS) -> None:
         self.folder = folder
         self.notes = folder / "notes"
+        self.begun: list[subprocess.Popen[str]] = []
         self.programs = folder / "bin"
         self.programs.mkdir()
         (folder / "runs").mkdir()
@@ -125,14 +127,27 @@ class Slurm:
             "SLURM_SUBMIT_DIR": str(self.folder),
             **variables,
         }
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["bash", str(SCRIPT), *words],
             cwd=self.folder,
             env={key: value for key, value in environment.items() if value},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
+        self.begun.append(process)
+        return process
+
+    def end(self) -> None:
+        """End the jobs that a failed test has left."""
+        for process in self.begun:
+            if process.poll() is None:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=60)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def run(self, *words: str, hosts: str = "n1", timeout_s: float = 60, **variables: str) -> tuple[int, str]:
         process = self.start(*words, hosts=hosts, **variables)
@@ -153,11 +168,6 @@ class Slurm:
             time.sleep(0.05)
 
 
-@pytest.fixture
-def slurm(tmp_path) -> Slurm:
-    return Slurm(tmp_path)
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     yield
@@ -165,6 +175,22 @@ def nothing_is_left() -> Iterator[None]:
     for path in left:
         shutil.rmtree(path)
     assert not left
+
+
+@pytest.fixture
+def slurm(tmp_path) -> Iterator[Slurm]:
+    made = Slurm(tmp_path)
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def slurm_with_a_real_ray(tmp_path) -> Iterator[Slurm]:
+    if not shutil.which("ray", path=str(Path(sys.executable).parent)):
+        lacking(["ray beside this Python"])
+    made = Slurm(tmp_path, REAL)
+    yield made
+    made.end()
 
 
 def options(words: Sequence[str]) -> dict[str, str]:
@@ -329,6 +355,15 @@ def test_nodes_that_never_join_end_the_job(slurm):
     assert len([each for each in slurm.calls("ray") if "ended" in each]) == 2
 
 
+def test_a_ray_that_ends_before_the_sweep_ends_the_job(slurm):
+    (slurm.programs / "ray").write_text("#!/bin/sh\necho 'no room for sockets' >&2\nexit 1\n")
+    status, said = slurm.run("space.yaml")
+    assert status == 2
+    assert "no room for sockets" in said
+    assert "Ray has ended on" in said
+    assert not slurm.sweeps()
+
+
 @pytest.mark.parametrize(
     ("words", "variables", "said"),
     [
@@ -393,10 +428,9 @@ space:
 
 
 @pytest.mark.slow
-def test_a_real_sweep_on_a_real_ray_is_interrupted_queued_again_and_comes_to_its_end(tmp_path):
-    if not shutil.which("ray", path=str(Path(sys.executable).parent)):
-        lacking(["ray beside this Python"])
-    slurm = Slurm(tmp_path, REAL)
+def test_a_real_sweep_on_a_real_ray_is_interrupted_queued_again_and_comes_to_its_end(slurm_with_a_real_ray):
+    slurm = slurm_with_a_real_ray
+    tmp_path = slurm.folder
     environment = {
         "PATH": f"{slurm.programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
