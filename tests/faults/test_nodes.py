@@ -137,7 +137,7 @@ SHARES_NO_DISK = """
 
     notes, told = [], []
     try:
-        until = time.time() + 60
+        until = time.time() + 180
         while len(nodes := cluster_nodes()) < 2 and time.time() < until:
             time.sleep(0.5)
         assert len(nodes) == 2, "the second node has not come"
