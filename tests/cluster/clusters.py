@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,8 @@ class Cluster:
                 if self.rays[host.name].running:
                     break
                 for process in host.processes():  # what the failed start has left
-                    process.kill()
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
                 self.rays[host.name] = self._starts[host.name]()
             there = partial(self._has_joined, host)
             wait_until(there, f"{host.name} is in the cluster", STARTING_TIMEOUT_S, self.rays[host.name])
