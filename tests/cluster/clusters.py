@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ AGENT, AGENT_GRPC, ENVIRONMENTS = 52365, 52366, 52367
 WORKERS = range(11000, 12000)
 MLFLOW, POSTGRESQL = 5000, 5432
 ADMIN, DATABASE = "admin", "mlflow"
-STARTING_TIMEOUT_S = 900.0
+STARTING_TIMEOUT_S, MOST_STARTS = 900.0, 4
 # As each program of the cluster finds it below its home or its disk.
 TOKEN, CREDENTIALS = "secrets/ray_token", "home/.mlflow/credentials"
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -210,6 +211,7 @@ class Cluster:
         self.token = secrets.token_hex(32)
         self.address = f"{head.address}:{GCS}"
         self.rays: dict[str, Process] = {}
+        self._starts: dict[str, Callable[[], Process]] = {}
         self.let_in(head)
         head_only = ["--head", "--port", GCS, "--ray-client-server-port", CLIENT]
         head_only += ["--include-dashboard", "true", "--dashboard-host", "0.0.0.0", "--dashboard-port", DASHBOARD]
@@ -250,15 +252,36 @@ class Cluster:
         command = [*RAY, "start", "--block", "--node-ip-address", host.address, *how]
         command += ["--num-cpus", cpus, "--num-gpus", 0, "--object-store-memory", 200 * 1024**2]
         command += [each for option in ports.items() for each in option]
-        self.rays[host.name] = host.start(
-            [str(each) for each in command], {**self.variables(host), **variables}, name="ray"
-        )
+        own = {**self.variables(host), **variables}
+        self._starts[host.name] = partial(host.start, [str(each) for each in command], own, name="ray")
+        self.rays[host.name] = self._starts[host.name]()
 
     def wait_for(self, hosts: Sequence[Host]) -> None:
-        """Wait until each of these nodes is in the cluster."""
-        addresses = {host.address for host in hosts}
-        rays = [self.rays[host.name] for host in hosts]
-        wait_until(lambda: addresses <= self.nodes(), f"{addresses} are in the cluster", STARTING_TIMEOUT_S, *rays)
+        """Wait until each of these nodes is in the cluster.
+
+        Ray gives a node half a minute to start, which a busy machine may not do in: then it is started again.
+
+        Raises:
+            HostsFailed: one does not come.
+        """
+        for host in hosts:
+            for _ in range(MOST_STARTS - 1):
+                joined = partial(self._has_joined_or_ended, host)
+                wait_until(joined, f"{host.name} is in the cluster", STARTING_TIMEOUT_S)
+                if self.rays[host.name].running:
+                    break
+                for process in host.processes():  # what the failed start has left
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+                self.rays[host.name] = self._starts[host.name]()
+            there = partial(self._has_joined, host)
+            wait_until(there, f"{host.name} is in the cluster", STARTING_TIMEOUT_S, self.rays[host.name])
+
+    def _has_joined(self, host: Host) -> bool:
+        return host.address in self.nodes()
+
+    def _has_joined_or_ended(self, host: Host) -> bool:
+        return not self.rays[host.name].running or self._has_joined(host)
 
     def nodes(self) -> set[str]:
         """Addresses of the nodes that the head takes for alive."""

@@ -12,7 +12,7 @@ from typing import Any
 
 PORTS = range(1, 2**16)
 AT_ONCE = 400
-TIMEOUT_S = 2.0
+TIMEOUT_S = 30.0  # a host that is there answers at once; this one may be slow to look
 OPEN, REFUSED, SILENT = "open", "refused", "silent"
 
 

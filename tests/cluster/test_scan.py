@@ -13,7 +13,7 @@ from tests.cluster.sockets import Reachable, reachable_sockets
 
 ROOT = Path(__file__).parents[2]
 SCANNER = Path(__file__).parent / "scanner.py"
-RUN_TIMEOUT_S = 900.0
+RUN_TIMEOUT_S = 1800.0
 
 OPENED = """
 import socket, time
@@ -76,19 +76,18 @@ def test_a_default_sweep_on_one_machine_listens_to_nobody_else(hosts):
     command = [sys.executable, "-m", "sweep.run", ROOT / "search_spaces" / "smoke.yaml"]
     run = sweeper.start([*command, "--out", sweeper.place / "runs"], {"PYTHONPATH": str(ROOT)}, name="sweep")
     sockets: set[Reachable] = set()
-    scans, begun = [], time.monotonic()
-    with_ray = False
+    scans, with_ray, begun = [], 0, time.monotonic()
     while run.running:
         assert time.monotonic() - begun < RUN_TIMEOUT_S, run.said
-        scanner = stranger.start([sys.executable, SCANNER, *addresses])
+        scanner, ray_seen = stranger.start([sys.executable, SCANNER, *addresses]), False
         while scanner.running:
             sockets |= reachable_sockets(sweeper.pid)
-            with_ray = with_ray or any(each.name().startswith("raylet") for each in sweeper.processes())
+            ray_seen = ray_seen or any(each.name() == "raylet" for each in sweeper.processes())
             time.sleep(0.1)
         scans.append(json.loads(scanner.said))
+        with_ray += ray_seen
     assert run.status == 0, run.said
-    assert with_ray, "it ran on Ray"
+    assert with_ray, "Ray ran during a scan"
     assert sockets == set()
-    assert len(scans) >= 2
     for answers in (each[address] for each in scans for address in addresses):
         assert answers == {"open": [], "refused": 65535, "silent": 0}
