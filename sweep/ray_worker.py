@@ -5,7 +5,6 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from cxr_models.trial import TrialConfig
 from sweep.depot import Home
 from sweep.node_files import NodeFiles
 from sweep.ray_depot import AskingRay
+from sweep.versions import version_of
 from sweep.worker import Fault, TrialEnd, TrialJob, TrialProcess, Work, failure
 
 # What a training's figures follow from.
@@ -24,7 +24,7 @@ PACKAGES = ("cxr-sweep", "tensorflow", "keras", "numpy")
 
 def versions_here() -> dict[str, str]:
     """Library -> its version on this machine."""
-    return {name: version(name) for name in PACKAGES}
+    return {name: version_of(name) for name in PACKAGES}
 
 
 @dataclass(frozen=True)
