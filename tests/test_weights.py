@@ -83,7 +83,7 @@ class TestWhatASpaceMaySay:
             ("imagnet", "unknown 'imagnet'; did you mean 'imagenet'? known: imagenet, bundled, none, or the path of a"),
             ("https://host/own.weights.h5", "expected a URL with the checksum of its file behind it, such as https"),
             ("https://host/own.weights.h5#sha256=abc", "own.weights.h5#sha256=<64 hexadecimal digits>, got"),
-            (f"ftp://host/own.weights.h5#sha256={'a' * 64}", "that begins with https, http, file, got 'ftp'"),
+            (f"ftp://host/own.weights.h5#sha256={'a' * 64}", "that begins with https, http, file, s3, gs, got 'ftp'"),
             (f"https://host/own.zip#sha256={'a' * 64}", "a file that ends in .weights.h5, .h5, .keras, got"),
         ],
     )
