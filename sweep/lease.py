@@ -55,6 +55,9 @@ class Lease:
             StorageError: the storage cannot be reached, or takes nothing.
         """
         try:
+            # Not only `new`: there are storages that take no notice of it.
+            if found := _read(self._store):
+                raise ThereAlready(f"{self._store.url} is there already: {_owner(found)} has begun it")
             self._write(new=True)
         except ThereAlready:
             if new:
@@ -62,7 +65,7 @@ class Lease:
             self._await_end()
             self._write()
             time.sleep(SETTLED_AFTER_S)
-            self.check()
+        self.check()
         self._thread.start()
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ secrets in it, and none is kept.
 
 import errno
 import hashlib
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ INSTALL = "pip install 'cxr-sweep[cluster]'"
 # Object stores: folders are not made there, and a bucket has neither a user nor a port.
 BUCKETS = ("s3", "gs", "s3a", "gcs", "memory")
 _WEB = ("http", "https")
+_CHATTY = ("gcsfs", "s3fs", "fsspec", "botocore", "aiobotocore", "google.auth")
 # What signed addresses carry.
 _SECRETS = ("signature", "sig", "token", "password", "secret", "awsaccesskeyid", "credential")
 # When an object changed, by the names the backends have for it; the first that is there counts.
@@ -160,6 +162,8 @@ class Store:
         try:
             from fsspec.core import url_to_fs
 
+            for name in _CHATTY:
+                logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is told in our words
             # A listing that was kept would hide what other machines have put there since.
             filesystem, root = url_to_fs(self.url, use_listings_cache=False, skip_instance_cache=True)
         except ImportError as error:
@@ -319,8 +323,8 @@ class Store:
             )
         if names.intersection(_UNREACHABLE):
             return StorageError(
-                f"{expected}\n  found: the storage cannot be reached ({said})\n  remedy: check the network, and for a "
-                "storage of your own its address (AWS_ENDPOINT_URL)",
+                f"{expected}\n  found: the storage cannot be reached ({said})\n  remedy: check the network"
+                + (", and for a storage of your own AWS_ENDPOINT_URL" if self._scheme.startswith("s3") else ""),
                 transient=True,
             )
         return StorageError(f"{expected}\n  found: {said}\n  remedy: check the URL and the storage", transient=True)

@@ -206,6 +206,22 @@ class RunHome:
         return self._store.address(path.relative_to(self.out).as_posix())
 
 
+def run_folder_at(url: str, cache_dir: Path) -> tuple[RunHome, RunFolder]:
+    """A run folder by its own URL: the home it lies in, and its working copy, which may have to be brought first.
+
+    Raises:
+        StorageError: there is none, or the storage cannot be reached.
+    """
+    around, _, name = url.rstrip("/").rpartition("/")
+    home = RunHome(around, cache_dir)
+    try:
+        return home, home.latest(name, exactly=True)
+    except StorageError:
+        raise
+    except ValueError as error:
+        raise StorageError(str(error)) from None
+
+
 def pull(store: Store, commit: Commit, folder: Path, shown: Progress | None = None) -> None:
     """Make a folder hold what a commit says, in place of what is in it.
 
