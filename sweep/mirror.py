@@ -110,19 +110,44 @@ def read_commit(store: Store) -> Commit | None:
         return None
 
 
-def note_mirror(folder: Path, url: str, commit: Commit) -> None:
-    """Write down in a run folder where its mirror is, and which commit it has, or is about to have."""
+@dataclass(frozen=True)
+class Note:
+    """What a run folder says of its mirror.
+
+    Attributes:
+        url: of the mirror, "" if there is none.
+        number, writer: of the commit that the mirror has, or is about to have.
+        stamps: of all files that are there as they are here, where nothing else was new.
+    """
+
+    url: str = ""
+    number: int = 0
+    writer: str = ""
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
+
+    def is_of(self, commit: Commit) -> bool:
+        return (self.number, self.writer) == (commit.number, commit.writer)
+
+
+def note_mirror(folder: Path, url: str, commit: Commit, stamps: Mapping[str, Stamp] | None = None) -> None:
+    """Write down in a run folder where its mirror is, and how far it is; see `Note`."""
     with written_whole(folder / COMMIT) as scratch:
-        scratch.write_text(json.dumps({"url": url, "number": commit.number, "writer": commit.writer}))
+        scratch.write_text(json.dumps(asdict(Note(url, commit.number, commit.writer, stamps or {}))))
 
 
-def noted_mirror(folder: Path) -> tuple[str, Commit]:
-    """The URL of a run folder's mirror, "" if it has none, and the commit that was noted."""
+def noted_mirror(folder: Path) -> Note:
+    """What `note_mirror` was given last; an empty one if there is none, or it is damaged."""
     try:
         found = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
-        return str(found["url"]), Commit(int(found["number"]), str(found["writer"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return "", Commit()
+        stamps = {name: (int(inode), int(at), int(size)) for name, (inode, at, size) in found["stamps"].items()}
+        return Note(str(found["url"]), int(found["number"]), str(found["writer"]), stamps)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Note()
+
+
+def stamps_of(folder: Path) -> dict[str, Stamp]:
+    """Those of all files of a run folder."""
+    return {path.relative_to(folder).as_posix(): stamp for path, stamp in _stamps_below(folder, set())}
 
 
 class Mirror:
@@ -155,12 +180,17 @@ class Mirror:
         """Begin to mirror."""
         self._thread.start()
 
-    def close(self, timeout_s: float) -> None:
-        """Wait until everything is there, but no longer than `timeout_s`, and not long where nothing gets through."""
+    def finish(self, timeout_s: float) -> bool:
+        """Wait until everything is there, but no longer than `timeout_s`; whether it goes on no more."""
         self._closing.set()
         self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def close(self, timeout_s: float) -> None:
+        """The same, and give up then; not long where nothing gets through."""
+        finished = self.finish(timeout_s)
         self._stopped.set()
-        if self._thread.is_alive():
+        if not finished:
             self.problem = self.problem or f"not everything got there within {timeout_s:g} s"
 
     def send_all(self) -> None:
@@ -171,6 +201,7 @@ class Mirror:
             FolderInUse: another machine has taken the sweep over.
         """
         self._round(everything=True)
+        self._note_all()
         shutil.rmtree(self._staging, ignore_errors=True)
         self.problem = ""
 
@@ -183,6 +214,7 @@ class Mirror:
                 self.problem, pause_s, failing_since = "", FIRST_PAUSE_S, 0.0
                 outage.ended()
                 if last:
+                    self._note_all()
                     break
                 # So that a slow line is not busy all the time.
                 self._closing.wait(max(ROUND_EVERY_S, time.monotonic() - begun))
@@ -254,9 +286,14 @@ class Mirror:
 
     def _first_commit(self) -> Commit:
         """What an earlier session has left there; who is about to commit counts on from what it has noted."""
-        noted = noted_mirror(self._root)[1]
-        found = read_commit(self._store) or Commit()
+        noted, found = noted_mirror(self._root), read_commit(self._store) or Commit()
+        if noted.is_of(found):
+            self._stamps = dict(noted.stamps)
         return replace(found, number=max(found.number, noted.number))
+
+    def _note_all(self) -> None:
+        if self._commit:
+            note_mirror(self._root, self._store.url, self._commit, self._stamps)
 
     def _left_over(self) -> set[str]:
         """Objects of trials there; among them are those of rounds that were cut short."""
@@ -297,7 +334,7 @@ class Mirror:
                     continue
                 staged = self._staging / f"{stamp[0]}-{path.name}"
                 with suppress(FileNotFoundError, FileExistsError):
-                    os.link(path, staged)
+                    _second_name(path, staged)
                 taken[name] = staged, stamp
             if _stamps_in(folder) == files:
                 kept |= {path.relative_to(self._root).as_posix() for path in files}
@@ -392,10 +429,20 @@ def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
+def _second_name(path: Path, staged: Path) -> None:
+    """Hold a file as it is, whatever takes its place."""
+    try:
+        os.link(path, staged)
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError:  # a file system without links
+        shutil.copyfile(path, staged)
+
+
 def _copy_database(path: Path, copy: Path) -> None:
     """A copy of an SQLite database as it was at one moment, though others write to it."""
     with (
-        closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30.0)) as source,
+        closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=30.0)) as source,
         closing(sqlite3.connect(copy)) as target,
     ):
         source.backup(target)

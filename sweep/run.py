@@ -204,7 +204,7 @@ def _plan_and_run(
     for note in sessions.notes():
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
     if sessions.is_done(plan.spec.search.trials):
-        return _tell_that_it_is_done(plan, folder, console)
+        return _tell_that_it_is_done(plan, home, folder, console)
     data = _prepared(plan, cache_dir, console)
     sessions.check_files(data)
     return _work(plan, home, folder, data, arguments, given, console, begun, sessions)
@@ -216,13 +216,14 @@ def _prepared(plan: Plan, cache_dir: Path, console: Console) -> TrialData:
     return prepare(plan, cache_dir, StepProgress(console))
 
 
-def _tell_that_it_is_done(plan: Plan, folder: RunFolder, console: Console) -> int:
+def _tell_that_it_is_done(plan: Plan, home: RunHome, folder: RunFolder, console: Console) -> int:
     from sweep.readback import read_run
 
     run = read_run(folder)
     print_results(plan, run.results, run.summary, console)
     console.print(
-        f"\nnothing is left to do: the sweep in {folder.path} has come to its end; more --trials would let it grow",
+        f"\nnothing is left to do: the sweep in {home.shown(folder.path)} has come to its end; "
+        "more --trials would let it grow",
         soft_wrap=True,
     )
     return DONE if "best" in run.summary else UNFINISHED

@@ -15,11 +15,23 @@ from cxr_models.dataset import Progress
 from sweep.fetching import Wanted, below, bring
 from sweep.folder_lock import FolderInUse, FolderLock
 from sweep.lease import LEASE, Lease
-from sweep.mirror import COMMIT, LEDGER, RECORD, TRIALS, Commit, Mirror, note_mirror, noted_mirror, read_commit
+from sweep.mirror import (
+    COMMIT,
+    LEDGER,
+    RECORD,
+    TRIALS,
+    Commit,
+    Mirror,
+    note_mirror,
+    noted_mirror,
+    read_commit,
+    stamps_of,
+)
 from sweep.record import RunFolder
 from sweep.remote import NothingThere, StorageError, Store, ThereAlready, digest_of, is_url
 
 PULLS_TRIED = 3  # of a sweep that runs elsewhere and replaces what is being fetched
+SOON_S = 3.0
 # How long the end of a sweep waits for its mirror.
 PATIENCE_S = 1800.0
 PATIENCE_OF_INTERRUPTED_S = 60.0
@@ -47,6 +59,7 @@ class RunHome:
         self._lease: Lease | None = None
         self._mirror: Mirror | None = None
         self._working: RunFolder | None = None
+        self._told: Callable[[str], None] = lambda line: None
 
     def check(self) -> None:
         """Try whether run folders can be put there, before hours are spent on what goes there.
@@ -112,7 +125,7 @@ class RunHome:
         numbered = re.compile(re.escape(name) + r"-([1-9][0-9]*)")
         later = {int(found[1]): each for each in there if (found := numbered.fullmatch(each))}
         own = name if exactly or not later else later[max(later)]
-        if own not in there and not noted_mirror(self.out / own)[0]:
+        if own not in there and not noted_mirror(self.out / own).url:
             raise ValueError(
                 f"expected the run folder of a sweep at {self._store.address(own)}, but found nothing there; --resume "
                 "goes on with a sweep that was begun: name its folder with --out and --name, or leave --resume out to "
@@ -134,6 +147,7 @@ class RunHome:
         def told(line: str) -> None:
             console.print(Text(f"note: {line}", style="yellow"), soft_wrap=True)
 
+        self._told = told
         if self._store is None:
             with FolderLock(folder.lock):
                 yield
@@ -171,8 +185,8 @@ class RunHome:
             if commit is None:
                 folder.state.mkdir(parents=True, exist_ok=True)  # its first session was killed before it was there
                 return
-            noted = noted_mirror(folder.path)[1]
-            if noted.number > commit.number or (noted.number, noted.writer) == (commit.number, commit.writer):
+            noted = noted_mirror(folder.path)
+            if noted.number > commit.number or noted.is_of(commit):
                 return
             try:
                 shown = progress(f"fetching the run folder {store.url} (MB)") if progress else None
@@ -188,6 +202,8 @@ class RunHome:
             return ""
         mirror, self._mirror = self._mirror, None
         try:
+            if not mirror.finish(SOON_S):
+                self._told(f"sending the last of the run folder to {self.shown(self._working.path)}")
             mirror.close(PATIENCE_OF_INTERRUPTED_S if interrupted else PATIENCE_S)
         except KeyboardInterrupt:
             mirror.close(0.0)
@@ -250,7 +266,7 @@ def pull(store: Store, commit: Commit, folder: Path, shown: Progress | None = No
         with path.open("r+b") as file:
             file.truncate(size)
     (fresh / "state").mkdir(parents=True, exist_ok=True)
-    note_mirror(fresh, store.url, commit)
+    note_mirror(fresh, store.url, commit, stamps_of(fresh))
     if folder.exists():
         shutil.rmtree(folder)
     fresh.rename(folder)
@@ -263,17 +279,19 @@ def send_rest(folder: RunFolder) -> str:
         StorageError: the storage takes nothing.
         FolderInUse: another machine works on the sweep, or has gone on with it.
     """
-    url, noted = noted_mirror(folder.path)
-    if not url:
+    noted = noted_mirror(folder.path)
+    if not noted.url:
         return ""
-    store = Store(url)
+    store = Store(noted.url)
     lease = Lease(store)
     lease.acquire()
     try:
         there = read_commit(store)
         if there and there.writer != noted.writer and there.number >= noted.number:
-            raise FolderInUse(f"{url} is newer than {folder.path}: the sweep has gone on elsewhere; nothing was sent")
+            raise FolderInUse(
+                f"{noted.url} is newer than {folder.path}: the sweep has gone on elsewhere; nothing was sent"
+            )
         Mirror(folder, store, lease, lambda line: None).send_all()
     finally:
         lease.release()
-    return url
+    return noted.url

@@ -16,7 +16,7 @@ from sweep.record import RunFolder, read_lines
 from sweep.remote import Store
 from sweep.run import WRONG_INPUT, main
 from sweep.run_home import RunHome, send_rest
-from tests.stores import failing, objects
+from tests.stores import FaultyFileSystem, failing, objects
 
 ROOT = Path(__file__).parent.parent
 SPACE = ROOT / "search_spaces" / "smoke.yaml"
@@ -30,6 +30,7 @@ def url() -> str:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(lease, "SETTLED_AFTER_S", 0.0)
+    monkeypatch.setattr(run_home, "SOON_S", 0.2)
 
 
 @pytest.fixture
@@ -78,10 +79,12 @@ def test_the_newer_of_copy_and_mirror_counts(url, tmp_path, console):
 
     home = RunHome(url, tmp_path / "one")
     with home.held(home.create("x", exactly=True), console):
-        pass
+        home.latest("x", exactly=True).report.write_text("a report")
     first = work("one", "first")
-    inode = first.epoch_record.stat().st_ino
+    inode, begun = first.epoch_record.stat().st_ino, len(FaultyFileSystem.calls)
     work("one", "again")
+    put = {path.rpartition("/")[2] for call, path in FaultyFileSystem.calls[begun:] if call == "put"}
+    assert put == {"epochs.jsonl"}, "what was there was sent again"
     assert first.epoch_record.stat().st_ino == inode, "a copy that is as new was fetched"
     second = work("two", "elsewhere")
     assert [entry["by"] for entry in read_lines(second.epoch_record)] == ["first", "again", "elsewhere"]

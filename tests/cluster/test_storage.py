@@ -186,7 +186,6 @@ def test_a_sweep_that_is_killed_goes_on_elsewhere_from_the_mirror_alone(url, tmp
     epochs = [(entry["trial_id"], entry["epoch"]) for entry in record]
     assert len(epochs) == len(set(epochs)) == 3 * EPOCHS
     assert [entry["outcome"] for entry in read_lines(RunFolder(working).trial_record)] == ["completed"] * 3
-    trained = {entry["ended_ms"] for entry in record}  # a fake epoch says when it was trained, for good
     print(f"\n{lost} epochs had not come to the mirror")
     commit = read_commit(store)
     assert commit.record["state/epochs.jsonl"] == RunFolder(working).epoch_record.stat().st_size
