@@ -7,7 +7,7 @@ small object, the *commit*, which says what belongs together: how far each file 
 holds which file of a trial. Everything else (report, table, model, logs) is for people and lies there by its own name.
 """
 
-import json
+import math
 import os
 import re
 import shutil
@@ -15,20 +15,18 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-from cxr_models.storage import written_whole
+from sweep.commit import COMMIT, Commit, Stamp, note_mirror, noted_mirror, read_commit
 from sweep.folder_lock import FolderInUse
 from sweep.lease import Lease
 from sweep.record import RunFolder
 from sweep.remote import NothingThere, StorageError, Store
 
-COMMIT = "state/mirror.json"
-FORMAT = 1
 AT_ONCE = 8
 ROUND_EVERY_S = 2.0
 LAZY_EVERY_S = 30.0  # files that always change: MLflow's database, logs
@@ -60,90 +58,6 @@ DATABASE = "mlflow.db"
 LOGS = "state/logs/"
 _NOT_MIRRORED = re.compile(r"state/(lock|split-now\.csv|mirror\.json|lease\.json)|mlflow\.db-.*|.*\.lock")
 
-Stamp = tuple[int, int, int]  # inode, time of change in ns, bytes
-
-
-@dataclass(frozen=True)
-class Commit:
-    """What belongs together at the URL.
-
-    Attributes:
-        number: counts the commits of a sweep.
-        writer: of the session that made it.
-        record: file of the record -> how many bytes of it count.
-        kept: file of a trial -> (the object that holds it, bytes).
-    """
-
-    number: int = 0
-    writer: str = ""
-    record: Mapping[str, int] = field(default_factory=dict)
-    kept: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-
-    def to_json(self) -> bytes:
-        return json.dumps({"format": FORMAT, **asdict(self)}).encode()
-
-    @classmethod
-    def from_json(cls, text: bytes, where: str) -> "Commit":
-        """Raises `StorageError` where it is none."""
-        try:
-            found = json.loads(text)
-            if found.pop("format") != FORMAT:
-                raise ValueError("of another version of this program")
-            kept = {name: (str(key), int(size)) for name, (key, size) in found.pop("kept").items()}
-            return cls(kept=kept, **found)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StorageError(
-                f"expected what a sweep has written at {where}/{COMMIT}\n  found: {error}\n  remedy: this run folder "
-                "cannot be gone on with; begin anew under another --name"
-            ) from error
-
-
-def read_commit(store: Store) -> Commit | None:
-    """The last one at the URL of a run folder; None where there is none.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
-    try:
-        return Commit.from_json(store.read(COMMIT), store.url)
-    except NothingThere:
-        return None
-
-
-@dataclass(frozen=True)
-class Note:
-    """What a run folder says of its mirror.
-
-    Attributes:
-        url: of the mirror, "" if there is none.
-        number, writer: of the commit that the mirror has, or is about to have.
-        stamps: of all files that are there as they are here, where nothing else was new.
-    """
-
-    url: str = ""
-    number: int = 0
-    writer: str = ""
-    stamps: Mapping[str, Stamp] = field(default_factory=dict)
-
-    def is_of(self, commit: Commit) -> bool:
-        return (self.number, self.writer) == (commit.number, commit.writer)
-
-
-def note_mirror(folder: Path, url: str, commit: Commit, stamps: Mapping[str, Stamp] | None = None) -> None:
-    """Write down in a run folder where its mirror is, and how far it is; see `Note`."""
-    with written_whole(folder / COMMIT) as scratch:
-        scratch.write_text(json.dumps(asdict(Note(url, commit.number, commit.writer, stamps or {}))))
-
-
-def noted_mirror(folder: Path) -> Note:
-    """What `note_mirror` was given last; an empty one if there is none, or it is damaged."""
-    try:
-        found = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
-        stamps = {name: (int(inode), int(at), int(size)) for name, (inode, at, size) in found["stamps"].items()}
-        return Note(str(found["url"]), int(found["number"]), str(found["writer"]), stamps)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Note()
-
 
 def stamps_of(folder: Path) -> dict[str, Stamp]:
     """Those of all files of a run folder."""
@@ -170,7 +84,7 @@ class Mirror:
         self._commit: Commit | None = None  # the last one, once it has been read
         self._stamps: dict[str, Stamp] = {}  # of the files as they were put there
         self._loose: dict[tuple[str, Stamp], str] = {}  # of trials, put there since the last commit: their objects
-        self._lazy_at = 0.0
+        self._lazy_at = -math.inf
         self._ledger: dict[str, int] = {}
         self._closing, self._stopped = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
@@ -220,7 +134,7 @@ class Mirror:
                 self._closing.wait(max(ROUND_EVERY_S, time.monotonic() - begun))
             except FolderInUse as error:
                 self.problem = f"{error}; nothing more is sent there from here"
-                self._told(f"{self._store.url}: {self.problem}")
+                self._told(self.problem)
                 break
             except Exception as error:  # nothing that happens here may end the thread unsaid
                 self.problem = _cause(error)
@@ -249,21 +163,23 @@ class Mirror:
         record, kept, trials = moment
         ledger = self._sizes(LEDGER) if lazy or not (self._root / DATABASE).is_file() else self._ledger
         plain = list(self._plain(lazy=lazy))  # after the record, which says that they are written
-        number = last.number + 1
+        # A commit may have got there although no answer came: what it names must stay as it is.
+        unique = uuid.uuid4().hex[:12]
         names, uploads = dict(last.kept), []
         for name, (staged, stamp) in trials.items():
-            key = self._loose.get((name, stamp), f"{name}.{number}-{self._writer[:8]}")
+            key = self._loose.get((name, stamp), f"{name}.{unique}")
             names[name] = key, stamp[2]
             if (name, stamp) not in self._loose:
                 uploads.append((name, stamp, key, staged))
         names = {name: names[name] for name in kept}
-        commit = Commit(number, self._writer, {**record, **ledger}, names)
+        commit = Commit(last.number + 1, self._writer, {**record, **ledger}, names)
         # Of an earlier session one knows how far its objects count, not whether they are those of this folder.
         mine = last.writer == self._writer
         grown = [name for name, size in commit.record.items() if not mine or last.record.get(name) != size]
         news = not mine or commit.record != last.record or commit.kept != last.kept
         if not (news or plain):
             return
+        self._lease.check()
         note_mirror(self._root, self._store.url, commit if news else last)
         self._upload(plain, grown, uploads)
         self._ledger = ledger
@@ -271,7 +187,7 @@ class Mirror:
             self._lazy_at = time.monotonic()
         if not news:
             return
-        self._lease.check()
+        self._lease.check()  # again: that may have taken long
         self._store.write(COMMIT, commit.to_json())
         self._commit = commit
         self._stamps |= {name: stamp for name, (_, stamp) in trials.items()}

@@ -12,21 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from cxr_models.dataset import Progress
+from sweep.commit import COMMIT, Commit, note_mirror, noted_mirror, read_commit
 from sweep.fetching import Wanted, below, bring
 from sweep.folder_lock import FolderInUse, FolderLock
 from sweep.lease import LEASE, Lease
-from sweep.mirror import (
-    COMMIT,
-    LEDGER,
-    RECORD,
-    TRIALS,
-    Commit,
-    Mirror,
-    note_mirror,
-    noted_mirror,
-    read_commit,
-    stamps_of,
-)
+from sweep.mirror import LEDGER, RECORD, TRIALS, Mirror, stamps_of
 from sweep.record import RunFolder
 from sweep.remote import NothingThere, StorageError, Store, ThereAlready, digest_of, is_url
 

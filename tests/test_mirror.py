@@ -16,8 +16,9 @@ import pytest
 from cxr_models.storage import append_whole, written_whole
 from cxr_models.trial import BEST_WEIGHTS, CHECKPOINT
 from sweep import lease, mirror
+from sweep.commit import COMMIT, Commit, noted_mirror, read_commit
 from sweep.lease import Lease
-from sweep.mirror import Commit, Mirror, noted_mirror, read_commit
+from sweep.mirror import Mirror
 from sweep.record import RunFolder, read_lines
 from sweep.remote import NothingThere, StorageError, Store
 from sweep.run_home import pull
@@ -162,7 +163,7 @@ def test_whenever_it_is_cut_off_another_machine_can_go_on(seed, folder, store, t
 
     def files(root: Path) -> dict[str, bytes]:
         found = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
-        return {name: path.read_bytes() for name, path in found.items() if name != mirror.COMMIT}
+        return {name: path.read_bytes() for name, path in found.items() if name != COMMIT}
 
     assert files(tmp_path / "elsewhere") == files(folder.path)
     of_trials = [name for name in objects(store.url) if name.startswith("state/trials/")]

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from cxr_models.storage import append_whole
 from sweep import lease, run_home
+from sweep.commit import read_commit
 from sweep.folder_lock import FolderInUse
-from sweep.mirror import read_commit
 from sweep.record import RunFolder, read_lines
 from sweep.remote import Store
 from sweep.run import WRONG_INPUT, main
