@@ -16,6 +16,7 @@ from sweep.record import RunFolder, read_lines
 from sweep.remote import Store
 from sweep.run import WRONG_INPUT, main
 from sweep.run_home import RunHome, send_rest
+from tests.stored_sweeps import killed_and_gone_on
 from tests.stores import FaultyFileSystem, failing, objects
 
 ROOT = Path(__file__).parent.parent
@@ -174,3 +175,8 @@ def test_a_resume_of_nothing(url, tmp_path, capsys):
     command = [str(SPACE), "--out", url, "--name", "x", "--resume", "--cache-dir", str(tmp_path / "cache")]
     assert main(command) == WRONG_INPUT
     assert f"expected the run folder of a sweep at {url}/x, but found nothing there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on_elsewhere_from_the_mirror_alone(tmp_path, cache_dir):
+    killed_and_gone_on(f"file://{tmp_path}/storage", tmp_path, cache_dir)

@@ -3,57 +3,32 @@
 Needs the extras `cluster` and `cluster-test`.
 """
 
-import json
 import logging
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from cxr_models.dataset import read_manifest
 from sweep import lease
-from sweep.commit import read_commit
 from sweep.fetching import fetch_data
 from sweep.folder_lock import FolderInUse
-from sweep.mirror import ROUND_EVERY_S
-from sweep.record import RunFolder, read_lines
 from sweep.remote import NothingThere, StorageError, Store, ThereAlready
 from sweep.run_home import RunHome
 from tests import layouts
-from tests.faults.programs import EPOCH_S
+from tests.stored_sweeps import killed_and_gone_on
 
 pytest.importorskip("s3fs", reason="needs pip install -e '.[cluster]'")
 moto = pytest.importorskip("moto.server", reason="needs pip install -e '.[cluster-test]'")
 
-ROOT = Path(__file__).parent.parent.parent
 BUCKET = "xrays"
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "nobody",
     "AWS_SECRET_ACCESS_KEY": "planted-secret",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
-EPOCHS = 8
-SPACE = f"""\
-name: stored
-data: {{source: phantom, subset: 0.25}}
-objective: macro_f1
-search: {{algorithm: grid, trials: 3}}
-resources: {{concurrency: 1, cpus_per_trial: 1}}
-space:
-  backbone: mobilenet_v2_0.35
-  weights: bundled
-  image_side: 96
-  seed: [0, 1, 2]
-  epochs: {EPOCHS}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -150,68 +125,14 @@ def test_two_machines_at_once(url, tmp_path, monkeypatch):
             pass
 
 
-def sweep(out: str, cache_dir: Path, space: Path, *more: str) -> "subprocess.Popen[str]":
-    """The command in a process of its own, with trainings that train nothing."""
-    command = [sys.executable, "-m", "tests.faults.launch", str(space), "--inline", "--out", out, "--name", "stored"]
-    return subprocess.Popen(
-        [*command, "--cache-dir", str(cache_dir), *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-
-
 def test_a_sweep_that_is_killed_goes_on_elsewhere_from_the_mirror_alone(url, tmp_path, cache_dir):
-    space, store = tmp_path / "space.yaml", Store(f"{url}/stored")
-    space.write_text(SPACE)
-    first = sweep(url, cache_dir, space)
-    try:
-        until = time.monotonic() + 240
-        while not _epochs(store) > EPOCHS + 3:  # in the second trial
-            assert first.poll() is None, first.stdout.read()
-            assert time.monotonic() < until, "nothing came to the mirror"
-            time.sleep(0.05)
-    finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-    killed_at_ms = time.time() * 1000
-    (working,) = (cache_dir / "runs").glob("*/stored")
-    there = _epochs(store)
-    lost = sum(1 for _ in read_lines(RunFolder(working).epoch_record)) - there
-    assert lost <= 1 or lost * EPOCH_S <= 4 * ROUND_EVERY_S
-    shutil.rmtree(cache_dir / "runs")  # another machine has an empty cache
-    second = sweep(url, cache_dir, space, "--resume")
-    said, _ = second.communicate(timeout=300)
-    assert "fetching the run folder" in said or "going on after 1 of 3 trials" in said, said
-    assert f"report: {url}/stored/report.html" in said
-    assert "lacks" not in said
-    (working,) = (cache_dir / "runs").glob("*/stored")
-    record = list(read_lines(RunFolder(working).epoch_record))
-    epochs = [(entry["trial_id"], entry["epoch"]) for entry in record]
-    assert len(epochs) == len(set(epochs)) == 3 * EPOCHS
-    assert [entry["outcome"] for entry in read_lines(RunFolder(working).trial_record)] == ["completed"] * 3
-    # A fake checkpoint tells when each epoch was trained: those that the mirror had are not trained again.
-    checkpoints = [json.loads(path.read_text()) for path in working.glob("state/trials/*/checkpoint.json")]
-    assert sum(at < killed_at_ms for ended in checkpoints for at in ended) >= there
-    print(f"\n{lost} of {there + lost} epochs had not come to the mirror")
-    commit = read_commit(store)
-    assert commit.record["state/epochs.jsonl"] == RunFolder(working).epoch_record.stat().st_size
-    assert "summary.json" in store.files()
-    for command in (["sweep.report", f"{url}/stored"], ["sweep.sync", f"{url}/stored"]):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert read_commit(store).number > commit.number
-    planted = CREDENTIALS["AWS_SECRET_ACCESS_KEY"].encode()
-    assert not [path for path in working.rglob("*") if path.is_file() and planted in path.read_bytes()]
-    assert planted.decode() not in said
+    said = killed_and_gone_on(url, tmp_path, cache_dir)
+    planted = CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
+    assert planted not in said
+    assert not [name for name, contents in _objects(url) if planted.encode() in contents]
 
 
-def _epochs(store: Store) -> int:
-    """How many the mirror has."""
-    commit = read_commit(store)
-    if commit is None or "state/epochs.jsonl" not in commit.record:
-        return 0
-    return store.read("state/epochs.jsonl")[: commit.record["state/epochs.jsonl"]].count(b"\n")
+def _objects(url: str) -> Iterator[tuple[str, bytes]]:
+    store = Store(url)
+    for name in store.files():
+        yield name, store.read(name)
