@@ -76,7 +76,7 @@ def killed_and_gone_on(url: str, folder: Path, cache_dir: Path) -> str:
     shutil.rmtree(cache_dir / "runs")  # another machine has an empty cache
     second = sweep(url, cache_dir, space, "--resume")
     said, _ = second.communicate(timeout=300)
-    assert "fetching the run folder" in said or "going on after 1 of 3 trials" in said, said
+    assert "going on after " in said, said
     assert f"report: {url}/stored/report.html" in said
     assert "lacks" not in said
     (working,) = (cache_dir / "runs").glob("*/stored")
