@@ -8,7 +8,8 @@ import errno
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ INSTALL = "pip install 'cxr-sweep[cluster]'"
 # Object stores: folders are not made there, and a bucket has neither a user nor a port.
 BUCKETS = ("s3", "gs", "s3a", "gcs", "memory")
 _WEB = ("http", "https")
+_FOLDERS = ("file", "local")
 _CHATTY = ("gcsfs", "s3fs", "fsspec", "botocore", "aiobotocore", "google.auth")
 # What signed addresses carry.
 _SECRETS = ("signature", "sig", "token", "password", "secret", "awsaccesskeyid", "credential")
@@ -246,7 +248,7 @@ class Store:
         """Put a file there; who reads sees the old object or the new one."""
         with self._told("write", self.address(name)):
             self._make_folder(name)
-            self._filesystem.put_file(str(source), self._path(name))
+            self._replace(name, lambda path: self._filesystem.put_file(str(source), path))
 
     def write(self, name: str, contents: bytes, *, new: bool = False) -> None:
         """Put a small object there.
@@ -262,7 +264,7 @@ class Store:
         with self._told("write", self.address(name)):
             self._make_folder(name)
             if not new:
-                self._filesystem.pipe_file(self._path(name), contents)
+                self._replace(name, lambda path: self._filesystem.pipe_file(path, contents))
                 return
             try:
                 self._filesystem.pipe_file(self._path(name), contents, mode="create")
@@ -282,6 +284,17 @@ class Store:
                 self._filesystem.rm_file(self._path(name))
         except NothingThere:
             pass
+
+    def _replace(self, name: str, write: Callable[[str], None]) -> None:
+        """Let an object take the place of the one that is there; a folder of this machine has to be helped."""
+        path = self._path(name)
+        if self._scheme not in _FOLDERS:
+            write(path)
+            return
+        folder, _, own = path.rpartition("/")
+        scratch = f"{folder}/.{uuid.uuid4().hex}-{own}"
+        write(scratch)
+        self._filesystem.mv(scratch, path)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

@@ -1,5 +1,7 @@
 """What may stand in a URL, and what is said where nothing can be had from it."""
 
+import threading
+
 import pytest
 
 from sweep.remote import NothingThere, StorageError, Store, ThereAlready, is_url, url_problem, without_credentials
@@ -101,6 +103,7 @@ def test_objects_come_and_go(scheme, tmp_path):
         store.write("a/b.txt", b"third", new=True)
     (tmp_path / "here").write_bytes(b"file")
     store.put("c.txt", tmp_path / "here")
+    store.put("c.txt", tmp_path / "here")
     assert {name: entry.size for name, entry in store.files().items()} == {"a/b.txt": 5, "c.txt": 4}
     assert store.folders() == {"a"}
     assert store.file() is None
@@ -111,3 +114,22 @@ def test_objects_come_and_go(scheme, tmp_path):
     store.remove("c.txt")
     store.remove("c.txt")
     assert set(store.files()) == {"a/b.txt"}
+
+
+def test_who_reads_a_folder_never_sees_half_an_object(tmp_path):
+    store, ended, seen = Store(f"file://{tmp_path}/place"), threading.Event(), set()
+    whole = [bytes([number]) * 3_000_000 for number in range(2)]
+    store.write("x", whole[0])
+
+    def look() -> None:
+        while not ended.is_set():
+            seen.add(store.read("x"))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for number in range(40):
+        store.write("x", whole[number % 2])
+    ended.set()
+    thread.join()
+    assert seen <= set(whole)
+    assert set(store.files()) == {"x"}
