@@ -108,6 +108,18 @@ def list_table(file: Path) -> Listing:
     return Listing(file.parent, layout, listed, tuple(dict.fromkeys(unreadable)), ignored, tuple(notes))
 
 
+def listed_files(file: Path) -> set[str] | None:
+    """The images and masks that a CSV file names by path, as `ListedImage` has them; None where it names them by id.
+
+    Raises:
+        DataError: it is no such file.
+    """
+    rows = [row for _, row in _rows(file, [])]
+    if rows and "id" in rows[0]:
+        return None
+    return {_normal_path(file.parent, row[key]) for row in rows for key in PATHS if row[key]}
+
+
 def read_sources(file: Path, cache_dir: Path | None = None) -> dict[str, str]:
     """File name without suffix, in lower case -> URL, from a `<Class>.metadata.xlsx`.
 

@@ -9,13 +9,15 @@ from numpy.typing import NDArray
 
 from cxr_models.audit import Audit, audit_data
 from cxr_models.cohort import Source, read_cohort
-from cxr_models.dataset import Manifest, Progress
+from cxr_models.dataset import DataError, Manifest, Progress
 from cxr_models.duplicates import find_duplicates
 from cxr_models.phantom import PATIENT_PATTERN, phantom_dataset
 from cxr_models.shortcuts import find_shortcuts
 from cxr_models.trial import SEGMENT, TEST
 from sweep.dataspec import SourceSpec
+from sweep.fetching import fetch_data
 from sweep.patient_notes import patient_notes
+from sweep.remote import is_url
 from sweep.segment_plan import with_masks
 from sweep.spec import SweepSpec
 from sweep.splitting import split
@@ -72,16 +74,24 @@ def read_data(
 
     Raises:
         DataError: as `cohort.read_cohort`.
+        StorageError: a source at a URL cannot be had.
     """
-    return read_cohort(
-        [_source(source, cache_dir, progress) for source in spec.data.all_sources],
-        classes=spec.data.classes,
-        subset=spec.data.subset,
-        seed=spec.data.seed,
-        least_classes=least_classes,
-        cache_dir=cache_dir,
-        progress=progress and (lambda path: progress("reading images")),
-    )
+    sources = [_source(source, cache_dir, progress) for source in spec.data.all_sources]
+    try:
+        return read_cohort(
+            sources,
+            classes=spec.data.classes,
+            subset=spec.data.subset,
+            seed=spec.data.seed,
+            least_classes=least_classes,
+            cache_dir=cache_dir,
+            progress=progress and (lambda path: progress("reading images")),
+        )
+    except DataError as error:
+        said = str(error)
+        for own, source in zip(spec.data.all_sources, sources, strict=True):
+            said = said.replace(str(source.path), own.source) if is_url(own.source) else said
+        raise DataError(said) from error
 
 
 def _source(spec: SourceSpec, cache_dir: Path, progress: Callable[[str], Progress] | None) -> Source:
@@ -89,6 +99,8 @@ def _source(spec: SourceSpec, cache_dir: Path, progress: Callable[[str], Progres
         drawing = progress("drawing phantoms") if progress else None
         path = phantom_dataset(cache_dir, seed=0, progress=drawing)
         return Source(path, spec.patient or PATIENT_PATTERN, spec.classes)
+    if is_url(spec.source):
+        return Source(fetch_data(spec.source, cache_dir, progress), spec.patient or "", spec.classes)
     return Source(Path(spec.source), spec.patient or "", spec.classes)
 
 

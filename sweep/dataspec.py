@@ -10,6 +10,7 @@ from cxr_models.patients import EACH_ITS_OWN, PATIENT_PATTERNS, expression_probl
 from cxr_models.splits import DEFAULT_SHARES, SHARES_TOLERANCE
 from cxr_models.trial import SPLITS
 from sweep.document import Document, Where, shown
+from sweep.remote import is_url, url_problem
 from sweep.section import Section, validated
 
 MOST_FOLDS, MOST_REPEATS = 20, 20
@@ -30,16 +31,26 @@ def _checked_pattern(patient: str | None) -> str | None:
     return patient
 
 
+def _checked_place(source: str) -> str:
+    if is_url(source) and (problem := url_problem(source)):
+        raise ValueError(problem)
+    return source
+
+
+Place = Annotated[str, AfterValidator(_checked_place)]
+"""A folder or a file, by its path or a URL."""
+
+
 class SourceSpec(Section):
     """One of several data sets.
 
     Attributes:
-        source: a folder, a CSV file, or `phantom`.
+        source: a folder or a CSV file, by its path or a URL such as `s3://bucket/xrays`, or `phantom`.
         classes: name found -> name in the sweep, null to leave the class out; others keep their names.
         patient: as in `DataSpec`, whose own is taken if this is not given.
     """
 
-    source: str = Field(min_length=1)
+    source: Place = Field(min_length=1)
     classes: Mapping[str, ClassName | None] = {}
     patient: Annotated[str | None, AfterValidator(_checked_pattern)] = None
 
@@ -76,7 +87,7 @@ class DataSpec(Section):
     """Where the images are, and which part of them is used for what.
 
     Attributes:
-        source: a folder, a CSV file, or `phantom`.
+        source: a folder or a CSV file, by its path or a URL such as `s3://bucket/xrays`, or `phantom`.
         sources: several of these, in place of `source`.
         classes: name found -> name in the sweep, null to leave the class out; others keep their names.
         split: shares of train, val and test.
@@ -89,7 +100,7 @@ class DataSpec(Section):
         allow: findings of the audit that need not stop the sweep.
     """
 
-    source: str = Field(default="", min_length=1)
+    source: Place = Field(default="", min_length=1)
     sources: Annotated[tuple[SourceSpec, ...], Field(strict=False, min_length=1)] = ()
     classes: Mapping[str, ClassName | None] = {}
     split: SplitSpec = DEFAULT_SPLIT

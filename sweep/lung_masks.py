@@ -13,6 +13,8 @@ from cxr_models.extraction import check_saved_model
 from cxr_models.listing import real_path
 from cxr_models.trial import DATASET_MASK, NO_MASK, SEGMENT
 from sweep.document import shown
+from sweep.fetching import fetch_file
+from sweep.remote import in_bucket
 from sweep.space import Space
 
 EXPECTED = f"expected {NO_MASK}, {DATASET_MASK}, or the run folder (or best/model.keras) of a segmentation sweep"
@@ -57,8 +59,9 @@ class LungMasks:
         if self.model is None:
             return f"lung_mask {self.value}: the masks of the data set; pixels outside them are set to 0"
         run = f", MLflow run {self.model.mlflow_run_id}" if self.model.mlflow_run_id else ""
+        found_by = "it" if in_bucket(self.value) else self.model.path
         return (
-            f"lung_mask {self.value}: lungs as found by {self.model.path} (sha256 {self.model.sha256[:12]}{run}); "
+            f"lung_mask {self.value}: lungs as found by {found_by} (sha256 {self.model.sha256[:12]}{run}); "
             "pixels outside them are set to 0"
         )
 
@@ -74,8 +77,11 @@ class LungMasks:
         }
 
 
-def find_lung_masks(space: Space, manifest: Manifest, problems: list[str]) -> tuple[LungMasks, ...]:
-    """The values of the axis other than `none`; what is wrong with them is added to `problems`."""
+def find_lung_masks(space: Space, manifest: Manifest, problems: list[str], cache_dir: Path) -> tuple[LungMasks, ...]:
+    """The values of the axis other than `none`; what is wrong with them is added to `problems`.
+
+    Run folders at a URL are fetched into `cache_dir`.
+    """
     if not {"lung_mask", "image_side"} <= space.axes.keys():
         return ()
     sides: dict[str, set[int]] = {}
@@ -84,7 +90,7 @@ def find_lung_masks(space: Space, manifest: Manifest, problems: list[str]) -> tu
     found = []
     for value in sorted(sides.keys() - {NO_MASK}):
         try:
-            model = None if value == DATASET_MASK else _earlier_model(value)
+            model = None if value == DATASET_MASK else _earlier_model(value, cache_dir)
             if model is None:
                 _check_gaps(manifest)
         except (ValueError, OSError) as error:
@@ -113,8 +119,8 @@ def _check_gaps(manifest: Manifest) -> None:
         )
 
 
-def _earlier_model(value: str) -> EarlierModel:
-    given = real_path(Path(value))
+def _earlier_model(value: str, cache_dir: Path) -> EarlierModel:
+    given = fetch_file(value, cache_dir) if in_bucket(value) else real_path(Path(value))
     path = given / "best" / "model.keras" if os.path.isdir(given) else given
     if not os.path.isfile(path):
         raise ValueError(f"{EXPECTED}, got {shown(value)}: there is no {path}")

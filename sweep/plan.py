@@ -198,7 +198,7 @@ def make_plan(
     *,
     source: str,
     cache_dir: Path,
-    weights_dir: Path | None = None,
+    weights_dir: Path | str | None = None,
     cache_bytes: int | None = None,
     progress: Callable[[str], Progress] | None = None,
 ) -> Plan:
@@ -209,13 +209,14 @@ def make_plan(
         machine: what trials share.
         source: the file of the spec, for messages.
         cache_dir: for what need not be made twice.
-        weights_dir: where files of ImageNet weights may lie, beside Keras' own folder.
+        weights_dir: where files of ImageNet weights may lie, beside Keras' own folder; a URL as text.
         cache_bytes: that features of frozen layers may take; 0 keeps none, None takes a share of the free disk.
         progress: given a description, where to report it.
 
     Raises:
         SpecError: the space does not fit the data, the weights or the machine; all problems at once.
         DataError: the data cannot be used.
+        StorageError: data at a URL cannot be had.
     """
     check_writable(cache_dir, "--cache-dir")
     data = plan_data(spec, cache_dir, progress)
@@ -225,7 +226,7 @@ def make_plan(
     networks = [config for config in everything if config.backbone != UNET]
     tables = layer_tables({(config.backbone, config.image_side) for config in networks}, cache_dir)
     weights = find_weights(networks, tables, weights_dir, cache_dir, problems)
-    lung_masks = find_lung_masks(spec.space, manifest, problems)
+    lung_masks = find_lung_masks(spec.space, manifest, problems, cache_dir)
     earlier = earlier_findings(
         earlier_models(weights, lung_masks),
         manifest,

@@ -17,14 +17,18 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
+from platformdirs import user_cache_path
+from rich.console import Console
 
 from cxr_models.storage import written_whole
 from cxr_models.trial import NO_MASK, SEGMENT, SPLITS, Outcome
 from sweep import plots
 from sweep.audit_record import pair_pictures, read_audit
+from sweep.progress import StepProgress
 from sweep.readback import Run, read_run
 from sweep.record import RunFolder
 from sweep.reference import compare, plain_name
+from sweep.remote import Store, is_url
 from sweep.report_data import (
     axis_rows,
     best_row,
@@ -47,6 +51,7 @@ from sweep.report_data import (
     strategy_rows,
 )
 from sweep.results_view import seeds_text
+from sweep.run_home import run_folder_at
 from sweep.samples import Pictures
 from sweep.segment_report import overlay_rows
 from sweep.tasks import SHOWN_AXES_OF
@@ -171,14 +176,25 @@ def _jpeg(pixels: Pictures) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m sweep.report", description="Write report.html of a run folder.")
-    parser.add_argument("run_dir", type=Path, help="the folder a sweep wrote, ended or interrupted")
-    folder = parser.parse_args(arguments).run_dir
+    parser.add_argument("run_dir", help="the folder a sweep wrote, ended or interrupted, by its path or its URL")
+    given = parser.parse_args(arguments).run_dir
     try:
-        print(write_report(RunFolder(folder)))
+        if is_url(given):
+            print(_report_at(given))
+        else:
+            print(write_report(RunFolder(Path(given))))
     except ValueError as error:
-        print(f"cannot report on {folder}: {error}", file=sys.stderr)
+        print(f"cannot report on {given}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _report_at(url: str) -> str:
+    """Write the report of a run folder at a URL there, from a copy in the cache; where it lies."""
+    home, folder = run_folder_at(url, user_cache_path("cxr-sweep"))
+    home.bring(folder, StepProgress(Console(stderr=True)))
+    Store(url).put(folder.report.name, write_report(folder))
+    return home.shown(folder.report)
 
 
 if __name__ == "__main__":

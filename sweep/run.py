@@ -9,11 +9,11 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TextIO, cast
+from typing import IO, Any, TextIO, TypeVar, cast
 
 from platformdirs import user_cache_path
 from rich.console import Console
@@ -24,7 +24,7 @@ from cxr_models.dataset import DataError
 from cxr_models.storage import NoSpace
 from cxr_models.trial import SEGMENT, TEST, TrialData, TrialResult
 from sweep.audit_view import AuditRefused
-from sweep.folder_lock import FolderInUse, FolderLock
+from sweep.folder_lock import FolderInUse
 from sweep.interruption import INTERRUPTED, handled, leave
 from sweep.machine import ClusterUnreachable, Machine, this_machine
 from sweep.plan import Plan, make_plan
@@ -32,8 +32,10 @@ from sweep.plan_view import render_plan
 from sweep.progress import StepProgress
 from sweep.record import RecordDamaged, RunFolder, ranked
 from sweep.reference import COMPARED, ReferenceSpec, compare
+from sweep.remote import StorageError, is_url
 from sweep.results_view import MARK, doctor_lines, ranking, seeds_text, strategy_table
 from sweep.resume import ResumeRefused, Sessions, continued, recorded_name
+from sweep.run_home import RunHome
 from sweep.spec import SpecError, SweepSpec, checked_name, read_spec
 from sweep.tasks import SHOWN_AXES_OF
 from sweep.verdict_view import print_verdict
@@ -41,9 +43,22 @@ from sweep.webhook import take_webhook, tell
 from sweep.weights import WeightsError
 from sweep.wording import duration, figure, subset_note
 
+Answer = TypeVar("Answer")
+
 DONE, UNFINISHED, WRONG_INPUT = 0, 1, 2
 PIPED_WIDTH = 140
 RUN_FOLDER = "run folder: "  # begins a line, by which `sweep.submit` finds the folder
+# What is wrong before a sweep begins.
+REFUSED = (
+    SpecError,
+    DataError,
+    WeightsError,
+    ClusterUnreachable,
+    FolderInUse,
+    ResumeRefused,
+    RecordDamaged,
+    StorageError,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,13 +75,13 @@ def parser() -> argparse.ArgumentParser:
 def add_options(found: argparse.ArgumentParser) -> None:
     """The file, and every option that holds wherever a sweep runs."""
     found.add_argument("space", type=Path, metavar="SPACE.yaml", help="search space, see search_spaces/")
-    found.add_argument("--data", metavar="DIR|CSV|phantom", help="images, in place of data.source")
+    found.add_argument("--data", metavar="DIR|CSV|URL|phantom", help="images, in place of data.source")
     found.add_argument("--weights", metavar="imagenet|bundled|none|PATH", help="of every pretrained backbone")
     found.add_argument("--trials", type=int, metavar="N", help="how many trials, in place of search.trials")
     found.add_argument("--max-epochs", type=int, metavar="N", help="most epochs of a trial, in place of space.epochs")
     found.add_argument("--seed", type=int, metavar="N", help="of search, split and training")
     found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set a value of the YAML file")
-    found.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where run folders lie (runs)")
+    found.add_argument("--out", default="runs", metavar="DIR|URL", help="where run folders lie (runs)")
     found.add_argument("--name", metavar="NAME", help="of the run folder; refused if it exists, but for --resume")
     found.add_argument("--cache-dir", type=Path, metavar="DIR", help="for decoded images and other work to keep")
     caching = found.add_mutually_exclusive_group()
@@ -74,7 +89,7 @@ def add_options(found: argparse.ArgumentParser) -> None:
         "--cache-gb", type=_gigabytes, metavar="X", help="of stored features, at most (a quarter of the free disk)"
     )
     caching.add_argument("--no-cache", action="store_true", help="store no features: run frozen layers in every epoch")
-    found.add_argument("--weights-dir", type=Path, metavar="DIR", help="where files of ImageNet weights lie")
+    found.add_argument("--weights-dir", metavar="DIR|URL", help="where files of ImageNet weights lie")
     found.add_argument("--tracking-uri", metavar="URI", help="MLflow server (a SQLite store in the run folder)")
     found.add_argument("--cpus-per-trial", type=float, metavar="X", help="CPUs a trial gets")
     found.add_argument("--gpus-per-trial", type=float, metavar="X", help="GPUs a trial gets, such as 0.5")
@@ -128,13 +143,13 @@ def main(argv: Sequence[str] | None = None, again: Sequence[str] = ()) -> int:
     begun: list[RunFolder] = []
 
     def last_words() -> str:
-        return f"ended at once: {_how_to_go_on(given, begun)}" if begun else "ended at once"
+        return f"ended at once: {_how_to_go_on(given, begun[0].path)}" if begun else "ended at once"
 
     try:
         with handled(last_words):
             arguments.webhook = take_webhook(os.environ)  # no argument of its own: the list of processes would show it
             return _run(arguments, given, console, begun)
-    except (SpecError, DataError, WeightsError, ClusterUnreachable, FolderInUse, ResumeRefused, RecordDamaged) as error:
+    except REFUSED as error:
         errors.print(Text(str(error)))
         return WRONG_INPUT
     except (AuditRefused, NoSpace) as error:
@@ -149,21 +164,26 @@ def _run(arguments: argparse.Namespace, given: Sequence[str], console: Console, 
     spec = read_spec(arguments.space, overrides(arguments))
     if arguments.name:
         spec = replace(spec, name=checked_name(arguments.name))
+    home = RunHome(arguments.out, _cache_dir(arguments))
+    if not arguments.plan:
+        home.check()
     if not arguments.resume:
         if arguments.name and not arguments.plan:
-            _refuse_taken(arguments.out, spec.name)
-        return _plan_and_run(arguments, given, spec, None, console, begun)
-    folder = _folder_to_go_on_with(arguments, spec.name)
+            _of_the_command(lambda: home.refuse_taken(spec.name))
+        return _plan_and_run(arguments, given, spec, home, None, console, begun)
+    folder = _of_the_command(lambda: home.latest(spec.name, exactly=bool(arguments.name)))
     if arguments.plan:
-        return _plan_and_run(arguments, given, spec, folder, console, begun)
-    with FolderLock(folder.lock):
-        return _plan_and_run(arguments, given, spec, folder, console, begun)
+        home.bring(folder, StepProgress(console))
+        return _plan_and_run(arguments, given, spec, home, folder, console, begun)
+    with home.held(folder, console, StepProgress(console)):
+        return _plan_and_run(arguments, given, spec, home, folder, console, begun)
 
 
 def _plan_and_run(
     arguments: argparse.Namespace,
     given: Sequence[str],
     spec: SweepSpec,
+    home: RunHome,
     folder: RunFolder | None,
     console: Console,
     begun: list[RunFolder],
@@ -171,15 +191,14 @@ def _plan_and_run(
     """Plan the sweep, and run it, or what is left of that in a folder."""
     if folder and folder.holds_inputs:
         spec = replace(spec, name=recorded_name(folder))
-    # Absolute, because Ray's workers run in folders of their own.
-    cache_dir = (arguments.cache_dir or user_cache_path("cxr-sweep")).expanduser().resolve()
+    cache_dir = _cache_dir(arguments)
     machine = _machine(arguments.address)
     plan = make_plan(
         spec,
         machine,
         source=str(arguments.space),
         cache_dir=cache_dir,
-        weights_dir=arguments.weights_dir,
+        weights_dir=_weights_dir(arguments.weights_dir),
         cache_bytes=0 if arguments.no_cache else arguments.cache_gb and int(arguments.cache_gb * 1e9),
         progress=StepProgress(console),
     )
@@ -190,19 +209,19 @@ def _plan_and_run(
         return DONE
     if folder is None:
         data = _prepared(plan, cache_dir, console)
-        folder = _new_folder(arguments, spec.name)
-        with FolderLock(folder.lock):
-            return _work(plan, folder, data, cache_dir, arguments, given, console, begun, Sessions())
+        folder = _of_the_command(lambda: home.create(spec.name, exactly=bool(arguments.name)))
+        with home.held(folder, console):
+            return _work(plan, home, folder, data, arguments, given, console, begun, Sessions())
     sessions = Sessions.read(folder) if folder.holds_inputs else Sessions()
     if sessions.past:
         plan = continued(plan, folder, sessions)
     for note in sessions.notes():
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
     if sessions.is_done(plan.spec.search.trials):
-        return _tell_that_it_is_done(plan, folder, console)
+        return _tell_that_it_is_done(plan, home, folder, console)
     data = _prepared(plan, cache_dir, console)
     sessions.check_files(data)
-    return _work(plan, folder, data, cache_dir, arguments, given, console, begun, sessions)
+    return _work(plan, home, folder, data, arguments, given, console, begun, sessions)
 
 
 def _prepared(plan: Plan, cache_dir: Path, console: Console) -> TrialData:
@@ -211,45 +230,45 @@ def _prepared(plan: Plan, cache_dir: Path, console: Console) -> TrialData:
     return prepare(plan, cache_dir, StepProgress(console))
 
 
-def _tell_that_it_is_done(plan: Plan, folder: RunFolder, console: Console) -> int:
+def _tell_that_it_is_done(plan: Plan, home: RunHome, folder: RunFolder, console: Console) -> int:
     from sweep.readback import read_run
 
     run = read_run(folder)
     print_results(plan, run.results, run.summary, console)
-    console.print(f"{RUN_FOLDER}{folder.path}", soft_wrap=True)
+    console.print(f"{RUN_FOLDER}{home.shown(folder.path)}", soft_wrap=True)
     console.print(
-        f"\nnothing is left to do: the sweep in {folder.path} has come to its end; more --trials would let it grow",
+        f"\nnothing is left to do: the sweep in {home.shown(folder.path)} has come to its end; "
+        "more --trials would let it grow",
         soft_wrap=True,
     )
     return DONE if "best" in run.summary else UNFINISHED
 
 
-def _folder_to_go_on_with(arguments: argparse.Namespace, name: str) -> RunFolder:
+def _cache_dir(arguments: argparse.Namespace) -> Path:
+    """Absolute, because Ray's workers run in folders of their own."""
+    found: Path = (arguments.cache_dir or user_cache_path("cxr-sweep")).expanduser().resolve()
+    return found
+
+
+def _weights_dir(given: str | None) -> Path | str | None:
+    return given if given is None or is_url(given) else Path(given)
+
+
+def _of_the_command(call: Callable[[], Answer]) -> Answer:
+    """What a call answers; that it cannot is the command's problem."""
     try:
-        return RunFolder.latest(arguments.out, name, exactly=bool(arguments.name))
-    except ValueError as error:
-        raise SpecError("the command", [str(error)]) from None
-
-
-def _refuse_taken(out: Path, name: str) -> None:
-    try:
-        RunFolder.refuse_taken(out, name)
-    except ValueError as error:
-        raise SpecError("the command", [str(error)]) from None
-
-
-def _new_folder(arguments: argparse.Namespace, name: str) -> RunFolder:
-    try:
-        return RunFolder.create(arguments.out, name, exactly=bool(arguments.name))
+        return call()
+    except StorageError:
+        raise
     except ValueError as error:
         raise SpecError("the command", [str(error)]) from None
 
 
 def _work(
     plan: Plan,
+    home: RunHome,
     folder: RunFolder,
     data: TrialData,
-    cache_dir: Path,
     arguments: argparse.Namespace,
     given: Sequence[str],
     console: Console,
@@ -259,7 +278,8 @@ def _work(
     """Run the sweep in its folder, or what is left of it, and print what came of it."""
     from sweep.session import run_sweep
 
-    console.print(f"{RUN_FOLDER}{folder.path}", soft_wrap=True)
+    where = home.shown(folder.path)
+    console.print(f"{RUN_FOLDER}{where}", soft_wrap=True)
     begun.append(folder)
     tell_end = partial(tell, arguments.webhook, plan, folder, console)
     try:
@@ -267,7 +287,7 @@ def _work(
             plan,
             folder,
             data,
-            cache_dir,
+            _cache_dir(arguments),
             inline=arguments.inline,
             address=arguments.address,
             console=console,
@@ -280,27 +300,28 @@ def _work(
         print_results(plan, ended.results, ended.summary, console)
     if ended.tracking_problem:
         console.print(Text(f"note: {ended.tracking_problem}", style="yellow"))
-    console.print(f"\nreport: {folder.report}\nsee every trial: {ended.ui_command}", soft_wrap=True)
+    if lacking := home.settle(interrupted=ended.interrupted):
+        console.print(Text(f"note: {lacking}", style="yellow"), soft_wrap=True)
+    console.print(f"\nreport: {home.shown(folder.report)}\nsee every trial: {ended.ui_command}", soft_wrap=True)
     console.print(f"  and open {ended.ui_address}", soft_wrap=True)
     tell_end(ended.summary, failure=ended.failure, interrupted=ended.interrupted, page=ended.ui_address)
     if not (ended.interrupted or ended.failure):
         return DONE if "best" in ended.summary else UNFINISHED
     what = f"the sweep failed: {ended.failure}\n" if ended.failure else "interrupted: "
-    console.print(Text(what + _how_to_go_on(given, begun, len(ended.results))), soft_wrap=True)
+    console.print(Text(what + _how_to_go_on(given, where, len(ended.results))), soft_wrap=True)
     return INTERRUPTED if ended.interrupted else UNFINISHED
 
 
-def _how_to_go_on(given: Sequence[str], begun: Sequence[RunFolder], finished: int | None = None) -> str:
+def _how_to_go_on(given: Sequence[str], folder: Path | str, finished: int | None = None) -> str:
     """What is kept of a sweep that was cut short, and the command that goes on with it."""
-    folder = begun[0]
     command = list(given)
     if "--resume" not in given:
         command.append("--resume")
     if not any(each == "--name" or each.startswith("--name=") for each in given):
-        command += ["--name", folder.path.name]
+        command += ["--name", str(folder).rpartition("/")[2]]
     finished_trials = "all finished trials" if finished is None else f"{finished} finished trials"
     return (
-        f"{finished_trials} are kept in {folder.path}, and running ones up to their last epoch\n"
+        f"{finished_trials} are kept in {folder}, and running ones up to their last epoch\n"
         f"to go on: {shlex.join(command)}"
     )
 

@@ -33,6 +33,7 @@ from sweep.nodes import Slots
 from sweep.plan import Plan
 from sweep.progress import EvaluationProgress, StepProgress, SweepProgress
 from sweep.record import Record, RunFolder, ranked, read_epochs, read_lines, write_json
+from sweep.remote import is_url
 from sweep.report import write_report
 from sweep.resume import SessionEnd, Sessions, begin_session, end_session
 from sweep.retries import SweepFailed
@@ -312,7 +313,7 @@ def open_tracker(plan: Plan, folder: RunFolder, *, told: Callable[[str], None]) 
         dataset=DatasetInfo(
             name=" + ".join(Path(source.source).name for source in spec.data.all_sources),
             digest=manifest.digest,
-            source=str(manifest.root),
+            source=spec.data.name if any(is_url(each.source) for each in spec.data.all_sources) else str(manifest.root),
             images=len(manifest.records),
             patients=manifest.patients,
             classes=plan.class_counts(),

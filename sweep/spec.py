@@ -16,6 +16,7 @@ from sweep.axes import condition_schema, list_notes, point_schema, read_point, r
 from sweep.dataspec import DataSpec, data_schema, read_data_section
 from sweep.document import MAX_BYTES, Document, SpecError, Where, parse_value, read_document, shown, unknown, write_yaml
 from sweep.reference import ReferenceResult, ReferenceSpec
+from sweep.remote import without_credentials
 from sweep.section import Section as _Section
 from sweep.section import validated as _validated
 from sweep.space import Range, Space, Value
@@ -287,7 +288,7 @@ def _expand_short_forms(document: Document) -> None:
 
 
 def _override(document: Document, override: str) -> None:
-    origin = f"--set {override}"
+    origin = f"--set {without_credentials(override)}"
     key, equals, text = override.partition("=")
     if not equals or not key:
         document.add((), "expected KEY=VALUE, such as search.trials=8 or freeze=all", origin)

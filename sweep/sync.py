@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from platformdirs import user_cache_path
+from rich.console import Console
 
 from sweep.addresses import password_problem
 from sweep.folder_lock import FolderInUse, FolderLock
 from sweep.ledger import Ledger, Spool, ends_open
 from sweep.mlflow_runs import Unavailable
+from sweep.progress import StepProgress
 from sweep.record import RecordDamaged, RunFolder, read_lines
+from sweep.remote import StorageError, is_url
+from sweep.run_home import run_folder_at, send_rest
 from sweep.sender import Sender
 from sweep.spec import SpecError, read_spec
 from sweep.tracking import champion_example, own_store, sync_command
@@ -84,26 +89,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sweep.sync", description="Send MLflow what it did not take while a sweep ran."
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder a sweep wrote")
+    parser.add_argument("run_dir", metavar="RUN_DIR|URL", help="the folder a sweep wrote, by its path or its URL")
     parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server, in place of the sweep's own")
     arguments = parser.parse_args(argv)
-    folder = RunFolder(arguments.run_dir.resolve())
-    if not (folder.state.is_dir() and folder.spec.is_file()):
-        print(
-            f"expected the folder of a sweep, with state/ and spec.yaml in it, but {arguments.run_dir} is none; "
-            "give the folder that `python -m sweep.run` wrote",
-            file=sys.stderr,
-        )
-        return WRONG_INPUT
     try:
+        if is_url(arguments.run_dir):
+            return _sync_at_url(arguments.run_dir, arguments.tracking_uri)
+        folder = _checked(RunFolder(Path(arguments.run_dir).resolve()), arguments.run_dir)
         with FolderLock(folder.lock):
-            return _sync(folder, arguments.tracking_uri)
+            status = _sync(folder, arguments.tracking_uri)
+            if url := send_rest(folder):
+                print(f"{url} has everything")
+        return status
     except (FolderInUse, SpecError, RecordDamaged) as error:
         print(error, file=sys.stderr)
         return WRONG_INPUT
+    except StorageError as error:
+        print(error, file=sys.stderr)
+        return LEFT_OVER if error.transient else WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted: what MLflow did not take is kept; the same command goes on", file=sys.stderr)
         return INTERRUPTED
+
+
+def _sync_at_url(url: str, given_uri: str | None) -> int:
+    """The same of a run folder at a URL, in a copy that is brought into the cache first and mirrored."""
+    console = Console(soft_wrap=True)
+    home, folder = run_folder_at(url, user_cache_path("cxr-sweep"))
+    with home.held(folder, console, StepProgress(console)):
+        status = _sync(_checked(folder, url), given_uri)
+        if lacking := home.settle(interrupted=False):
+            print(lacking, file=sys.stderr)
+            return LEFT_OVER
+    return status
+
+
+def _checked(folder: RunFolder, given: str) -> RunFolder:
+    if not (folder.state.is_dir() and folder.spec.is_file()):
+        raise SpecError(
+            "the command",
+            [
+                f"expected the folder of a sweep, with state/ and spec.yaml in it, but {given} is none; give the "
+                "folder that `python -m sweep.run` wrote"
+            ],
+        )
+    return folder
 
 
 def _own_uri(folder: RunFolder) -> str:

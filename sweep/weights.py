@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,8 @@ from cxr_models.storage import NoSpace, told_of_space, written_whole
 from cxr_models.trial import TrialConfig
 from sweep.addresses import has_password
 from sweep.document import unknown
+from sweep.fetching import fetch_file
+from sweep.remote import BUCKETS, NothingThere, in_bucket, is_url, url_problem
 
 NAMED = ("imagenet", "bundled", "none")
 ENDINGS = (".weights.h5", ".h5", ".keras")
@@ -32,7 +35,6 @@ PLACES = (
     "or the folder of an earlier run, such as runs/NAME"
 )
 _SCHEMES = ("https", "http", "file")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _CHECKSUM = re.compile(r"sha256=([0-9a-fA-F]{64})")
 _CHUNK = 1024**2
 # Where Keras fetches its ImageNet weights.
@@ -89,11 +91,13 @@ def source_problem(text: str) -> str:
     """Why no weights can come from what a space says, judged by the text alone, or an empty string."""
     if text in NAMED:
         return ""
-    if _URL.match(text):
+    if in_bucket(text):
+        return url_problem(text)
+    if is_url(text):
         address, _, fragment = text.partition("#")
         scheme = urlsplit(address).scheme
         if scheme not in _SCHEMES:
-            return f"expected a URL that begins with {', '.join(_SCHEMES)}, got {scheme!r}"
+            return f"expected a URL that begins with {', '.join((*_SCHEMES, *BUCKETS[:2]))}, got {scheme!r}"
         if has_password(address):
             return "expected a URL without a user and password in it, which the run folder and MLflow would show"
         if not address.endswith(ENDINGS):
@@ -110,14 +114,14 @@ def source_problem(text: str) -> str:
 def find_weights(
     configs: Iterable[TrialConfig],
     tables: Mapping[tuple[str, int], LayerTable],
-    weights_dir: Path | None,
+    weights_dir: Path | str | None,
     cache_dir: Path,
     problems: list[str],
 ) -> dict[tuple[str, str, int], WeightsFile]:
     """The file behind each (backbone, weights, image_side) of the space; what starts from scratch has none.
 
     Files behind URLs are fetched, and weights taken out of models of earlier sweeps. ImageNet weights that Keras will
-    fetch are not here yet. What is wrong is added to `problems`.
+    fetch are not here yet. What is wrong is added to `problems`. `weights_dir` is a folder, or the URL of one.
     """
     found: dict[tuple[str, str, int], WeightsFile] = {}
     tried: set[tuple[str, str, int]] = set()
@@ -185,12 +189,12 @@ def _find(
     row: Backbone,
     config: TrialConfig,
     table: LayerTable,
-    weights_dir: Path | None,
+    weights_dir: Path | str | None,
     cache_dir: Path,
     reachable: Callable[[], bool],
 ) -> WeightsFile:
     if config.weights == "imagenet":
-        return _imagenet(row, config.image_side, weights_dir, reachable)
+        return _imagenet(row, config.image_side, weights_dir, cache_dir, reachable)
     if config.weights == "bundled":
         if row.bundled_path is None:
             bundled = [other.name for other in BACKBONES.values() if other.bundled_path]
@@ -199,12 +203,13 @@ def _find(
                 f"use imagenet, none, or {PLACES}"
             )
         return WeightsFile(row.bundled_path)
-    if _URL.match(config.weights):
-        path = _downloaded(config.weights, cache_dir)
-        address = config.weights.partition("#")[0]
+    place, sweep_is_known = config.weights.partition("#")[0], True
+    if in_bucket(config.weights):
+        path = fetch_file(config.weights, cache_dir)
+    elif is_url(config.weights):
+        path, sweep_is_known = _downloaded(config.weights, cache_dir), False
     else:
-        path = real_path(Path(config.weights))
-        address = ""
+        path, place = real_path(Path(config.weights)), ""
     if path.is_dir():
         path = path / "best" / "model.keras"
         if not path.is_file():
@@ -223,13 +228,19 @@ def _find(
             with FileLock(taken.with_suffix(".lock")):
                 extract_backbone(path, row, table, taken)
                 seal(taken)
-    return WeightsFile(taken, origin=Origin(address or str(path), digest, None if address else path))
+    return WeightsFile(taken, origin=Origin(place or str(path), digest, path if sweep_is_known else None))
 
 
-def _imagenet(row: Backbone, side: int, weights_dir: Path | None, reachable: Callable[[], bool]) -> WeightsFile:
+def _imagenet(
+    row: Backbone, side: int, weights_dir: Path | str | None, cache_dir: Path, reachable: Callable[[], bool]
+) -> WeightsFile:
     name = row.imagenet_name(side)
     if not name:
         raise ValueError(f"there are no ImageNet weights for {row.name}; use none")
+    if isinstance(weights_dir, str):
+        with suppress(NothingThere):
+            return WeightsFile(fetch_file(f"{weights_dir.rstrip('/')}/{name}", cache_dir))
+        weights_dir = None
     for folder in (weights_dir, keras_folder()):
         if folder is not None and (folder / name).is_file():
             return WeightsFile((folder / name).resolve())

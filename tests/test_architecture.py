@@ -23,6 +23,7 @@ HOMES = {
     "optuna": {"search", "study_journal"},
     "matplotlib": {"plots", "report"},
     "yaml": {"document", "sender"},
+    "fsspec": {"remote"},
 }
 
 

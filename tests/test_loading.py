@@ -97,7 +97,7 @@ def test_a_lambda_layer_is_refused_as_weights(with_lambda, tmp_path):
 def lung_masks(value: str, manifest: object = None) -> list[str]:
     problems: list[str] = []
     space = Space({"image_side": Axis("image_side", Constant(8)), "lung_mask": Axis("lung_mask", Constant(value))})
-    find_lung_masks(space, manifest, problems)
+    find_lung_masks(space, manifest, problems, Path("nowhere"))
     return problems
 
 

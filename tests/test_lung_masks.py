@@ -44,10 +44,12 @@ def earlier(tmp_path) -> Path:
 def test_the_masks_of_the_data_set(tmp_path):
     problems: list[str] = []
     manifest = manifest_of(tmp_path / "all", 4)
-    assert find_lung_masks(space_of("none", "dataset"), manifest, problems) == (LungMasks("dataset", (8, 16), None),)
+    assert find_lung_masks(space_of("none", "dataset"), manifest, problems, tmp_path) == (
+        LungMasks("dataset", (8, 16), None),
+    )
     assert problems == []
     gaps = manifest_of(tmp_path / "some", 3)
-    assert find_lung_masks(space_of("none", "dataset"), gaps, problems) == ()
+    assert find_lung_masks(space_of("none", "dataset"), gaps, problems, tmp_path) == ()
     (problem,) = problems
     assert "space.lung_mask: dataset needs a mask for every image, but 1 of 4 have none" in problem
 
@@ -56,7 +58,7 @@ def test_the_masks_of_the_data_set(tmp_path):
 def test_an_earlier_sweep_is_an_input(tmp_path, earlier, given):
     problems: list[str] = []
     value = str(earlier / given)
-    (found,) = find_lung_masks(space_of("none", value), manifest_of(tmp_path / "set", 0), problems)
+    (found,) = find_lung_masks(space_of("none", value), manifest_of(tmp_path / "set", 0), problems, tmp_path)
     assert problems == []
     assert (found.sides, found.model.image_side, found.model.mlflow_run_id) == ((8, 16), 32, "abc")
     assert value in found.note
@@ -70,9 +72,9 @@ def test_an_earlier_sweep_is_an_input(tmp_path, earlier, given):
 def test_what_is_no_segmentation_is_refused(tmp_path, earlier):
     problems: list[str] = []
     manifest = manifest_of(tmp_path / "set", 0)
-    find_lung_masks(space_of(str(tmp_path / "nowhere")), manifest, problems)
+    find_lung_masks(space_of(str(tmp_path / "nowhere")), manifest, problems, tmp_path)
     (earlier / "best" / "config.json").write_text("{}")
-    find_lung_masks(space_of(str(earlier)), manifest, problems)
+    find_lung_masks(space_of(str(earlier)), manifest, problems, tmp_path)
     assert "expected none, dataset, or the run folder (or best/model.keras) of a segmentation sweep" in problems[0]
     assert "there is no" in problems[0]
     assert "does not say task: segment" in problems[1]
@@ -80,7 +82,7 @@ def test_what_is_no_segmentation_is_refused(tmp_path, earlier):
 
 def test_a_sweep_without_masks_asks_nothing(tmp_path):
     space = Space({name: Axis(name, Constant(value)) for name, value in (("image_side", 8), ("lung_mask", "none"))})
-    assert find_lung_masks(space, manifest_of(tmp_path, 0), []) == ()
+    assert find_lung_masks(space, manifest_of(tmp_path, 0), [], tmp_path) == ()
 
 
 def test_images_without_a_mask_are_left_out_and_counted(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 import zipfile
@@ -19,6 +20,7 @@ from cxr_models.layer_table import LayerTable, layer_tables, weight_problems
 from cxr_models.storage import NoSpace
 from cxr_models.trial import TrialConfig
 from sweep import weights
+from sweep.remote import Store
 from sweep.weights import WeightsFile, find_weights, kept_weights, origin_notes, source_problem
 from tests.damages import DAMAGES
 
@@ -83,7 +85,7 @@ class TestWhatASpaceMaySay:
             ("imagnet", "unknown 'imagnet'; did you mean 'imagenet'? known: imagenet, bundled, none, or the path of a"),
             ("https://host/own.weights.h5", "expected a URL with the checksum of its file behind it, such as https"),
             ("https://host/own.weights.h5#sha256=abc", "own.weights.h5#sha256=<64 hexadecimal digits>, got"),
-            (f"ftp://host/own.weights.h5#sha256={'a' * 64}", "that begins with https, http, file, got 'ftp'"),
+            (f"ftp://host/own.weights.h5#sha256={'a' * 64}", "that begins with https, http, file, s3, gs, got 'ftp'"),
             (f"https://host/own.zip#sha256={'a' * 64}", "a file that ends in .weights.h5, .h5, .keras, got"),
         ],
     )
@@ -96,8 +98,16 @@ def table() -> LayerTable:
     return layer_tables([(MOBILENET.name, 96)], Path("unused"))[MOBILENET.name, 96]
 
 
+def by_layer(path: Path) -> None:
+    """The bundled weights in the older layout, as Keras publishes them."""
+    with h5py.File(path, "w") as file, h5py.File(BUNDLED) as bundled:
+        file.attrs["layer_names"] = []
+        for layer in bundled["layers"]:
+            bundled.copy(f"layers/{layer}", file)
+
+
 def find(
-    source: str, tmp_path: Path, *names: str, weights_dir: Path | None = None
+    source: str, tmp_path: Path, *names: str, weights_dir: Path | str | None = None
 ) -> tuple[list[WeightsFile], list[str]]:
     """The files found, and what is wrong."""
     configs = [TrialConfig(name, weights=source) for name in names or (MOBILENET.name,)]
@@ -262,12 +272,46 @@ class TestImagenet:
         for folder in (tmp_path / "given", tmp_path / "keras" / "models"):
             folder.mkdir(parents=True)
             kept = folder / MOBILENET.imagenet_name(96)
-            with h5py.File(kept, "w") as file, h5py.File(BUNDLED) as bundled:  # the older layout: by layer
-                file.attrs["layer_names"] = []
-                for layer in bundled["layers"]:
-                    bundled.copy(f"layers/{layer}", file)
+            by_layer(kept)
             found, problems = find("imagenet", tmp_path, weights_dir=tmp_path / "given")
             assert problems == []
             assert found[0].path == kept
             kept.unlink()
         assert self.asked == 0
+
+
+class TestOfAnObjectStore:
+    """`s3://` and the like; here fsspec's storage in memory, which is taken for one."""
+
+    @pytest.fixture
+    def url(self, tmp_path):
+        url = f"memory://bucket/{tmp_path.name}-{os.getpid()}"
+        Store(url).put("own.weights.h5", BUNDLED)
+        return url
+
+    def test_a_file_needs_no_checksum(self, url, tmp_path):
+        assert source_problem(f"{url}/own.weights.h5") == ""
+        found, problems = find(f"{url}/own.weights.h5", tmp_path)
+        assert problems == []
+        assert found[0].path.read_bytes() == BUNDLED.read_bytes()
+        assert found[0].path.is_relative_to(tmp_path / "cache")
+
+    def test_one_that_is_not_there_is_told(self, url, tmp_path):
+        _, problems = find(f"{url}/absent.weights.h5", tmp_path)
+        assert f"space.weights: expected to read {url}/absent.weights.h5" in problems[0]
+        assert "found: nothing there" in problems[0]
+
+    def test_a_secret_is_refused(self):
+        assert "without credentials" in source_problem("s3://KEY:hidden@bucket/own.weights.h5")
+
+    def test_a_folder_of_imagenet_weights(self, url, tmp_path, monkeypatch):
+        monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+        monkeypatch.setattr(weights, "_server_answers", lambda: False)
+        by_layer(tmp_path / "older.h5")
+        Store(url).put(MOBILENET.imagenet_name(96), tmp_path / "older.h5")
+        found, problems = find("imagenet", tmp_path, weights_dir=url)
+        assert problems == []
+        assert found[0].path.name == MOBILENET.imagenet_name(96)
+        assert found[0].path.read_bytes() == (tmp_path / "older.h5").read_bytes()
+        _, problems = find("imagenet", tmp_path, "xception", weights_dir=url)
+        assert f"imagenet weights of xception are in neither {url} nor" in problems[0]
