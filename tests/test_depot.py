@@ -257,7 +257,7 @@ class TestFetching:
 def test_a_node_with_other_versions_is_told_what_to_install(sweep, monkeypatch):
     files = FilesOfNodes(sweep.home, AskingRay(None))
     files.check_versions()
-    monkeypatch.setattr(ray_worker, "version", lambda name: "9.9" if name == "keras" else files.versions[name])
+    monkeypatch.setattr(ray_worker, "version_of", lambda name: "9.9" if name == "keras" else files.versions[name])
     with pytest.raises(RuntimeError, match=r"this node has keras 9\.9 in place of .*: install there what"):
         files.check_versions()
 

@@ -69,7 +69,7 @@ def test_what_mlflow_gets_is_what_is_sent():
     folder = RunFolder(Path("/run"))
     session, sender = ((ROOT / "sweep" / name).read_text() for name in ("session.py", "sender.py"))
     at_the_end = re.search(r"files = \(((?:folder\.\w+, )+)\*overlays\)", session)[1]
-    at_the_begin = re.search(r"_send_files\(runs, \(([^()]*)\)\)", sender)[1]
+    at_the_begin = re.search(r"def _describe\(.*?(?=\n    def )", sender, re.DOTALL)[0]
     sent = {getattr(folder, name).name for name in re.findall(r"folder\.(\w+)", at_the_end + at_the_begin)}
     (row,) = [row for row in rows("Patients' data") if row[0] == "MLflow"]
     assert quoted(row[1]) == sent

@@ -166,6 +166,7 @@ def pixels_in(folder: Path) -> Path:
     return kept_array(path, (1, 8, 8, 1), lambda put: put(0, np.full((1, 8, 8, 1), 3, np.uint8)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("leaves", "why"), [(True, "its node left before it began"), (False, "its node has no room, others use it")]
 )
