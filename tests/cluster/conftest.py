@@ -5,15 +5,17 @@ Run:  make cluster-test    # what is missing is a failure
 With CXR_CLUSTER_KEPT=DIR the disks of the hosts are copied there at the end, with all that their programs said.
 """
 
+import importlib.util
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from tests.cluster import hosts
+from tests.cluster.heads import Head, ray_head
 
 # Set by `make cluster-test`.
 REQUIRED = "CXR_CLUSTER_REQUIRED"
@@ -42,3 +44,12 @@ def namespaces() -> None:
     """Hosts can be made here."""
     if missing := hosts.missing():
         lacking(missing)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A Ray head of this machine, with a token and its dashboard."""
+    if importlib.util.find_spec("aiohttp_cors") is None:
+        lacking(["the dashboard of Ray: pip install 'ray[default]'"])
+    with ray_head(tmp_path_factory.mktemp("head"), cores=2) as found:
+        yield found

@@ -1,6 +1,5 @@
 """What Prometheus reads of a real sweep on a real Ray head is what the sweep's own record says."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,13 +8,12 @@ import threading
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 
 from sweep.metering import METRICS
-from tests.cluster.heads import ROOT, Head, ray_head
+from tests.cluster.heads import ROOT
 
 SPACE = """\
 name: metered
@@ -31,17 +29,6 @@ space:
   epochs: 6
 """
 LATEST_S = 30.0  # Ray passes on what it has been told every ten seconds
-
-
-@pytest.fixture(scope="module")
-def head(tmp_path_factory) -> Iterator[Head]:
-    if importlib.util.find_spec("aiohttp_cors") is None:
-        reason = "needs the dashboard of Ray: pip install 'ray[default]'"
-        if os.environ.get("CXR_CLUSTER_REQUIRED"):  # as `make cluster-test` has it
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
-    with ray_head(tmp_path_factory.mktemp("head"), cores=2) as found:
-        yield found
 
 
 class Prometheus:

@@ -1,20 +1,18 @@
 """Sweeps sent to a real Ray head with a token: followed over a cut connection, stopped, gone on with, fetched."""
 
 import csv
-import importlib.util
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sweep.parcel import FILES
-from tests.cluster.heads import ROOT, Head, Wire, ray_head
+from tests.cluster.heads import ROOT, Head, Wire
 
 SPACE = """\
 name: small
@@ -31,17 +29,6 @@ space:
 resources: {{concurrency: 1}}
 """
 TIMEOUT_S = 600.0
-
-
-@pytest.fixture(scope="module")
-def head(tmp_path_factory) -> Iterator[Head]:
-    if importlib.util.find_spec("aiohttp_cors") is None:
-        reason = "needs the dashboard of Ray: pip install 'ray[default]'"
-        if os.environ.get("CXR_CLUSTER_REQUIRED"):  # as `make cluster-test` has it
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
-    with ray_head(tmp_path_factory.mktemp("head"), cores=2) as found:
-        yield found
 
 
 class Desk:
