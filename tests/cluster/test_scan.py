@@ -3,8 +3,10 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster.conftest import kept
@@ -70,6 +72,14 @@ def test_what_listens_is_found(hosts):
     }
 
 
+def has_raylet(host: Host) -> bool:
+    for process in host.processes():
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            if process.name() == "raylet":
+                return True
+    return False
+
+
 def test_a_default_sweep_on_one_machine_listens_to_nobody_else(hosts):
     sweeper, stranger = hosts
     addresses = outer_addresses(sweeper)
@@ -82,7 +92,7 @@ def test_a_default_sweep_on_one_machine_listens_to_nobody_else(hosts):
         scanner, ray_seen = stranger.start([sys.executable, SCANNER, *addresses]), False
         while scanner.running:
             sockets |= reachable_sockets(sweeper.pid)
-            ray_seen = ray_seen or any(each.name() == "raylet" for each in sweeper.processes())
+            ray_seen = ray_seen or has_raylet(sweeper)
             time.sleep(0.1)
         scans.append(json.loads(scanner.said))
         with_ray += ray_seen
